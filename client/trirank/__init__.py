@@ -1,0 +1,39 @@
+"""The client of trirank: candidates in, the best K out, in one gRPC call to Triton.
+
+>>> from trirank import RankClient, RankRequest
+>>> with RankClient("127.0.0.1:8001") as client:  # doctest: +SKIP
+...     for item in client.rank(RankRequest(item_ids=[3, 14, 15], user_id=92, top_k=2)):
+...         print(item.item_id, item.score, item.reasons)
+"""
+
+from trirank._client import RankClient
+from trirank._errors import (
+    DeadlineExceeded,
+    IncompatibleServer,
+    InvalidRequest,
+    Overloaded,
+    RankError,
+    ServerError,
+    Unavailable,
+)
+from trirank._types import History, RankedItem, RankRequest, RankResponse
+from trirank.contract import Behaviour, Reason, Status, stable_id
+
+__all__ = [
+    "RankClient",
+    "RankRequest",
+    "RankResponse",
+    "RankedItem",
+    "History",
+    "Behaviour",
+    "Reason",
+    "Status",
+    "stable_id",
+    "RankError",
+    "InvalidRequest",
+    "DeadlineExceeded",
+    "Overloaded",
+    "Unavailable",
+    "IncompatibleServer",
+    "ServerError",
+]

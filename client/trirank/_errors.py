@@ -1,0 +1,72 @@
+"""What can go wrong in a call.
+
+RankError
+├── InvalidRequest       the request can never succeed; mend it
+├── DeadlineExceeded     no answer in time; the work may still be going on
+├── Overloaded           the server turned it away; try later or elsewhere
+├── Unavailable          no server could be reached
+├── IncompatibleServer   it answers, but it is no trirank server of this contract
+└── ServerError          the server failed; see its log
+"""
+
+from __future__ import annotations
+
+import grpc
+
+
+class RankError(Exception):
+    """Base of all that a client raises.
+
+    Attributes:
+        address: the server that was called; empty when the request never left.
+        elapsed_s: seconds spent in the call.
+    """
+
+    def __init__(self, message: str, *, address: str = "", elapsed_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.address = address
+        self.elapsed_s = elapsed_s
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message} [{self.address}, after {self.elapsed_s * 1e3:.1f} ms]" if self.address else message
+
+
+class InvalidRequest(RankError, ValueError):
+    """The request breaks the contract: the message says which value and which limit."""
+
+
+class DeadlineExceeded(RankError, TimeoutError):
+    """No answer came within the deadline."""
+
+
+class Overloaded(RankError):
+    """The server's queue is full."""
+
+
+class Unavailable(RankError, ConnectionError):
+    """No server could be reached, or it is not ready yet."""
+
+
+class IncompatibleServer(RankError):
+    """The server does not serve this contract."""
+
+
+class ServerError(RankError):
+    """The server failed while it worked on a valid request."""
+
+
+_BY_STATUS: dict[grpc.StatusCode, type[RankError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.NOT_FOUND: IncompatibleServer,
+    grpc.StatusCode.UNIMPLEMENTED: IncompatibleServer,
+}
+
+
+def from_grpc(error: grpc.RpcError, *, address: str, elapsed_s: float) -> RankError:
+    """The typed error of a failed call."""
+    kind = _BY_STATUS.get(error.code(), ServerError)
+    return kind(error.details() or error.code().name, address=address, elapsed_s=elapsed_s)

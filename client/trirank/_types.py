@@ -1,0 +1,109 @@
+"""What goes into a call and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trirank.contract import Behaviour, Reason, Status
+
+ItemIds = Sequence[int] | Sequence[str] | NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """A user's own past, for callers that keep it themselves; all three of one length, oldest first.
+
+    Attributes:
+        item_ids: [H] ints or strings.
+        behaviours: [H] codes; one Behaviour for all, or one each.
+        timestamps: [H] seconds since 1970; None: unknown.
+    """
+
+    item_ids: ItemIds
+    behaviours: Behaviour | Sequence[int] | NDArray[Any] = Behaviour.CLICK
+    timestamps: Sequence[int] | NDArray[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRequest:
+    """Candidates to be ranked for one user at one moment.
+
+    Attributes:
+        item_ids: [N] candidates, 1 to 1,024; ints, or strings that the catalogue was built with.
+        user_id: an int or a string; None: anonymous.
+        query: what was searched for; empty: a recommendation.
+        scenario: the rerank policy; None: ``search`` with a query, ``home`` without.
+        top_k: how many to return, 1 to 1,024.
+        retrieval_scores: [N] what retrieval thought of each candidate; finite; any scale.
+        history: replaces what the server has stored of the user.
+        timestamp: seconds since 1970; None: the server's clock.
+    """
+
+    item_ids: ItemIds
+    user_id: int | str | None = None
+    query: str = ""
+    scenario: str | None = None
+    top_k: int = 10
+    retrieval_scores: Sequence[float] | NDArray[Any] | None = None
+    history: History | None = None
+    timestamp: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankedItem:
+    """One line of an answer; ``position`` counts from 1."""
+
+    position: int
+    item_id: int | str
+    score: float
+    reasons: Reason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankResponse:
+    """The best K, best first. Iterating gives RankedItem; the arrays are there for those who want speed.
+
+    Attributes:
+        item_ids: [K] int64, without padding.
+        scores: [K] float32.
+        reasons: [K] int32 bit masks of Reason.
+        status: bit mask on the answer as a whole.
+        unknown: candidates that the catalogue does not know, dropped.
+        duplicates: candidates sent more than once, dropped but for the first.
+        filtered: candidates that the policy or the catalogue ruled out.
+    """
+
+    item_ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    reasons: NDArray[np.int32]
+    status: Status
+    unknown: int = 0
+    duplicates: int = 0
+    filtered: int = 0
+    names: dict[int, str] = field(default_factory=dict, repr=False)
+    """id → the string it was sent as, where strings were sent."""
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def __iter__(self) -> Iterator[RankedItem]:
+        rows = zip(self.item_ids.tolist(), self.scores.tolist(), self.reasons.tolist(), strict=True)
+        for position, (item_id, score, reasons) in enumerate(rows, start=1):
+            yield RankedItem(position, self.names.get(item_id, item_id), score, Reason(reasons))
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One JSON-ready dict an item."""
+        return [
+            {
+                "position": item.position,
+                "item_id": item.item_id,
+                "score": item.score,
+                "reasons": [str(reason.name).lower() for reason in Reason if reason in item.reasons],
+            }
+            for item in self
+        ]

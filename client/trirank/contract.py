@@ -1,0 +1,182 @@
+"""The one source of truth for what crosses a process boundary.
+
+Every tensor name, dtype, shape, candidate bucket, padding value and bit mask is said here and nowhere else.
+The client and the backend read them; the exporter, the assembler and the tests hold the ONNX graph and every
+``config.pbtxt`` to them.
+
+Shapes leave out the batch axis. ``-1`` is an axis whose length differs between requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+CONTRACT_VERSION = 1
+"""Raised whenever a client or a release of the older version could not be understood."""
+
+BUCKETS = (64, 128, 256, 512, 1024)
+"""Candidate counts that requests are padded to. Triton batches only requests whose shapes agree
+(triton-inference-server/server #6937, #8156), and TensorRT needs one optimisation profile per shape."""
+
+MAX_CANDIDATES = BUCKETS[-1]
+MAX_TOP_K = MAX_CANDIDATES
+MAX_BATCH = 32
+MAX_HISTORY = 1024
+"""Events of a caller's own history that one request may carry."""
+MAX_QUERY_BYTES = 2048
+
+PAD_ITEM_ID = -1
+"""Fills ITEM_IDS up to a bucket, and the answer up to TOP_K."""
+ANONYMOUS_USER = -1
+
+ENSEMBLE = "rank"
+PREPROCESS, RANKER, RERANK = STAGES = ("preprocess", "ranker", "rerank")
+
+
+class TensorSpec(NamedTuple):
+    """One tensor at a boundary: its name, KServe v2 dtype, and shape without the batch axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    meaning: str
+    optional: bool = False
+
+
+# --- the ensemble: what a service sends and gets back --------------------------------------------------------
+REQUEST = (
+    TensorSpec("USER_ID", "INT64", (1,), "the user; -1: anonymous"),
+    TensorSpec("ITEM_IDS", "INT64", (-1,), "candidates [N], padded with -1 up to a bucket"),
+    TensorSpec("TOP_K", "INT32", (1,), f"how many to return, 1 to {MAX_TOP_K}"),
+    TensorSpec("SCENARIO", "BYTES", (1,), "UTF-8; names the rerank policy: search, home, …"),
+    TensorSpec("QUERY", "BYTES", (1,), "UTF-8; empty or absent: no query", optional=True),
+    TensorSpec("RETRIEVAL_SCORES", "FP32", (-1,), "[N], one a candidate, finite", optional=True),
+    TensorSpec("TIMESTAMP", "INT64", (1,), "seconds since 1970; absent: the server's clock", optional=True),
+    TensorSpec("HISTORY_IDS", "INT64", (-1,), "[H] oldest first, in place of the stored history", optional=True),
+    TensorSpec("HISTORY_BEHAVIOURS", "INT32", (-1,), "[H] Behaviour codes of HISTORY_IDS", optional=True),
+    TensorSpec("HISTORY_TIMESTAMPS", "INT64", (-1,), "[H] seconds since 1970", optional=True),
+)
+RESPONSE = (
+    TensorSpec("ITEM_IDS", "INT64", (-1,), "[K] best first, padded with -1"),
+    TensorSpec("SCORES", "FP32", (-1,), "[K]; 0 where ITEM_IDS is -1"),
+    TensorSpec("REASONS", "INT32", (-1,), "[K] bit mask of Reason"),
+    TensorSpec("STATUS", "INT32", (4,), "[Status bit mask, unknown, duplicate, filtered candidates]"),
+)
+
+
+# --- between the stages --------------------------------------------------------------------------------------
+class PackedShape(NamedTuple):
+    """Sizes of the packed tensors; a release's feature specification fixes them."""
+
+    history_length: int
+    """L, events of history."""
+    history_fields: int
+    """FH, fields of an event: those of its item, then behaviour and time gap."""
+    query_length: int
+    """Q, tokens of the query."""
+    item_fields: int
+    """F, fields of a candidate."""
+    dense: int
+    """D, numbers of a candidate."""
+    context: int
+    """C, numbers of the request."""
+    tasks: int
+    """T, columns of the scores."""
+
+
+def ranker_inputs(shape: PackedShape) -> tuple[TensorSpec, ...]:
+    """What the ranker takes. Ids are of one joint vocabulary in which 0 is "missing"."""
+    return (
+        TensorSpec("history", "INT32", (shape.history_length, shape.history_fields), "newest last, 0-padded in front"),
+        TensorSpec("query", "INT32", (shape.query_length,), "token ids, 0-padded behind"),
+        TensorSpec("candidates", "INT32", (-1, shape.item_fields), "[N, F]"),
+        TensorSpec("dense", "FP32", (-1, shape.dense), "[N, D]"),
+        TensorSpec("context", "FP32", (shape.context,), "of the request"),
+    )
+
+
+def ranker_outputs(shape: PackedShape) -> tuple[TensorSpec, ...]:
+    """What the ranker gives."""
+    return (TensorSpec("scores", "FP32", (-1, shape.tasks), "[N, T], one column a task"),)
+
+
+ITEMS = TensorSpec("items", "INT32", (-1, 2), "[N, 2]: catalogue row (-1: not to be ranked), Signal bit mask")
+PREPROCESS_STATUS = TensorSpec("preprocess_status", "INT32", (4,), "as STATUS")
+
+
+class Behaviour(IntEnum):
+    """What a user did with an item. The values are codes, ordered by how much they say."""
+
+    VIEW = 1
+    CLICK = 2
+    FAVOURITE = 3
+    CART = 4
+    PURCHASE = 5
+
+
+class Signal(IntFlag):
+    """What preprocess found out about a candidate, for policies to act on."""
+
+    MATCHES_QUERY = 1
+    SEEN_ITEM = 2
+    SEEN_PRODUCT = 4
+    SEEN_BRAND = 8
+    SEEN_CATEGORY = 16
+    PURCHASED = 32
+    NEW_ITEM = 64
+    POPULAR = 128
+    UNAVAILABLE = 256
+
+
+class Reason(IntFlag):
+    """Why an item stands where it does, for the service to show or log."""
+
+    MATCHES_QUERY = 1
+    SEEN_BEFORE = 2
+    BRAND_YOU_CHOSE = 4
+    CATEGORY_YOU_BROWSE = 8
+    NEW = 16
+    POPULAR = 32
+    BOOSTED = 64
+    PINNED = 128
+    DIVERSITY = 256
+
+
+class Status(IntFlag):
+    """What a caller should know about the answer as a whole."""
+
+    COLD_USER = 1
+    """No history was found or sent for a user who is not anonymous."""
+    UNKNOWN_ITEMS_DROPPED = 2
+    DUPLICATES_DROPPED = 4
+    ITEMS_FILTERED = 8
+    """By the policy, or because the catalogue says that they cannot be had."""
+    FEWER_THAN_TOP_K = 16
+    DEGRADED = 32
+    """A stage did less than usual to keep the deadline."""
+
+
+def bucket_for(candidates: int) -> int:
+    """The smallest bucket that holds ``candidates``.
+
+    Raises:
+        ValueError: there are none, or more than the largest bucket.
+    """
+    if not 1 <= candidates <= MAX_CANDIDATES:
+        raise ValueError(
+            f"{candidates} candidates; a request has 1 to {MAX_CANDIDATES}. "
+            "Send fewer: let retrieval cut its list, or split the request."
+        )
+    return next(bucket for bucket in BUCKETS if bucket >= candidates)
+
+
+def stable_id(key: str) -> int:
+    """The int64 id of a string SKU or user name: 63 bits of BLAKE2b, so never negative.
+
+    Ids are INT64 on the wire because BYTES tensors are slow (triton-inference-server/server #7153). The build
+    uses this very function and refuses a catalogue in which two names collide.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

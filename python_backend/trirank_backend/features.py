@@ -1,0 +1,294 @@
+"""Requests → the ranker's tensors. Training, evaluation and serving all call ``pack``; there is no second one.
+
+Everything is vectorised over the whole batch: B requests, N candidates each, L events of history, F fields.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trirank.contract import Behaviour, PackedShape, Signal
+from trirank_backend.catalogue import Catalogue
+from trirank_backend.errors import InvalidRelease
+
+STATIC_DENSE = ("price", "popularity")
+"""Numbers of an item that the catalogue holds: log price and log count of interactions, standardised."""
+DENSE = (
+    *STATIC_DENSE,
+    "has_retrieval_score",
+    "retrieval_score",  # standardised within the request
+    "retrieval_score_log",  # sign(s) log(1 + |s|), comparable between requests
+    "retrieval_rank",  # 1 / log2(1 + rank)
+    "age",  # log days since the item was created
+    "seen_item",  # log(1 + events of the history with …)
+    "seen_product",
+    "seen_brand",
+    "seen_category",
+    "query_coverage",  # share of the query's tokens in the title, weighted by rarity
+    "title_coverage",  # share of the title's tokens in the query
+)
+CONTEXT = (
+    "anonymous",
+    "history_length",
+    "has_query",
+    "query_length",
+    "hour_sin",
+    "hour_cos",
+    "weekday_sin",
+    "weekday_cos",
+)
+HISTORY_EXTRA = ("behaviour", "time_gap")
+"""Fields of an event after those of its item."""
+TIME_GAPS = 16
+"""Buckets of log2(minutes since the event)."""
+MATCH_COVERAGE = 0.5
+"""From this share of the query on, a candidate counts as matching it."""
+NEW_DAYS = 14
+DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What was fixed when the features were fitted on the training split.
+
+    All categorical values share one vocabulary in which each table has its own range; 0 is "missing".
+
+    Attributes:
+        history_length: L.
+        query_length: Q.
+        item_fields: names of the F fields of an item, e.g. ``item, category, brand, price, title_0, …``.
+        tables: table name → (first id, size) in the joint vocabulary.
+        tasks: names of the T score columns.
+        timed: whether timestamps are times; if not they only order events.
+    """
+
+    history_length: int
+    query_length: int
+    item_fields: tuple[str, ...]
+    tables: dict[str, tuple[int, int]]
+    tasks: tuple[str, ...]
+    timed: bool = True
+    dense: tuple[str, ...] = field(default=DENSE)
+    context: tuple[str, ...] = field(default=CONTEXT)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of an embedding table over the joint vocabulary."""
+        return max(first + size for first, size in self.tables.values())
+
+    @property
+    def shape(self) -> PackedShape:
+        """Sizes of the packed tensors."""
+        return PackedShape(
+            history_length=self.history_length,
+            history_fields=len(self.item_fields) + len(HISTORY_EXTRA),
+            query_length=self.query_length,
+            item_fields=len(self.item_fields),
+            dense=len(self.dense),
+            context=len(self.context),
+            tasks=len(self.tasks),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> FeatureSpec:
+        """Read what ``save`` wrote.
+
+        Raises:
+            InvalidRelease: it is missing, damaged, or of features that this code does not make.
+        """
+        try:
+            raw = json.loads(path.read_text())
+            raw["tables"] = {name: (first, size) for name, (first, size) in raw["tables"].items()}
+            spec = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InvalidRelease(f"feature specification {path} cannot be read ({error}); train again") from error
+        if spec.dense != DENSE or spec.context != CONTEXT:
+            raise InvalidRelease(
+                f"{path} was fitted for dense {spec.dense} and context {spec.context}, this version makes "
+                f"{DENSE} and {CONTEXT}; train again, or install the version that trained it"
+            )
+        return spec
+
+
+@dataclass(frozen=True)
+class RequestBatch:
+    """B requests after look-ups.
+
+    Attributes:
+        rows: [B, N] int32 catalogue rows, -1: padding or unknown.
+        retrieval_scores: [B, N] float32; NaN: none was given.
+        query: [B, Q] int32 token ids.
+        timestamps: [B] int64 seconds since 1970.
+        anonymous: [B] bool.
+        history_rows, history_behaviours, history_timestamps: [B, L], newest last, rows -1 where there is none.
+    """
+
+    rows: NDArray[np.int32]
+    retrieval_scores: NDArray[np.float32]
+    query: NDArray[np.int32]
+    timestamps: NDArray[np.int64]
+    anonymous: NDArray[np.bool_]
+    history_rows: NDArray[np.int32]
+    history_behaviours: NDArray[np.int32]
+    history_timestamps: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The ranker's inputs (see contract.ranker_inputs), and signals int32 [B, N] for the rerank policies."""
+
+    history: NDArray[np.int32]
+    query: NDArray[np.int32]
+    candidates: NDArray[np.int32]
+    dense: NDArray[np.float32]
+    context: NDArray[np.float32]
+    signals: NDArray[np.int32]
+
+    def tensors(self) -> dict[str, NDArray[np.int32] | NDArray[np.float32]]:
+        """The ranker's inputs by name."""
+        return {name: getattr(self, name) for name in ("history", "query", "candidates", "dense", "context")}
+
+
+class Packer:
+    """Packs batches for one catalogue.
+
+    Args:
+        token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles.
+    """
+
+    def __init__(self, spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32]) -> None:
+        self.spec = spec
+        self.catalogue = catalogue
+        self._token_idf = token_idf
+        fields = spec.item_fields
+        self._brand, self._category = fields.index("brand"), fields.index("category")
+        titles = [at for at, name in enumerate(fields) if name.startswith("title_")]
+        self._titles = slice(titles[0], titles[-1] + 1) if titles else slice(0, 0)
+        self._behaviour_first = spec.tables["behaviour"][0]
+        self._gap_first = spec.tables["time_gap"][0]
+
+    def pack(self, batch: RequestBatch) -> Packed:
+        """All tensors of a batch. An item's features depend on nothing but the item and the request."""
+        candidates = self.catalogue.fields[batch.rows]  # [B, N, F]
+        history = self._history(batch)  # [B, L, FH]
+        dense, signals = self._dense(batch, candidates, history)
+        return Packed(history, batch.query, candidates, dense, self._context(batch), signals)
+
+    def _history(self, batch: RequestBatch) -> NDArray[np.int32]:
+        items = self.catalogue.fields[batch.history_rows]  # [B, L, F]
+        history = np.empty((*items.shape[:2], items.shape[2] + len(HISTORY_EXTRA)), np.int32)
+        history[..., :-2] = items
+        known = batch.history_rows >= 0
+        history[..., -2] = np.where(known, self._behaviour_first + batch.history_behaviours, 0)
+        if self.spec.timed:
+            minutes = np.maximum(batch.timestamps[:, None] - batch.history_timestamps, 0) / 60
+            gap = np.minimum(np.log2(1 + minutes), TIME_GAPS - 1).astype(np.int32)
+            history[..., -1] = np.where(known, self._gap_first + gap, 0)
+        else:
+            history[..., -1] = 0
+        return history
+
+    def _dense(
+        self, batch: RequestBatch, candidates: NDArray[np.int32], history: NDArray[np.int32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        catalogue, rows = self.catalogue, batch.rows
+        valid = rows >= 0
+        dense = np.zeros((*rows.shape, len(DENSE)), np.float32)
+        dense[..., :2] = catalogue.dense[rows]
+        if (given := ~np.isnan(batch.retrieval_scores)).any():
+            dense[..., 2:6] = _retrieval(batch.retrieval_scores, given & valid)
+        if self.spec.timed:
+            created = catalogue.created_at[rows]
+            days = np.maximum(batch.timestamps[:, None] - created, 0) / DAY_S
+            dense[..., 6] = np.where(created > 0, np.log1p(days) / 5, 0)
+            new = (created > 0) & (days < NEW_DAYS)
+        else:
+            new = np.zeros(rows.shape, bool)
+
+        past_rows = batch.history_rows
+        seen_item = _occurrences(rows, past_rows, none=-1)
+        seen_product = _occurrences(catalogue.products[rows], catalogue.products[past_rows], none=-1)
+        seen_brand = _occurrences(candidates[..., self._brand], history[..., self._brand], none=0)
+        seen_category = _occurrences(candidates[..., self._category], history[..., self._category], none=0)
+        bought = np.where(batch.history_behaviours == Behaviour.PURCHASE, past_rows, -1)
+        purchased = _occurrences(rows, bought, none=-1)
+        for at, count in enumerate((seen_item, seen_product, seen_brand, seen_category), start=7):
+            dense[..., at] = np.log1p(count)
+        if batch.query.any():
+            dense[..., 11:13] = self._text_match(candidates[..., self._titles], batch.query)
+        dense *= valid[..., None]
+
+        signals = catalogue.signals[rows]
+        for signal, holds in (
+            (Signal.MATCHES_QUERY, dense[..., 11] >= MATCH_COVERAGE),
+            (Signal.SEEN_ITEM, seen_item > 0),
+            (Signal.SEEN_PRODUCT, seen_product > 0),
+            (Signal.SEEN_BRAND, seen_brand > 0),
+            (Signal.SEEN_CATEGORY, seen_category > 0),
+            (Signal.PURCHASED, purchased > 0),
+            (Signal.NEW_ITEM, new),
+        ):
+            signals = signals | holds.astype(np.int32) * signal.value
+        return dense, np.where(valid, signals, 0).astype(np.int32)
+
+    def _text_match(self, titles: NDArray[np.int32], query: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[B, N, 2]: share of the query found in the title, and of the title found in the query."""
+        equal = (titles[:, :, :, None] == query[:, None, None, :]) & (query > 0)[:, None, None, :]  # [B, N, T, Q]
+        weight = np.where(query > 0, self._token_idf[query], 0)  # [B, Q]
+        covered = (equal.any(2) * weight[:, None, :]).sum(-1)  # [B, N]
+        matched = equal.any(3).sum(-1)
+        return np.stack(
+            [
+                covered / np.maximum(weight.sum(-1), 1e-6)[:, None],
+                matched / np.maximum((titles > 0).sum(-1), 1),
+            ],
+            axis=-1,
+        ).astype(np.float32)
+
+    def _context(self, batch: RequestBatch) -> NDArray[np.float32]:
+        events = (batch.history_rows >= 0).sum(1)
+        tokens = (batch.query > 0).sum(1)
+        context = np.zeros((len(batch.rows), len(CONTEXT)), np.float32)
+        context[:, 0] = batch.anonymous
+        context[:, 1] = np.log1p(events) / np.log1p(self.spec.history_length)
+        context[:, 2] = tokens > 0
+        context[:, 3] = tokens / self.spec.query_length
+        if self.spec.timed:
+            hour = 2 * np.pi * (batch.timestamps % DAY_S) / DAY_S
+            weekday = 2 * np.pi * (batch.timestamps // DAY_S % 7) / 7
+            context[:, 4:] = np.stack([np.sin(hour), np.cos(hour), np.sin(weekday), np.cos(weekday)], axis=1)
+        return context
+
+
+def _occurrences(values: NDArray[np.int32], past: NDArray[np.int32], none: int) -> NDArray[np.int64]:
+    """[B, N]: how often each value [B, N] stands in past [B, L]; ``none`` never matches."""
+    equal = values[:, :, None] == past[:, None, :]
+    return np.where(values == none, 0, np.count_nonzero(equal, axis=2))
+
+
+def _retrieval(scores: NDArray[np.float32], given: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """[B, N, 4]: given, standardised, signed log, reciprocal log rank; zeros where none was given."""
+    count = np.maximum(given.sum(1, keepdims=True), 1)
+    filled = np.where(given, scores, 0).astype(np.float64)
+    mean = filled.sum(1, keepdims=True) / count
+    centred = np.where(given, filled - mean, 0)
+    deviation = np.sqrt((centred**2).sum(1, keepdims=True) / count)
+    order = np.argsort(np.where(given, -filled, np.inf), axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(1, scores.shape[1] + 1)[None, :], axis=1)
+    columns = (
+        given,
+        centred / np.maximum(deviation, 1e-6),
+        np.sign(filled) * np.log1p(np.abs(filled)),
+        1 / np.log2(1 + rank),
+    )
+    return np.where(given[..., None], np.stack(columns, axis=-1), 0).astype(np.float32)

@@ -1,0 +1,67 @@
+"""Between Triton's Python backend and ``stages``: tensors in, tensors out, errors with their codes.
+
+Nothing is opened at import: a stub process loads this before Triton calls ``initialize``, and threads, forks and
+open stores do not mix (triton-inference-server/server #7690, #4776).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trirank_backend.errors import InvalidInput
+from trirank_backend.stages import Tensors
+
+try:
+    import triton_python_backend_utils as pb_utils  # there only inside a stub process
+except ImportError:
+    pb_utils = None
+
+
+def release_of(args: dict[str, str]) -> Path:
+    """The release that a model belongs to: ``RELEASE/models/NAME`` → ``RELEASE``."""
+    return Path(args["model_repository"]).resolve().parent.parent
+
+
+class Stage:
+    """One model: reads the tensors its config.pbtxt names, runs a callable over all requests at once."""
+
+    def __init__(self, args: dict[str, str], run: Callable[[list[Tensors]], list[Any]]) -> None:
+        config = json.loads(args["model_config"])
+        self._inputs = [tensor["name"] for tensor in config["input"]]
+        self._outputs = [tensor["name"] for tensor in config["output"]]
+        self._run = run
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request, in order."""
+        answers = self._run([self._read(request) for request in requests])
+        return [
+            pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), pb_utils.TritonError.INVALID_ARG))
+            if isinstance(answer, InvalidInput)
+            else pb_utils.InferenceResponse(
+                [pb_utils.Tensor(name, np.ascontiguousarray(answer[name])) for name in self._outputs]
+            )
+            for answer in answers
+        ]
+
+    def _read(self, request: Any) -> Tensors:
+        tensors = {}
+        for name in self._inputs:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:
+                tensors[name] = tensor.as_numpy()
+        return tensors
+
+
+def score_batches(ranker: Callable[[Tensors], Any], requests: list[Tensors]) -> list[Tensors]:
+    """One run of the ranker over all requests. Triton batches only equal shapes, so they concatenate."""
+    if len(requests) == 1:
+        return [{"scores": ranker(requests[0])}]
+    joined = {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
+    scores = ranker(joined)
+    ends = np.cumsum([len(request["context"]) for request in requests])[:-1]
+    return [{"scores": part} for part in np.split(scores, ends)]
