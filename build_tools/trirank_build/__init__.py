@@ -1,0 +1,1 @@
+"""From raw logs to a release: data, training, evaluation, export, engines, repository, serving, the command."""

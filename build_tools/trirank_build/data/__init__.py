@@ -1,0 +1,1 @@
+"""Raw logs → a dataset directory."""

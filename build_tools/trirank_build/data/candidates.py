@@ -1,0 +1,114 @@
+"""Ranking tasks for logs that record choices but not what was shown: candidates come from retrieval.
+
+Retrieval is fitted on training events only. For a training task it is fitted without that user (one of FOLDS
+parts), because a similarity that has seen the very pair it is asked to find would teach the ranker to trust it
+more than it deserves at serving time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from trirank_build.baselines.item_knn import ItemKnn
+from trirank_build.progress import progress
+
+CANDIDATES = 100
+FOLDS = 4
+_HISTORY = 50
+
+
+def requests_from_events(
+    events: pl.DataFrame, items: pl.DataFrame, *, exclude_history: bool, max_train: int, max_eval: int, seed: int
+) -> pl.DataFrame:
+    """One task an event that has something before it: rank what the user chose next.
+
+    Args:
+        events: user_id, item_id, gain, timestamp, query, split; in each user's order.
+        exclude_history: leave out what the user has had (where nothing is chosen twice).
+        max_train, max_eval: tasks to keep of each split, drawn at random; the newest of a user have no priority.
+    """
+    events = events.sort("user_id", "timestamp", maintain_order=True)
+    users, user = np.unique(events["user_id"].to_numpy(), return_inverse=True)
+    ids = items["item_id"].to_numpy()
+    row = np.searchsorted(ids, events["item_id"].to_numpy())
+    times = events["timestamp"].to_numpy()
+    split = events["split"].to_numpy()
+    first = np.searchsorted(user, np.arange(len(users)))
+    # Events of one moment do not know of each other.
+    moment = np.unique(np.stack([user, times], 1), axis=0, return_inverse=True)[1].ravel()
+    before = np.searchsorted(moment, moment)  # index of the first event of the same moment
+
+    rng = np.random.default_rng(seed)
+    has_history = before > first[user]
+    gain = events["gain"].to_numpy()
+    chosen = []
+    for name, limit in (("train", max_train), ("valid", max_eval), ("test", max_eval)):
+        eligible = np.flatnonzero((split == name) & has_history & (gain > 0))
+        chosen.append(np.sort(rng.permutation(eligible)[:limit]))
+
+    train = split == "train"
+    fold_of_user = rng.integers(FOLDS, size=len(users))
+    parts: list[pl.DataFrame] = []
+    with progress() as bar:
+        task = bar.add_task("retrieving candidates", total=sum(map(len, chosen)))
+        for fold in range(FOLDS + 1):
+            if fold < FOLDS:
+                wanted = chosen[0][fold_of_user[user[chosen[0]]] == fold]
+                fitted_on = train & (fold_of_user[user] != fold)
+            else:
+                wanted, fitted_on = np.concatenate(chosen[1:]), train
+            if not len(wanted):
+                continue
+            knn = ItemKnn(user[fitted_on], row[fitted_on], len(users), len(ids))
+            histories = _histories(row, first[user[wanted]], before[wanted])
+            start = 0
+            for top, scores in knn.retrieve(histories, min(CANDIDATES, len(ids)), exclude_history):
+                at = wanted[start : start + len(top)]
+                parts.append(_tasks(events, ids, row, at, top, scores, force_positive=fold < FOLDS))
+                start += len(top)
+                bar.advance(task, len(top))
+    return pl.concat(parts).sort("timestamp", "user_id", maintain_order=True)
+
+
+def _histories(row: NDArray[np.int64], first: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int32]:
+    """[B, L] item rows of the events in [first, end), newest last, -1 in front."""
+    at = end[:, None] - np.arange(_HISTORY, 0, -1)[None, :]
+    return np.where(at >= first[:, None], row[np.maximum(at, 0)], -1).astype(np.int32)
+
+
+def _tasks(
+    events: pl.DataFrame,
+    ids: NDArray[np.int64],
+    row: NDArray[np.int64],
+    at: NDArray[np.int64],
+    top: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    force_positive: bool,
+) -> pl.DataFrame:
+    picked = events[at]
+    gain = picked["gain"].to_numpy()
+    hit = top == row[at][:, None]  # [B, K]
+    missed = ~hit.any(1)
+    if force_positive:
+        # Training needs the choice among the candidates; its score stays unknown rather than invented.
+        top[missed, -1] = row[at][missed]
+        scores[missed, -1] = np.nan
+        hit[missed, -1] = True
+        missed[:] = False
+    labels = np.where(hit, gain[:, None], 0).astype(np.float32)
+    lists = {"item_ids": ids[top], "retrieval_scores": scores, "labels": labels}
+    # -inf marks what the history excludes; a catalogue barely larger than the list may not offer enough else.
+    kept = ~np.isneginf(scores)
+    return picked.select("user_id", "timestamp", "query", "split").with_columns(
+        *(_list_column(name, values, kept) for name, values in lists.items()),
+        scenario=pl.when(pl.col("query") == "").then(pl.lit("home")).otherwise(pl.lit("search")),
+        missed=pl.Series([[g] if m else [] for g, m in zip(gain, missed, strict=True)], dtype=pl.List(pl.Float32)),
+    )
+
+
+def _list_column(name: str, values: NDArray[np.generic], kept: NDArray[np.bool_]) -> pl.Series:
+    if kept.all():
+        return pl.Series(name, values).arr.to_list()
+    return pl.Series(name, [row[keep].tolist() for row, keep in zip(values, kept, strict=True)])

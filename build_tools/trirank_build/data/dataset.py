@@ -1,0 +1,140 @@
+"""The dataset directory: three Parquet tables and a description.
+
+``items.parquet``     one row an item: what is known of it
+``events.parquet``    one row an interaction, in time order: who did what with which item, and its split
+``requests.parquet``  one row a ranking task: candidates as retrieval gave them, and what came of them
+``dataset.json``      schema version, source, cleaning report, tasks, counts, digest
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from trirank_build.artefacts import atomic_directory, combined_digest, file_digest
+from trirank_build.errors import BadData
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "valid", "test")
+NO_USER = -1
+"""user_id of requests by anonymous users (contract.ANONYMOUS_USER)."""
+
+ITEMS = {
+    "item_id": pl.Int64,
+    "key": pl.String,  # the id as the source wrote it
+    "title": pl.String,
+    "brand": pl.String,
+    "category": pl.String,
+    "price": pl.Float64,  # NaN: unknown
+    "product_id": pl.Int64,  # shared by variants of one product
+    "created_at": pl.Int64,  # seconds since 1970; 0: unknown
+    "attributes": pl.List(pl.String),
+    "available": pl.Boolean,
+}
+EVENTS = {
+    "user_id": pl.Int64,
+    "item_id": pl.Int64,
+    "behaviour": pl.Int8,  # contract.Behaviour
+    "timestamp": pl.Int64,  # seconds since 1970, or the place in the user's sequence
+    "split": pl.String,
+}
+REQUESTS = {
+    "user_id": pl.Int64,
+    "timestamp": pl.Int64,
+    "query": pl.String,
+    "scenario": pl.String,
+    "item_ids": pl.List(pl.Int64),  # candidates, best first as retrieval saw them
+    "retrieval_scores": pl.List(pl.Float32),  # NaN: put there by hand, retrieval had missed it
+    "labels": pl.List(pl.Float32),  # gains
+    "missed": pl.List(pl.Float32),  # gains of relevant items that retrieval did not find
+    "split": pl.String,
+}
+OPTIMUM = "utility"
+"""Extra column of requests, synthetic shop only: List(Float32), what the choices were drawn from."""
+
+GAINS = {"VIEW": 0.0, "CLICK": 1.0, "FAVOURITE": 2.0, "CART": 2.0, "PURCHASE": 3.0}
+"""Behaviour → gain in NDCG and in ``labels``."""
+TASKS = {"click": 1.0, "cart": 2.0, "purchase": 3.0}
+"""Task → the smallest label that counts as a success."""
+GRADED_TASKS = {"relevance": 0.0}
+"""Human judgements: one task whose target is the label itself."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``dataset.json`` says.
+
+    Attributes:
+        timed: whether timestamps are times; if not they only order a user's events.
+        tasks: task → the smallest label that counts; 0: the label itself is the target.
+        cleaning: (rule, rows in, rows out), in the order in which they ran.
+        digest: SHA-256 over the tables.
+    """
+
+    source: str
+    timed: bool
+    tasks: dict[str, float]
+    counts: dict[str, int]
+    cleaning: list[tuple[str, int, int]]
+    digest: str = ""
+    schema_version: int = SCHEMA_VERSION
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset, in memory."""
+
+    items: pl.DataFrame
+    events: pl.DataFrame
+    requests: pl.DataFrame
+    description: Description
+
+    def split(self, name: str) -> pl.DataFrame:
+        """The requests of ``train``, ``valid`` or ``test``."""
+        return self.requests.filter(pl.col("split") == name)
+
+    def save(self, directory: Path) -> Path:
+        """Write whole or not at all; gives the directory."""
+        with atomic_directory(directory) as scratch:
+            digests = {}
+            for name, schema in (("items", ITEMS), ("events", EVENTS), ("requests", REQUESTS)):
+                frame: pl.DataFrame = getattr(self, name)
+                extra = [OPTIMUM] if OPTIMUM in frame.columns else []
+                path = scratch / f"{name}.parquet"
+                frame.select([*(pl.col(c).cast(t) for c, t in schema.items()), *extra]).write_parquet(path)
+                digests[path.name] = file_digest(path)
+            description = asdict(self.description) | {"digest": combined_digest(digests), "files": digests}
+            (scratch / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+        return directory
+
+    @classmethod
+    def load(cls, directory: Path) -> Dataset:
+        """Read and check a dataset directory.
+
+        Raises:
+            BadData: it is missing, damaged, or of another schema.
+        """
+        path = directory / "dataset.json"
+        try:
+            raw = json.loads(path.read_text())
+            files = raw.pop("files")
+            raw["cleaning"] = [tuple(row) for row in raw["cleaning"]]
+            description = Description(**raw)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise BadData(f"{path} cannot be read ({error}); run `trirank data prepare SOURCE --out {directory}`") from error
+        if description.schema_version != SCHEMA_VERSION:
+            raise BadData(
+                f"{directory} has schema version {description.schema_version}, this version reads {SCHEMA_VERSION}; "
+                "prepare it again"
+            )
+        frames = {}
+        for name, digest in files.items():
+            if not (directory / name).is_file() or file_digest(directory / name) != digest:
+                raise BadData(f"{directory / name} is missing or differs from what was written; prepare it again")
+            frames[name.removesuffix(".parquet")] = pl.read_parquet(directory / name)
+        return cls(**frames, description=description)

@@ -1,0 +1,48 @@
+"""`trirank data prepare`: any source → a dataset directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trirank_build.data.dataset import Dataset
+from trirank_build.data.options import PrepareOptions
+from trirank_build.data.sources.behaviour_log import COLUMNS as LOG_COLUMNS
+from trirank_build.data.sources.behaviour_log import prepare_behaviour_log
+from trirank_build.data.sources.judged_search import COLUMNS as JUDGED_COLUMNS
+from trirank_build.data.sources.judged_search import prepare_judged_search
+from trirank_build.data.sources.sequences import looks_like_sequences, prepare_sequences
+from trirank_build.data.sources.shop import ShopSize, make_shop
+from trirank_build.data.sources.tables import read_text
+from trirank_build.errors import BadData
+
+SHOP = "shop"
+
+
+def prepare(source: str, options: PrepareOptions) -> Dataset:
+    """The dataset of a source: the word ``shop``, or a file whose kind is seen from its first line.
+
+    Raises:
+        BadData: the file cannot be used; the message says why.
+    """
+    for extra in (options.items, options.queries):
+        if extra is not None and not extra.is_file():
+            raise BadData(f"{extra} is no file")
+    if source == SHOP:
+        return make_shop(ShopSize(), options.seed)
+    path = Path(source)
+    if path.is_dir():
+        raise BadData(f"{path} is a folder; give one of its files")
+    if path.suffix == ".parquet":
+        return prepare_behaviour_log(path, options)
+    head = read_text(path).lstrip().split("\n", 1)[0].strip()
+    if looks_like_sequences(head):
+        return prepare_sequences(path, options)
+    names = {name.strip().strip('"').lower() for name in head.replace("\t", ",").split(",")}
+    if {"search_term", "relevance"} & names:
+        return prepare_judged_search(path, options)
+    if len(names) > 1:
+        return prepare_behaviour_log(path, options)
+    raise BadData(
+        f"{path} starts with {head[:60]!r}, which is none of: a header with {', '.join(LOG_COLUMNS)}; "
+        f"a header with {', '.join(JUDGED_COLUMNS)}; lines of `user item item …` in numbers"
+    )

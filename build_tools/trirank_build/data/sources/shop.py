@@ -1,0 +1,302 @@
+"""A synthetic shop: a seeded world whose choices come from a known model, so that the best ranking is known.
+
+The choice model. User u looks at item i at time t with query q. The utility is
+
+    U = brand_affinity[u, brand(i)]                                        normal(0, BRAND)
+      + category_affinity[u, category(i)]                                  normal(0, CATEGORY)
+      + INTEREST · [category(i) is what u is after in this week]
+      − PRICE · sensitivity[u] · |log price(i) − log budget[u]|            sensitivity: exponential(1)
+      + quality[product(i)]                                                normal(0, QUALITY)
+      + MATCH · [the words of q beyond the category fit i]                 searches only
+
+and choices are drawn independently: click ~ sigmoid(SLOPE · (U − CLICK_AT)); a cart, given a click, ~
+sigmoid(SLOPE · (U − CART_AT)); a purchase, given a cart, with probability BUY. The expected gain grows with U, so
+ordering by U is the best possible ranking; requests keep it in the column ``utility``, and the NDCG of that order
+is the highest that any ranker can be expected to reach. Display order is drawn at random, so clicks carry no
+position bias. Popularity and retrieval know nothing of U but a noisy part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from trirank.contract import Behaviour
+from trirank_build.data.dataset import GAINS, NO_USER, OPTIMUM, TASKS, Dataset, Description
+from trirank_build.data.splitting import split_by_time, time_split
+from trirank_build.progress import progress
+
+BRAND, CATEGORY, QUALITY = 1.0, 0.6, 0.5
+INTEREST, PRICE, MATCH = 1.2, 0.8, 2.0
+SLOPE, CLICK_AT, CART_AT, BUY = 1.6, 3.0, 3.4, 0.6
+
+START = 1_767_225_600  # 2026-01-01
+DAYS = 60
+DAY_S = 86_400
+ANONYMOUS_SHARE, SEARCH_SHARE, NEW_ITEM_SHARE = 0.2, 0.45, 0.15
+
+NOUNS = (
+    "running shoes", "rain jacket", "backpack", "water bottle", "yoga mat", "headphones", "desk lamp", "office chair",
+    "coffee grinder", "frying pan", "chef knife", "bed linen", "bath towel", "garden hose", "cordless drill",
+    "tool box", "phone case", "keyboard", "monitor stand", "board game", "puzzle", "baby blanket", "dog leash",
+    "bicycle helmet",
+)  # fmt: skip
+BRANDS = (
+    "Alder", "Brightwell", "Cobalt", "Dunmore", "Everly", "Fjord", "Granite", "Harbor", "Ivory", "Juniper",
+    "Kestrel", "Lumen", "Maple", "Northway", "Orchard", "Pinecrest", "Quarry", "Ridgeline", "Solstice", "Thistle",
+    "Umber", "Vantage", "Willow", "Yarrow", "Zephyr", "Aster", "Beacon", "Cinder", "Drift", "Ember",
+)  # fmt: skip
+STYLES = (
+    "classic", "compact", "premium", "everyday", "outdoor", "slim", "heavy duty", "lightweight", "foldable", "modern",
+    "vintage", "kids",
+)  # fmt: skip
+COLOURS = ("black", "white", "red", "blue", "green", "grey", "yellow", "brown")
+
+
+@dataclass(frozen=True)
+class ShopSize:
+    """How much of it."""
+
+    products: int = 1_600
+    users: int = 2_500
+    requests: int = 24_000
+    candidates: int = 50
+
+
+@dataclass(frozen=True)
+class _World:
+    """What is true, and what only the generator knows. Arrays over items [M] or users [U]."""
+
+    brand: NDArray[np.int64]
+    category: NDArray[np.int64]
+    style: NDArray[np.int64]
+    colour: NDArray[np.int64]
+    product: NDArray[np.int64]
+    log_price: NDArray[np.float64]
+    quality: NDArray[np.float64]
+    created: NDArray[np.int64]
+    demand: NDArray[np.float64]
+    brand_affinity: NDArray[np.float64]  # [U, brands]
+    category_affinity: NDArray[np.float64]  # [U, categories]
+    interest: NDArray[np.int64]  # [U, weeks] category
+    budget: NDArray[np.float64]  # [U] log
+    sensitivity: NDArray[np.float64]  # [U]
+
+
+def make_shop(size: ShopSize, seed: int) -> Dataset:
+    """The shop as a dataset; the same seed gives the same bytes."""
+    rng = np.random.default_rng(seed)
+    world = _make_world(size, rng)
+    requests = _draw_requests(world, size, rng)
+    events = _events_of(requests)
+    valid_from, test_from = split_by_time(requests["timestamp"])
+    split = time_split(valid_from, test_from)
+    items = _item_table(world)
+    return Dataset(
+        items=items,
+        events=events.with_columns(split),
+        requests=requests.with_columns(split, missed=pl.lit([], dtype=pl.List(pl.Float32))),
+        description=Description(
+            source=f"synthetic shop, seed {seed}",
+            timed=True,
+            tasks=TASKS,
+            counts={"items": items.height, "events": events.height, "requests": requests.height},
+            cleaning=[],
+            notes={"seed": seed, "valid_from": valid_from, "test_from": test_from},
+        ),
+    )
+
+
+def _make_world(size: ShopSize, rng: np.random.Generator) -> _World:
+    variants = rng.integers(1, 4, size=size.products)
+    product = np.repeat(np.arange(size.products), variants)
+    items = len(product)
+    place = np.arange(items) - np.repeat(np.cumsum(variants) - variants, variants)
+    category_p = rng.integers(len(NOUNS), size=size.products)
+    base_price = np.log(rng.uniform(15, 150, size=len(NOUNS)))[category_p] + rng.normal(0, 0.5, size.products)
+    quality = rng.normal(0, QUALITY, size.products)
+    created_p = np.where(
+        rng.random(size.products) < NEW_ITEM_SHARE,
+        START + rng.integers(DAYS * DAY_S, size=size.products),
+        START - rng.integers(1, 600 * DAY_S, size=size.products),
+    )
+    weeks = DAYS // 7 + 1
+    return _World(
+        brand=rng.integers(len(BRANDS), size=size.products)[product],
+        category=category_p[product],
+        style=rng.integers(len(STYLES), size=size.products)[product],
+        colour=(rng.integers(len(COLOURS), size=size.products)[product] + place) % len(COLOURS),
+        product=product,
+        log_price=np.round(base_price, 2)[product],
+        quality=quality[product],
+        created=created_p[product],
+        demand=1.0 * quality[product] + rng.normal(0, 0.7, items),
+        brand_affinity=rng.normal(0, BRAND, (size.users, len(BRANDS))),
+        category_affinity=rng.normal(0, CATEGORY, (size.users, len(NOUNS))),
+        interest=rng.integers(len(NOUNS), size=(size.users, weeks)),
+        budget=rng.normal(np.log(60), 0.5, size.users),
+        sensitivity=rng.exponential(1.0, size.users),
+    )
+
+
+def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> pl.DataFrame:
+    n = size.requests
+    activity = rng.zipf(1.8, size.users).clip(max=30).astype(float)
+    user = rng.choice(size.users, n, p=activity / activity.sum())
+    anonymous = rng.random(n) < ANONYMOUS_SHARE
+    day = rng.integers(DAYS, size=n)
+    second = np.clip(rng.normal(17 * 3600, 4 * 3600, n), 0, DAY_S - 1).astype(np.int64)
+    order = np.argsort(when := START + day * DAY_S + second, kind="stable")
+    when, user, anonymous = when[order], user[order], anonymous[order]
+    search = rng.random(n) < SEARCH_SHARE
+    # People search for what they are after, most of the time.
+    after = world.interest[user, (when - START) // (7 * DAY_S)]
+    category = np.where(rng.random(n) < 0.6, after, rng.integers(len(NOUNS), size=n))
+    extra = rng.integers(4, size=n)  # nothing, a colour, a style, a brand
+    word = np.stack([rng.integers(len(w), size=n) for w in (COLOURS, STYLES, BRANDS)], 1)
+
+    columns: dict[str, list[Any]] = {name: [] for name in ("item_ids", "retrieval_scores", "labels", OPTIMUM)}
+    chunk = 500
+    with progress() as bar:
+        task = bar.add_task("drawing sessions", total=n)
+        for start in range(0, n, chunk):
+            part = slice(start, min(start + chunk, n))
+            found = _retrieve(world, size, rng, when[part], user[part], search[part], category[part], extra[part], word[part])
+            items, scores = found
+            utility = _utility(world, items, when[part], user[part], search[part], extra[part], word[part])
+            chance = _sigmoid(SLOPE * (utility - CLICK_AT))
+            click = rng.random(items.shape) < chance
+            cart = click & (rng.random(items.shape) < _sigmoid(SLOPE * (utility - CART_AT)))
+            purchase = cart & (rng.random(items.shape) < BUY)
+            labels = np.select(
+                [purchase, cart, click], [GAINS["PURCHASE"], GAINS["CART"], GAINS["CLICK"]], 0.0
+            ).astype(np.float32)
+            for name, values in (
+                ("item_ids", items + 1),
+                ("retrieval_scores", scores.astype(np.float32)),
+                ("labels", labels),
+                (OPTIMUM, utility.astype(np.float32)),
+            ):
+                columns[name].append(pl.Series(name, values).arr.to_list())
+            bar.advance(task, items.shape[0])
+    words = np.stack([np.full(n, ""), *(np.array(w)[word[:, at]] for at, w in enumerate((COLOURS, STYLES, BRANDS)))], 1)
+    prefix = words[np.arange(n), extra].astype(object)
+    query = np.where(search, (prefix + " " + np.array(NOUNS, object)[category]), "")
+    return pl.DataFrame(
+        {
+            "user_id": np.where(anonymous, NO_USER, user + 1),
+            "timestamp": when,
+            "query": pl.Series([str(text).strip().lower() for text in query]),
+            "scenario": np.where(search, "search", "home"),
+            **{name: pl.concat(parts) for name, parts in columns.items()},
+        }
+    )
+
+
+def _retrieve(
+    world: _World,
+    size: ShopSize,
+    rng: np.random.Generator,
+    when: NDArray[np.int64],
+    user: NDArray[np.int64],
+    search: NDArray[np.bool_],
+    category: NDArray[np.int64],
+    extra: NDArray[np.int64],
+    word: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """[B, N] item numbers and scores, best first: what a plain candidate generator finds."""
+    shape = (len(when), len(world.product))
+    score = world.demand[None, :] + rng.normal(0, 0.8, shape)
+    in_category = world.category[None, :] == category[:, None]
+    score += np.where(search[:, None], 6.0 * in_category, 0.5 * world.category_affinity[user][:, world.category])
+    score += np.where(search[:, None], 0.8 * _matches(world, extra, word), 0)
+    score[world.created[None, :] > when[:, None]] = -np.inf
+    top = np.argpartition(-score, size.candidates, axis=1)[:, : size.candidates]
+    values = np.take_along_axis(score, top, 1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    return np.take_along_axis(top, order, 1), np.take_along_axis(values, order, 1)
+
+
+def _matches(world: _World, extra: NDArray[np.int64], word: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[B, M]: whether an item fits the query's words beyond the category."""
+    kinds = (world.colour, world.style, world.brand)
+    fits = np.zeros((len(extra), len(world.product)), bool)
+    for at, values in enumerate(kinds):
+        fits |= (extra == at + 1)[:, None] & (values[None, :] == word[:, at, None])
+    return fits
+
+
+def _utility(
+    world: _World,
+    items: NDArray[np.int64],
+    when: NDArray[np.int64],
+    user: NDArray[np.int64],
+    search: NDArray[np.bool_],
+    extra: NDArray[np.int64],
+    word: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """[B, N]; see the top of this file."""
+    who = user[:, None]
+    after = world.interest[user, (when - START) // (7 * DAY_S)]
+    fits = np.take_along_axis(_matches(world, extra, word), items, 1)
+    distance = np.abs(world.log_price[items] - world.budget[who])
+    utility: NDArray[np.float64] = (
+        world.brand_affinity[who, world.brand[items]]
+        + world.category_affinity[who, world.category[items]]
+        + INTEREST * (world.category[items] == after[:, None])
+        - PRICE * world.sensitivity[who] * distance
+        + world.quality[items]
+        + MATCH * (fits & search[:, None])
+    )
+    return utility
+
+
+def _events_of(requests: pl.DataFrame) -> pl.DataFrame:
+    """The interactions of known users: one row a click, cart or purchase, some seconds after the request."""
+    behaviours = {Behaviour.CLICK: 1, Behaviour.CART: 2, Behaviour.PURCHASE: 3}
+    chosen = (
+        requests.filter(pl.col("user_id") != NO_USER)
+        .select("user_id", "timestamp", "item_ids", "labels")
+        .explode("item_ids", "labels")
+        .filter(pl.col("labels") > 0)
+    )
+    return pl.concat(
+        [
+            chosen.filter(pl.col("labels") >= gain).select(
+                "user_id",
+                pl.col("item_ids").alias("item_id"),
+                pl.lit(behaviour.value, pl.Int8).alias("behaviour"),
+                pl.col("timestamp") + 20 * gain,
+            )
+            for behaviour, gain in behaviours.items()
+        ]
+    ).sort("timestamp", "user_id", "item_id", "behaviour")
+
+
+def _item_table(world: _World) -> pl.DataFrame:
+    items = len(world.product)
+    names = [np.array(words)[index] for words, index in (
+        (BRANDS, world.brand), (STYLES, world.style), (NOUNS, world.category), (COLOURS, world.colour)
+    )]
+    return pl.DataFrame(
+        {
+            "item_id": np.arange(1, items + 1),
+            "key": [str(i) for i in range(1, items + 1)],
+            "title": [" ".join(parts) for parts in zip(*names, strict=True)],
+            "brand": names[0],
+            "category": names[2],
+            "price": np.round(np.exp(world.log_price), 2),
+            "product_id": world.product,
+            "created_at": world.created,
+            "attributes": pl.Series([[]] * items, dtype=pl.List(pl.String)),
+            "available": np.ones(items, bool),
+        }
+    )
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(-x))

@@ -1,0 +1,33 @@
+"""TrirankBuildError
+├── BadData            a data file or dataset cannot be used
+├── BadRecipe          a recipe has an unknown key or a value out of range
+├── BadCheckpoint      a checkpoint is damaged, unsafe, or of another model
+├── BadModel           an ONNX graph or module breaks the contract
+└── ServeError         the server cannot be found, started or reached
+
+The command prints the message on one line and exits with 1; a traceback is a defect.
+"""
+
+
+class TrirankBuildError(Exception):
+    """Base of what the build tools raise. The message says what, which value, the limit, and what to do."""
+
+
+class BadData(TrirankBuildError):
+    """A data file or dataset cannot be used."""
+
+
+class BadRecipe(TrirankBuildError):
+    """A recipe has an unknown key or a value out of range."""
+
+
+class BadCheckpoint(TrirankBuildError):
+    """A checkpoint is damaged, unsafe, or of another model."""
+
+
+class BadModel(TrirankBuildError):
+    """An ONNX graph or a module breaks the contract."""
+
+
+class ServeError(TrirankBuildError):
+    """The server cannot be found, started or reached."""

@@ -1,0 +1,112 @@
+"""`trirank evaluate`: a ranker against the orders it has to beat, on the same requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from trirank_backend.features import STATIC_DENSE
+from trirank_build.data.dataset import OPTIMUM
+from trirank_build.evaluation import metrics
+from trirank_build.evaluation.bootstrap import Interval, mean_interval
+from trirank_build.training.examples import Examples
+
+_BATCH = 256
+THRESHOLD = 0.5
+"""Accuracy counts a candidate as predicted relevant from this share of its request's best score on."""
+
+
+def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
+    """[R, N] the mean over tasks of the ranker's scores, as the default policy weighs them."""
+    model.eval()
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(examples), _BATCH):
+            which = np.arange(start, min(start + _BATCH, len(examples)))
+            packed = examples.whole(which).packed
+            tensors = {name: torch.from_numpy(array) for name, array in packed.tensors().items()}
+            parts.append(model(**tensors).mean(-1).numpy())
+    return np.concatenate(parts)
+
+
+def valid_ndcg(model: nn.Module, examples: Examples) -> float:
+    """Mean NDCG@10 over requests with anything relevant."""
+    valid = examples.rows >= 0
+    gains = metrics.order_gains(score(model, examples), examples.labels, valid)
+    return float(np.nanmean(metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        table: ranking → metric → estimate with interval.
+        differences: ranking → NDCG@10 of the ranker minus that of the ranking, paired.
+    """
+
+    requests: int
+    table: dict[str, dict[str, Interval]]
+    differences: dict[str, Interval]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "requests": self.requests,
+            "table": {name: {m: i._asdict() for m, i in row.items()} for name, row in self.table.items()},
+            "ndcg10_above": {name: interval._asdict() for name, interval in self.differences.items()},
+        }
+
+
+def evaluate(model: nn.Module, examples: Examples, popularity: NDArray[np.float32], seed: int = 0) -> Evaluation:
+    """Rank the same requests by the ranker, retrieval order, popularity, chance, and, where known, the optimum.
+
+    Args:
+        popularity: [M+1] of each catalogue row.
+    """
+    valid = examples.rows >= 0
+    rng = np.random.default_rng(seed)
+    width = examples.rows.shape[1]
+    rankings = {
+        "ranker": score(model, examples),
+        "retrieval": np.broadcast_to(-np.arange(width, dtype=np.float32), examples.rows.shape),
+        "popularity": popularity[examples.rows] + 1e-6 * rng.random(examples.rows.shape),
+        "random": rng.random(examples.rows.shape),
+    }
+    if OPTIMUM in examples.requests.columns:
+        best = np.full(examples.rows.shape, -np.inf, np.float32)
+        best[valid] = examples.requests[OPTIMUM].explode().to_numpy()
+        rankings["optimum"] = best
+    ideal = metrics.ideal_gains(examples.labels, examples.missed)
+    table, ndcg = {}, {}
+    for name, scores in rankings.items():
+        scores = scores.astype(np.float32)
+        gains = metrics.order_gains(scores, examples.labels, valid)
+        ndcg[name] = metrics.ndcg(gains, ideal)
+        values = {
+            "NDCG@10": ndcg[name],
+            "MRR": metrics.mrr(gains, ideal),
+            "Hit@10": metrics.hit(gains, ideal),
+            "recall@10": metrics.recall(gains, ideal),
+            "precision@10": metrics.precision(gains, ideal),
+            "F1@10": metrics.f1(gains, ideal),
+            "AUC": metrics.auc(scores, examples.labels, valid),
+        }
+        table[name] = {metric: mean_interval(per_request) for metric, per_request in values.items()}
+    return Evaluation(
+        requests=len(examples),
+        table=table,
+        differences={
+            name: mean_interval(ndcg["ranker"] - ndcg[name]) for name in ("retrieval", "popularity", "random")
+        },
+    )
+
+
+def popularity_of(dense: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[M+1] the catalogue's popularity column."""
+    return dense[:, STATIC_DENSE.index("popularity")]

@@ -1,0 +1,1 @@
+"""Rankers, and how their weights are kept."""
