@@ -18,7 +18,8 @@ from trirank.contract import Behaviour, Signal
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.features import TIME_GAPS, FeatureSpec, Packer
 from trirank_backend.stages import load_packer
-from trirank_backend.text import TextEncoder
+from trirank_backend.text import TextEncoder, title_trigrams
+from trirank_build.baselines.popularity import choices
 from trirank_build.data.dataset import Dataset
 from trirank_build.training.recipe import FeatureRecipe
 
@@ -53,7 +54,7 @@ class Features:
 def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Features:
     """Fit on the training split and write to ``directory``, which must exist."""
     items = dataset.items
-    counts = _counts(dataset)
+    counts = choices(dataset)
     has_text = bool((items["title"] != "").any())
     titles = recipe.title_length if has_text else 0
     slots = min(recipe.attribute_slots, int(str(items["attributes"].list.len().max() or 0)))
@@ -84,11 +85,12 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
         item_fields=(
             *columns,
             *(f"attribute_{at}" for at in range(slots)),
-            *(f"title_{at}" for at in range(titles)),
+            *(f"title_{at}" for at in range(titles if recipe.embed_text else 0)),
         ),
         tables=tables,
         tasks=tuple(dataset.description.tasks),
         timed=dataset.description.timed,
+        embed_text=recipe.embed_text,
     )
     text = TextEncoder(tokenizer, tables["token"][0])
     tokens = text.encode(items["title"].to_list(), titles) if titles else np.zeros((items.height, 0), np.int32)
@@ -96,7 +98,7 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
         [
             *(_joint(values[:, None], tables[name][0]) for name, values in columns.items()),
             _joint(attribute_codes, tables["attribute"][0]),
-            tokens,
+            *([tokens] if recipe.embed_text else []),
         ],
         axis=1,
     )
@@ -111,27 +113,16 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
         products=_with_no_item(np.unique(items["product_id"].to_numpy(), return_inverse=True)[1].astype(np.int32), -1),
         created_at=_with_no_item(items["created_at"].to_numpy(), 0),
         signals=_with_no_item(signals.astype(np.int32), 0),
+        titles=_with_no_item(tokens, 0),
+        trigrams=_with_no_item(
+            title_trigrams(items["title"].to_list()) if titles else np.zeros((items.height, 0), np.uint8), 0
+        ),
     )
     catalogue.save(directory / "catalogue")
     spec.save(directory / "features.json")
     tokenizer.save(str(directory / "tokenizer.json"))
     np.save(directory / "token_idf.npy", _idf(tokens, spec.vocabulary_size))
     return Features.load(directory)
-
-
-def _counts(dataset: Dataset) -> NDArray[np.int64]:
-    """[M] how often each item was chosen in training; judged search has no events, there judgements count."""
-    events = dataset.events.filter(pl.col("split") == "train").select("item_id")
-    if events.is_empty():
-        requests = dataset.split("train").select(pl.col("item_ids").alias("item_id"), "labels")
-        events = requests.explode("item_id", "labels").filter(pl.col("labels") > 0).select("item_id")
-    counted = events.group_by("item_id").len()
-    return (
-        dataset.items.select("item_id").join(counted, on="item_id", how="left", maintain_order="left")["len"]
-        .fill_null(0)
-        .to_numpy()
-        .astype(np.int64)
-    )  # fmt: skip
 
 
 def _item_codes(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -30,6 +30,8 @@ class Catalogue:
         products: [M+1] int32; variants of one product share a number; -1 in the last row.
         created_at: [M+1] int64, seconds since 1970; 0: unknown.
         signals: [M+1] int32, Signal bits that depend on the item alone.
+        titles: [M+1, T] int32 token ids of the title, 0-padded behind; T = 0 where there are no titles.
+        trigrams: [M+1, 64] uint8, letter trigrams of the title (text.title_trigrams); no column where there are no titles.
     """
 
     ids: NDArray[np.int64]
@@ -38,6 +40,8 @@ class Catalogue:
     products: NDArray[np.int32]
     created_at: NDArray[np.int64]
     signals: NDArray[np.int32]
+    titles: NDArray[np.int32]
+    trigrams: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -31,6 +31,15 @@ DENSE = (
     "seen_category",
     "query_coverage",  # share of the query's tokens in the title, weighted by rarity
     "title_coverage",  # share of the title's tokens in the query
+    "query_bigrams",  # share of the query's neighbouring tokens that are neighbours in the title
+    "query_last_token",  # whether the last token, often the noun, is in the title
+    "first_match",  # 1 / (1 + place of the title's first token that is in the query)
+    "title_length",  # share of the title's places that are filled
+    # Letter trigrams of the query's words found in the title forgive spelling and inflection:
+    "fuzzy_coverage",  # mean share over the words
+    "fuzzy_words",  # share of the words that are mostly there
+    "fuzzy_worst",  # smallest share
+    "fuzzy_last",  # share of the last word
 )
 CONTEXT = (
     "anonymous",
@@ -50,6 +59,9 @@ MATCH_COVERAGE = 0.5
 """From this share of the query on, a candidate counts as matching it."""
 NEW_DAYS = 14
 DAY_S = 86_400
+FUZZY_SHARE = 0.6
+"""From this share of its trigrams on, a word of the query counts as there."""
+_BITS = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class FeatureSpec:
         tables: table name → (first id, size) in the joint vocabulary.
         tasks: names of the T score columns.
         timed: whether timestamps are times; if not they only order events.
+        embed_text: whether the ranker sees the query's tokens (and items have title fields); if not, text only
+            counts through how well query and title match.
     """
 
     history_length: int
@@ -73,6 +87,7 @@ class FeatureSpec:
     tables: dict[str, tuple[int, int]]
     tasks: tuple[str, ...]
     timed: bool = True
+    embed_text: bool = True
     dense: tuple[str, ...] = field(default=DENSE)
     context: tuple[str, ...] = field(default=CONTEXT)
 
@@ -127,6 +142,7 @@ class RequestBatch:
         rows: [B, N] int32 catalogue rows, -1: padding or unknown.
         retrieval_scores: [B, N] float32; NaN: none was given.
         query: [B, Q] int32 token ids.
+        query_trigrams: [B, W, 64] uint8, see text.query_trigrams.
         timestamps: [B] int64 seconds since 1970.
         anonymous: [B] bool.
         history_rows, history_behaviours, history_timestamps: [B, L], newest last, rows -1 where there is none.
@@ -135,6 +151,7 @@ class RequestBatch:
     rows: NDArray[np.int32]
     retrieval_scores: NDArray[np.float32]
     query: NDArray[np.int32]
+    query_trigrams: NDArray[np.uint8]
     timestamps: NDArray[np.int64]
     anonymous: NDArray[np.bool_]
     history_rows: NDArray[np.int32]
@@ -171,8 +188,6 @@ class Packer:
         self._token_idf = token_idf
         fields = spec.item_fields
         self._brand, self._category = fields.index("brand"), fields.index("category")
-        titles = [at for at, name in enumerate(fields) if name.startswith("title_")]
-        self._titles = slice(titles[0], titles[-1] + 1) if titles else slice(0, 0)
         self._behaviour_first = spec.tables["behaviour"][0]
         self._gap_first = spec.tables["time_gap"][0]
 
@@ -181,7 +196,8 @@ class Packer:
         candidates = self.catalogue.fields[batch.rows]  # [B, N, F]
         history = self._history(batch)  # [B, L, FH]
         dense, signals = self._dense(batch, candidates, history)
-        return Packed(history, batch.query, candidates, dense, self._context(batch), signals)
+        query = batch.query if self.spec.embed_text else np.zeros_like(batch.query)
+        return Packed(history, query, candidates, dense, self._context(batch), signals)
 
     def _history(self, batch: RequestBatch) -> NDArray[np.int32]:
         items = self.catalogue.fields[batch.history_rows]  # [B, L, F]
@@ -223,8 +239,9 @@ class Packer:
         purchased = _occurrences(rows, bought, none=-1)
         for at, count in enumerate((seen_item, seen_product, seen_brand, seen_category), start=7):
             dense[..., at] = np.log1p(count)
-        if batch.query.any():
-            dense[..., 11:13] = self._text_match(candidates[..., self._titles], batch.query)
+        if batch.query.any() and catalogue.titles.shape[1]:
+            dense[..., 11:17] = self._text_match(catalogue.titles[rows], batch.query)
+            dense[..., 17:21] = _fuzzy_match(catalogue.trigrams[rows], batch.query_trigrams)
         dense *= valid[..., None]
 
         signals = catalogue.signals[rows]
@@ -241,15 +258,24 @@ class Packer:
         return dense, np.where(valid, signals, 0).astype(np.int32)
 
     def _text_match(self, titles: NDArray[np.int32], query: NDArray[np.int32]) -> NDArray[np.float32]:
-        """[B, N, 2]: share of the query found in the title, and of the title found in the query."""
-        equal = (titles[:, :, :, None] == query[:, None, None, :]) & (query > 0)[:, None, None, :]  # [B, N, T, Q]
-        weight = np.where(query > 0, self._token_idf[query], 0)  # [B, Q]
-        covered = (equal.any(2) * weight[:, None, :]).sum(-1)  # [B, N]
-        matched = equal.any(3).sum(-1)
+        """[B, N, 6]: query_coverage to title_length of DENSE, from titles [B, N, T] and query [B, Q]."""
+        real = query > 0
+        equal = (titles[:, :, :, None] == query[:, None, None, :]) & real[:, None, None, :]  # [B, N, T, Q]
+        in_title, in_query = equal.any(2), equal.any(3)  # [B, N, Q], [B, N, T]
+        weight = np.where(real, self._token_idf[query], 0)  # [B, Q]
+        tokens = real.sum(1)  # [B]
+        length = np.count_nonzero(titles, axis=2)  # [B, N]
+        pairs = (equal[:, :, :-1, :-1] & equal[:, :, 1:, 1:]).any(2).sum(-1)
+        last = np.maximum(tokens - 1, 0)[:, None, None]
+        first = in_query.argmax(-1)
         return np.stack(
             [
-                covered / np.maximum(weight.sum(-1), 1e-6)[:, None],
-                matched / np.maximum((titles > 0).sum(-1), 1),
+                (in_title * weight[:, None, :]).sum(-1) / np.maximum(weight.sum(-1), 1e-6)[:, None],
+                in_query.sum(-1) / np.maximum(length, 1),
+                pairs / np.maximum(tokens - 1, 1)[:, None],
+                np.take_along_axis(in_title, last, 2)[..., 0],
+                np.where(in_query.any(-1), 1 / (1 + first), 0),
+                length / titles.shape[2],
             ],
             axis=-1,
         ).astype(np.float32)
@@ -273,6 +299,27 @@ def _occurrences(values: NDArray[np.int32], past: NDArray[np.int32], none: int) 
     """[B, N]: how often each value [B, N] stands in past [B, L]; ``none`` never matches."""
     equal = values[:, :, None] == past[:, None, :]
     return np.where(values == none, 0, np.count_nonzero(equal, axis=2))
+
+
+def _fuzzy_match(titles: NDArray[np.uint8], words: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """[B, N, 4]: fuzzy_coverage to fuzzy_last of DENSE, from Bloom filters [B, N, 64] and [B, W, 64]."""
+    count = words.any(2).sum(1)  # [B]
+    pairs = words[:, : max(int(count.max()), 1)].view(np.uint16)  # 16 bits a look-up
+    there = pairs.any(2)  # [B, W]
+    shared = _BITS[titles.view(np.uint16)[:, :, None, :] & pairs[:, None, :, :]].sum(-1, dtype=np.int32)  # [B, N, W]
+    size = np.maximum(_BITS[pairs].sum(-1, dtype=np.int32), 1)
+    covered = np.where(there[:, None, :], shared / size[:, None, :], 0)
+    words_there = np.maximum(count, 1)[:, None]
+    last = np.maximum(count - 1, 0)[:, None, None]
+    return np.stack(
+        [
+            covered.sum(-1) / words_there,
+            (covered > FUZZY_SHARE).sum(-1) / words_there,
+            np.where(there[:, None, :], covered, 1).min(-1) * (count > 0)[:, None],
+            np.take_along_axis(covered, last, 2)[..., 0],
+        ],
+        axis=-1,
+    ).astype(np.float32)
 
 
 def _retrieval(scores: NDArray[np.float32], given: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -24,7 +24,7 @@ from trirank_backend.features import FeatureSpec, Packer, RequestBatch
 from trirank_backend.histories import Events, HistoryBatch, SqliteUserStore, UserStore
 from trirank_backend.policies import load_policies
 from trirank_backend.reranking import PolicyTable, rerank
-from trirank_backend.text import TextEncoder
+from trirank_backend.text import TextEncoder, query_trigrams
 
 Tensors = dict[str, NDArray[Any]]
 FEATURES = "features"
@@ -125,6 +125,7 @@ class Preprocess:
 
         now = int(self._clock())
         timestamps = np.concatenate([_or_full(r.timestamps, len(r.item_ids), now) for r in requests])
+        queries = [text for request in requests for text in request.queries]
         users = np.concatenate([request.user_ids for request in requests])
         history, cold = self._histories(requests, users, timestamps)
         batch = RequestBatch(
@@ -132,7 +133,8 @@ class Preprocess:
             retrieval_scores=_stack(
                 [_or_full(r.retrieval_scores, r.item_ids.shape, np.nan) for r in requests], width, np.nan
             ).astype(np.float32, copy=False),
-            query=self._text.encode([text for request in requests for text in request.queries], spec.query_length),
+            query=self._text.encode(queries, spec.query_length),
+            query_trigrams=query_trigrams(queries),
             timestamps=timestamps,
             anonymous=users == contract.ANONYMOUS_USER,
             history_rows=catalogue.rows(history.item_ids),

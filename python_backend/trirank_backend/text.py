@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,38 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from trirank_backend.errors import InvalidRelease
+
+TRIGRAM_BYTES = 64
+"""Bytes of a Bloom filter of letter trigrams: about 60 trigrams of a title in 512 bits."""
+QUERY_WORDS = 8
+"""Words of a query that are matched letter by letter."""
+_WORD = re.compile(r"[^\W\d_]+|\d+")
+
+
+def title_trigrams(titles: list[str]) -> NDArray[np.uint8]:
+    """[B, 64]: the letter trigrams of all words of each title, as a Bloom filter with one hash."""
+    bits = np.zeros((len(titles), TRIGRAM_BYTES * 8), bool)
+    for row, title in enumerate(titles):
+        bits[row, [place for word in _words(title) for place in _places(word)]] = True
+    return np.packbits(bits, axis=1)
+
+
+def query_trigrams(queries: list[str]) -> NDArray[np.uint8]:
+    """[B, 8, 64]: the letter trigrams of each query word; zeros behind the last word."""
+    bits = np.zeros((len(queries), QUERY_WORDS, TRIGRAM_BYTES * 8), bool)
+    for row, query in enumerate(queries):
+        for at, word in enumerate(_words(query)[:QUERY_WORDS]):
+            bits[row, at, _places(word)] = True
+    return np.packbits(bits, axis=2)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _places(word: str) -> list[int]:
+    marked = f"#{word}#".encode()
+    return [zlib.crc32(marked[at : at + 3]) % (TRIGRAM_BYTES * 8) for at in range(len(marked) - 2)]
 
 
 class TextEncoder:

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trirank_backend.features import STATIC_DENSE
 from trirank_build.data.dataset import OPTIMUM
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.bootstrap import Interval, mean_interval
@@ -63,11 +62,11 @@ class Evaluation:
         }
 
 
-def evaluate(model: nn.Module, examples: Examples, popularity: NDArray[np.float32], seed: int = 0) -> Evaluation:
+def evaluate(model: nn.Module, examples: Examples, popularity: NDArray[np.int64], seed: int = 0) -> Evaluation:
     """Rank the same requests by the ranker, retrieval order, popularity, chance, and, where known, the optimum.
 
     Args:
-        popularity: [M+1] of each catalogue row.
+        popularity: [M] of each catalogue row.
     """
     valid = examples.rows >= 0
     rng = np.random.default_rng(seed)
@@ -106,7 +105,3 @@ def evaluate(model: nn.Module, examples: Examples, popularity: NDArray[np.float3
         },
     )
 
-
-def popularity_of(dense: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[M+1] the catalogue's popularity column."""
-    return dense[:, STATIC_DENSE.index("popularity")]

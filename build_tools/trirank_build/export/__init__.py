@@ -1,0 +1,1 @@
+"""A trained module → ONNX, proven equal."""

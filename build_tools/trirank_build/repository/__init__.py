@@ -1,0 +1,1 @@
+"""A ranker and its features → a release that Triton serves."""

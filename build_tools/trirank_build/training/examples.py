@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from trirank.contract import ANONYMOUS_USER
 from trirank_backend.features import Packed, RequestBatch
+from trirank_backend.text import query_trigrams
 from trirank_build.data.dataset import Dataset
 from trirank_build.feature_fitting import Features
 
@@ -82,6 +83,7 @@ class Examples:
         self._users = requests["user_id"].to_numpy()
         self._times = requests["timestamp"].to_numpy()
         self._query = features.text.encode(requests["query"].to_list(), features.spec.query_length)
+        self._trigrams = query_trigrams(requests["query"].to_list())
         lengths = requests["item_ids"].list.len().to_numpy().astype(np.int64)
         there = np.arange(lengths.max())[None, :] < lengths[:, None]
         self.rows = np.full(there.shape, -1, np.int32)
@@ -106,6 +108,7 @@ class Examples:
                 rows=rows,
                 retrieval_scores=scores,
                 query=self._query[which],
+                query_trigrams=self._trigrams[which],
                 timestamps=self._times[which],
                 anonymous=self._users[which] == ANONYMOUS_USER,
                 history_rows=past[0],

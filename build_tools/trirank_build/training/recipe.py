@@ -34,6 +34,8 @@ class FeatureRecipe(_Section):
     """L, newest events kept."""
     query_length: Annotated[int, Field(ge=1, le=64)] = 8
     title_length: Annotated[int, Field(ge=0, le=64)] = 12
+    embed_text: bool = True
+    """Whether words have embeddings. Where queries are few, how well query and title match says more."""
     attribute_slots: Annotated[int, Field(ge=0, le=16)] = 4
     vocabulary: Annotated[int, Field(ge=100, le=100_000)] = 8_000
     """Subwords of the tokeniser."""

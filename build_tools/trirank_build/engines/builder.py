@@ -1,0 +1,122 @@
+"""One builder for TensorRT and TensorRT-RTX, which share the API used here.
+
+The network is strongly typed: precision comes from the ONNX, since TensorRT 11 has no builder flags for it.
+TensorRT-RTX builds for a named architecture on a machine without a GPU; TensorRT builds for the GPU it runs on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from trirank import contract
+from trirank_backend.features import FeatureSpec
+from trirank_build.artefacts import atomic_file, file_digest
+from trirank_build.engines.plan import PlanManifest, manifest_path
+from trirank_build.errors import BadModel
+from trirank_build.export.onnx import check_onnx
+from trirank_build.progress import progress
+
+FLAVOURS = ("tensorrt", "tensorrt_rtx")
+OPT_BATCH = 8
+WORKSPACE_BYTES = 1 << 30
+
+
+def build_plans(onnx_path: Path, spec: FeatureSpec, targets: list[str], out: Path, flavour: str = "tensorrt_rtx") -> list[Path]:
+    """One plan a GPU architecture, with a profile a bucket.
+
+    Args:
+        targets: architectures, "86" or "sm86".
+
+    Returns:
+        ``out/sm86.plan`` and so on, each with its manifest beside it.
+
+    Raises:
+        BadModel: the graph is damaged or cannot be built, or the flavour is not installed or cannot build for a target.
+    """
+    check_onnx(onnx_path, spec)
+    trt = _library(flavour)
+    names = [_sm(target) for target in targets]
+    if not names:
+        raise BadModel("no GPU architecture was given; say --sm 86, once for each")
+    supported = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")] if flavour == "tensorrt_rtx" else []
+    for name in names:
+        if flavour == "tensorrt_rtx" and name.upper() not in supported:
+            raise BadModel(f"{flavour} {trt.__version__} cannot build for {name}; it can for {', '.join(supported).lower()}")
+    plans = []
+    with progress() as bar:
+        for name in bar.track(names, description=f"building with {flavour}"):
+            plans.append(_build(trt, flavour, onnx_path, spec, name, out))
+    return plans
+
+
+def _build(trt: Any, flavour: str, onnx_path: Path, spec: FeatureSpec, sm: str, out: Path) -> Path:
+    problems: list[str] = []
+
+    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                problems.append(message)
+
+    log = Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(onnx_path.read_bytes()):
+        errors = [parser.get_error(at).desc() for at in range(parser.num_errors)]
+        raise BadModel(f"{flavour} cannot parse {onnx_path}: {'; '.join(errors or problems)}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
+    if flavour == "tensorrt_rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, sm.upper()), 0)
+    profiles = []
+    for bucket in contract.BUCKETS:
+        profile = builder.create_optimization_profile()
+        for tensor in contract.ranker_inputs(spec.shape):
+            shape = tuple(bucket if axis < 0 else axis for axis in tensor.shape)
+            profile.set_shape(tensor.name, *((batch, *shape) for batch in (1, OPT_BATCH, contract.MAX_BATCH)))
+        config.add_optimization_profile(profile)
+        profiles.append(
+            {"bucket": bucket, "min_batch": 1, "opt_batch": OPT_BATCH, "max_batch": contract.MAX_BATCH}
+        )
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise BadModel(f"{flavour} cannot build {onnx_path} for {sm}: {'; '.join(problems) or 'no reason given'}")
+    plan = out / f"{sm}.plan"
+    with atomic_file(plan) as scratch:
+        scratch.write_bytes(serialized)
+    manifest = PlanManifest(
+        flavour=flavour,
+        version=trt.__version__,
+        sm=sm,
+        onnx=file_digest(onnx_path),
+        plan=file_digest(plan),
+        profiles=profiles,
+    )
+    with atomic_file(manifest_path(plan)) as scratch:
+        scratch.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+    return plan
+
+
+def _library(flavour: str) -> Any:
+    if flavour not in FLAVOURS:
+        raise BadModel(f"flavour {flavour!r} is none of {', '.join(FLAVOURS)}")
+    try:
+        return importlib.import_module(flavour)
+    except ImportError as error:
+        where = "pip install 'trirank[tensorrt]'" if flavour == "tensorrt_rtx" else "use NVIDIA's Triton container"
+        raise BadModel(f"{flavour} is not installed ({error}); {where}") from error
+
+
+def _sm(target: str) -> str:
+    match = re.fullmatch(r"(?:sm)?(\d)\.?(\d+)", target.lower())
+    if not match or len(match[1] + match[2]) not in (2, 3):
+        raise BadModel(f"--sm {target} is no GPU architecture; write 86 or sm86")
+    return f"sm{match[1]}{match[2]}"

@@ -1,0 +1,153 @@
+"""Module → ONNX with dynamic batch and candidate axes, named and typed as the contract says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from trirank import contract
+from trirank_backend.features import FeatureSpec
+from trirank_build.artefacts import atomic_file
+from trirank_build.errors import BadModel
+from trirank_build.export.parity import Parity, check_parity
+from trirank_build.models.checkpoint import load_checkpoint, load_weights
+
+OPSET = 18
+
+
+def sample_inputs(
+    spec: FeatureSpec, batch: int, candidates: int, rng: np.random.Generator
+) -> dict[str, NDArray[Any]]:
+    """Random but lawful tensors: events fill the end of the history, tokens the front of the query."""
+    shape = spec.shape
+    tensors: dict[str, NDArray[Any]] = {}
+    for tensor in contract.ranker_inputs(shape):
+        size = (batch, *(candidates if axis < 0 else axis for axis in tensor.shape))
+        if tensor.dtype == "INT32":
+            tensors[tensor.name] = rng.integers(0, spec.vocabulary_size, size).astype(np.int32)
+        else:
+            tensors[tensor.name] = rng.normal(size=size).astype(np.float32)
+    events = rng.integers(0, shape.history_length + 1, batch)
+    tensors["history"] *= (np.arange(shape.history_length)[None, :, None] >= shape.history_length - events[:, None, None])
+    first, size = spec.tables["behaviour"]
+    tensors["history"][..., -2] = np.where(tensors["history"][..., -2] > 0, first + 1 + tensors["history"][..., -2] % (size - 1), 0)
+    return tensors
+
+
+def export(module: nn.Module, spec: FeatureSpec, path: Path) -> Parity:
+    """Write the graph whole or not at all, after it was found equal to the module.
+
+    Raises:
+        BadModel: the module does not take or give what the contract says, or the graph differs from it.
+    """
+    module = module.eval()
+    inputs = {
+        name: torch.from_numpy(array) for name, array in sample_inputs(spec, 2, 64, np.random.default_rng(0)).items()
+    }
+    _check_call(module, inputs, spec)
+    batch, candidates = torch.export.Dim("batch", min=1), torch.export.Dim("candidates", min=1)
+    shapes = {
+        tensor.name: {0: batch} | ({1: candidates} if tensor.shape[0] < 0 else {})
+        for tensor in contract.ranker_inputs(spec.shape)
+    }
+    with atomic_file(path) as scratch:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the exporter's own deprecations
+                logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+                program = torch.onnx.export(
+                    module,
+                    kwargs=inputs,
+                    dynamo=True,
+                    dynamic_shapes=shapes,
+                    input_names=list(inputs),
+                    output_names=["scores"],
+                    opset_version=OPSET,
+                    verbose=False,
+                    external_data=False,
+                )
+            assert program is not None
+            program.save(str(scratch), external_data=False)
+        except Exception as error:  # the exporter raises many kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BadModel(
+                f"{type(module).__name__} cannot be exported: {reason}; forward must work for any batch and any "
+                "number of candidates, without branches on values"
+            ) from error
+        check_onnx(scratch, spec)
+        return check_parity(module, scratch, spec)
+
+
+def check_onnx(path: Path, spec: FeatureSpec) -> onnx.ModelProto:
+    """Hold a graph to the contract.
+
+    Raises:
+        BadModel: it is truncated, or a tensor's name, type or shape differs.
+    """
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf's and onnx's exceptions share no base
+        raise BadModel(f"{path} is no whole ONNX graph ({str(error).strip().splitlines()[0]}); export again") from error
+    for kind, values, specs in (
+        ("input", model.graph.input, contract.ranker_inputs(spec.shape)),
+        ("output", model.graph.output, contract.ranker_outputs(spec.shape)),
+    ):
+        found = {value.name: value.type.tensor_type for value in values}
+        if set(found) != {tensor.name for tensor in specs}:
+            raise BadModel(f"{path}: {kind}s are {sorted(found)}, the contract says {sorted(s.name for s in specs)}")
+        for tensor in specs:
+            wanted = {"INT32": onnx.TensorProto.INT32, "FP32": onnx.TensorProto.FLOAT}[tensor.dtype]
+            dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in found[tensor.name].shape.dim]
+            if found[tensor.name].elem_type != wanted or dims != [-1, *tensor.shape]:
+                raise BadModel(
+                    f"{path}: {kind} {tensor.name} is {onnx.TensorProto.DataType.Name(found[tensor.name].elem_type)} "
+                    f"{dims}; the contract says {tensor.dtype} {[-1, *tensor.shape]} (-1: dynamic)"
+                )
+    return model
+
+
+def load_module(reference: str, arguments: dict[str, Any], checkpoint: Path) -> nn.Module:
+    """A team's own module: ``package.module:Class``, its constructor's arguments, and its weights.
+
+    Raises:
+        BadModel: there is no such class, or it cannot be constructed.
+        BadCheckpoint: the weights are damaged, unsafe, or of another shape.
+    """
+    name, _, attribute = reference.partition(":")
+    try:
+        kind = getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadModel(f"{reference} cannot be imported ({error}); write package.module:Class, on the Python path") from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise BadModel(f"{reference} is no torch.nn.Module class")
+    try:
+        module = kind(**arguments)
+    except TypeError as error:
+        raise BadModel(f"{reference} cannot be made with {json.dumps(arguments)}: {error}; see --arguments") from error
+    load_weights(module, load_checkpoint(checkpoint)[0], checkpoint)
+    return module.eval()
+
+
+def _check_call(module: nn.Module, inputs: dict[str, torch.Tensor], spec: FeatureSpec) -> None:
+    try:
+        with torch.inference_mode():
+            scores = module(**inputs)
+    except Exception as error:  # a team's code may raise anything
+        raise BadModel(
+            f"{type(module).__name__}.forward({', '.join(inputs)}) failed on a sample batch: {error}"
+        ) from error
+    wanted = (*inputs["candidates"].shape[:2], spec.shape.tasks)
+    if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != wanted or scores.dtype != torch.float32:
+        found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise BadModel(f"{type(module).__name__}.forward gives {found}; the contract says float32 {list(wanted)} [B, N, T]")

@@ -1,0 +1,79 @@
+"""Whether an ONNX graph says what the module says, whatever the bucket, the batch or the padding."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from trirank import contract
+from trirank_backend.features import FeatureSpec
+from trirank_backend.scoring import OnnxRanker
+from trirank_build.errors import BadModel
+
+MODULE_LIMIT = 1e-4
+"""Largest difference between module and graph."""
+PADDING_LIMIT = 1e-5
+"""Largest difference that padding or company in a batch may make."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest absolute differences of scores.
+
+    Attributes:
+        by_bucket: candidates → module against graph.
+        padding: graph on N candidates against graph on the same padded to the next bucket.
+        batching: graph on one request against the same request among others.
+    """
+
+    by_bucket: dict[int, float]
+    padding: float
+    batching: float
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
+
+
+def check_parity(module: nn.Module, path: Path, spec: FeatureSpec) -> Parity:
+    """Measure on random tensors.
+
+    Raises:
+        BadModel: a difference is above its limit.
+    """
+    from trirank_build.export.onnx import sample_inputs
+
+    ranker = OnnxRanker(path)
+    rng = np.random.default_rng(1)
+    by_bucket = {}
+    for bucket in contract.BUCKETS:
+        tensors = sample_inputs(spec, 2, bucket, rng)
+        with torch.inference_mode():
+            expected = module(**{name: torch.from_numpy(array) for name, array in tensors.items()}).numpy()
+        by_bucket[bucket] = float(np.abs(ranker(tensors) - expected).max())
+    padding = batching = 0.0
+    for count in (1, 37, 64, 200):
+        tensors = sample_inputs(spec, 3, count, rng)
+        alone = ranker(tensors)
+        padded = dict(tensors)
+        for name in ("candidates", "dense"):
+            wide = np.zeros((3, contract.bucket_for(count), tensors[name].shape[2]), tensors[name].dtype)
+            wide[:, :count] = tensors[name]
+            padded[name] = wide
+        padding = max(padding, float(np.abs(ranker(padded)[:, :count] - alone).max()))
+        single = ranker({name: array[:1] for name, array in tensors.items()})
+        batching = max(batching, float(np.abs(single - alone[:1]).max()))
+    worst = max(by_bucket.values())
+    if not worst <= MODULE_LIMIT:
+        raise BadModel(f"the ONNX graph differs from the module by {worst:.2g}; the limit is {MODULE_LIMIT:g}")
+    for what, difference in (("padding", padding), ("other requests of a batch", batching)):
+        if not difference <= PADDING_LIMIT:
+            raise BadModel(
+                f"scores depend on {what}: they differ by {difference:.2g}, the limit is {PADDING_LIMIT:g}; "
+                "a candidate's score may depend on itself and the request alone"
+            )
+    return Parity(by_bucket, padding, batching)
