@@ -1,11 +1,16 @@
-"""One look for every progress bar: on the error stream, so that output can be piped."""
+"""One look for all that is shown: progress on the error stream, so that output can be piped."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 console = Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 150)
 
 
 def progress() -> Progress:
@@ -18,3 +23,12 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=console,
     )
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """A moving bar for a step whose length is not known."""
+    with progress() as bar:
+        task = bar.add_task(description, total=None)
+        yield
+        bar.update(task, total=1, completed=1)

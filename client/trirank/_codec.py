@@ -82,7 +82,7 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
                 f"{contract.CONTRACT_VERSION}: install the client that fits the server"
             )
         arrays[spec.name] = np.frombuffer(raw, _NUMPY[spec.dtype])
-    ids = arrays["ITEM_IDS"]
+    ids = arrays["RANKED_IDS"]
     count = int(np.count_nonzero(ids != contract.PAD_ITEM_ID))
     status, unknown, duplicates, filtered = arrays["STATUS"].tolist()
     return RankResponse(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trirank.contract import Behaviour, Reason, Status
+from trirank.contract import ANONYMOUS_USER, Behaviour, Reason, Status
 
 ItemIds = Sequence[int] | Sequence[str] | NDArray[Any]
 
@@ -52,6 +52,18 @@ class RankRequest:
     retrieval_scores: Sequence[float] | NDArray[Any] | None = None
     history: History | None = None
     timestamp: int | None = None
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> RankRequest:
+        """A recorded request: plain JSON with this class's names, and user_id -1 for an anonymous user."""
+        history = raw.get("history")
+        return cls(
+            **{
+                **raw,
+                "user_id": None if raw.get("user_id") == ANONYMOUS_USER else raw.get("user_id"),
+                "history": None if history is None else History(**history),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)

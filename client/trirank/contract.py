@@ -58,9 +58,10 @@ REQUEST = (
     TensorSpec("HISTORY_BEHAVIOURS", "INT32", (-1,), "[H] Behaviour codes of HISTORY_IDS", optional=True),
     TensorSpec("HISTORY_TIMESTAMPS", "INT64", (-1,), "[H] seconds since 1970", optional=True),
 )
+# An ensemble's tensors share one namespace: an output named like an input would answer with the input.
 RESPONSE = (
-    TensorSpec("ITEM_IDS", "INT64", (-1,), "[K] best first, padded with -1"),
-    TensorSpec("SCORES", "FP32", (-1,), "[K]; 0 where ITEM_IDS is -1"),
+    TensorSpec("RANKED_IDS", "INT64", (-1,), "[K] best first, padded with -1"),
+    TensorSpec("SCORES", "FP32", (-1,), "[K]; 0 where RANKED_IDS is -1"),
     TensorSpec("REASONS", "INT32", (-1,), "[K] bit mask of Reason"),
     TensorSpec("STATUS", "INT32", (4,), "[Status bit mask, unknown, duplicate, filtered candidates]"),
 )

@@ -1,0 +1,1 @@
+"""Load on a served ensemble, over gRPC, through the client that a service would use."""

@@ -61,6 +61,19 @@ NEW_DAYS = 14
 DAY_S = 86_400
 FUZZY_SHARE = 0.6
 """From this share of its trigrams on, a word of the query counts as there."""
+_NONE = np.array([-1, -1, 0, 0], np.int32)
+_SIGNALS = np.array(
+    [
+        Signal.NEW_ITEM,
+        Signal.SEEN_ITEM,
+        Signal.SEEN_PRODUCT,
+        Signal.SEEN_BRAND,
+        Signal.SEEN_CATEGORY,
+        Signal.PURCHASED,
+        Signal.MATCHES_QUERY,
+    ],
+    np.int32,
+)
 _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 
 
@@ -216,65 +229,68 @@ class Packer:
     def _dense(
         self, batch: RequestBatch, candidates: NDArray[np.int32], history: NDArray[np.int32]
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        # A request is small, so what counts is the number of numpy calls: kinds that are treated alike share one.
         catalogue, rows = self.catalogue, batch.rows
         valid = rows >= 0
         dense = np.zeros((*rows.shape, len(DENSE)), np.float32)
+        flags = np.zeros((*rows.shape, len(_SIGNALS)), np.int32)
         dense[..., :2] = catalogue.dense[rows]
         if (given := ~np.isnan(batch.retrieval_scores)).any():
             dense[..., 2:6] = _retrieval(batch.retrieval_scores, given & valid)
         if self.spec.timed:
             created = catalogue.created_at[rows]
             days = np.maximum(batch.timestamps[:, None] - created, 0) / DAY_S
-            dense[..., 6] = np.where(created > 0, np.log1p(days) / 5, 0)
-            new = (created > 0) & (days < NEW_DAYS)
-        else:
-            new = np.zeros(rows.shape, bool)
-
-        past_rows = batch.history_rows
-        seen_item = _occurrences(rows, past_rows, none=-1)
-        seen_product = _occurrences(catalogue.products[rows], catalogue.products[past_rows], none=-1)
-        seen_brand = _occurrences(candidates[..., self._brand], history[..., self._brand], none=0)
-        seen_category = _occurrences(candidates[..., self._category], history[..., self._category], none=0)
-        bought = np.where(batch.history_behaviours == Behaviour.PURCHASE, past_rows, -1)
-        purchased = _occurrences(rows, bought, none=-1)
-        for at, count in enumerate((seen_item, seen_product, seen_brand, seen_category), start=7):
-            dense[..., at] = np.log1p(count)
+            known = created > 0
+            dense[..., 6] = np.where(known, np.log1p(days) / 5, 0)
+            flags[..., 0] = known & (days < NEW_DAYS)
+        if (batch.history_rows >= 0).any():
+            seen, purchased = self._seen(batch, candidates, history)
+            dense[..., 7:11] = np.log1p(seen)
+            flags[..., 1:5] = seen > 0
+            flags[..., 5] = purchased
         if batch.query.any() and catalogue.titles.shape[1]:
             dense[..., 11:17] = self._text_match(catalogue.titles[rows], batch.query)
             dense[..., 17:21] = _fuzzy_match(catalogue.trigrams[rows], batch.query_trigrams)
+            flags[..., 6] = dense[..., 11] >= MATCH_COVERAGE
         dense *= valid[..., None]
+        return dense, np.where(valid, catalogue.signals[rows] | flags @ _SIGNALS, 0).astype(np.int32, copy=False)
 
-        signals = catalogue.signals[rows]
-        for signal, holds in (
-            (Signal.MATCHES_QUERY, dense[..., 11] >= MATCH_COVERAGE),
-            (Signal.SEEN_ITEM, seen_item > 0),
-            (Signal.SEEN_PRODUCT, seen_product > 0),
-            (Signal.SEEN_BRAND, seen_brand > 0),
-            (Signal.SEEN_CATEGORY, seen_category > 0),
-            (Signal.PURCHASED, purchased > 0),
-            (Signal.NEW_ITEM, new),
-        ):
-            signals = signals | holds.astype(np.int32) * signal.value
-        return dense, np.where(valid, signals, 0).astype(np.int32)
+    # The three below put the axis that is summed over first: numpy then adds whole rows, several times faster than
+    # reducing many short ones.
+
+    def _seen(
+        self, batch: RequestBatch, candidates: NDArray[np.int32], history: NDArray[np.int32]
+    ) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+        """[B, N, 4] events of the history with the same item, product, brand, category; [B, N] whether bought."""
+        products, past_rows = self.catalogue.products, batch.history_rows
+        kinds = [self._brand, self._category]
+        ours = np.concatenate([np.stack([batch.rows, products[batch.rows]], -1), candidates[..., kinds]], -1)
+        past = np.concatenate([np.stack([past_rows, products[past_rows]], -1), history[..., kinds]], -1)
+        # "None" is -1 for rows and products and 0 for fields; it must not match another "none".
+        past = np.where(past > _NONE, past, -2).transpose(1, 0, 2)[:, :, None]  # [L, B, 1, 4]
+        equal = ours == past  # [L, B, N, 4]
+        bought = (batch.history_behaviours == Behaviour.PURCHASE).T[:, :, None]  # [L, B, 1]
+        return equal.view(np.uint8).sum(0, dtype=np.uint16), (equal[..., 0] & bought).any(0)
 
     def _text_match(self, titles: NDArray[np.int32], query: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, N, 6]: query_coverage to title_length of DENSE, from titles [B, N, T] and query [B, Q]."""
+        query = query[:, : int((query > 0).sum(1).max())]  # most queries are shorter than the longest allowed
         real = query > 0
-        equal = (titles[:, :, :, None] == query[:, None, None, :]) & real[:, None, None, :]  # [B, N, T, Q]
-        in_title, in_query = equal.any(2), equal.any(3)  # [B, N, Q], [B, N, T]
+        words = np.where(real, query, -1).T[:, :, None]  # [Q, B, 1]
+        equal = np.ascontiguousarray(titles.transpose(2, 0, 1))[:, None] == words  # [T, Q, B, N]
+        in_title, in_query = equal.any(0), equal.any(1)  # [Q, B, N], [T, B, N]
         weight = np.where(real, self._token_idf[query], 0)  # [B, Q]
         tokens = real.sum(1)  # [B]
         length = np.count_nonzero(titles, axis=2)  # [B, N]
-        pairs = (equal[:, :, :-1, :-1] & equal[:, :, 1:, 1:]).any(2).sum(-1)
-        last = np.maximum(tokens - 1, 0)[:, None, None]
-        first = in_query.argmax(-1)
+        pairs = (equal[:-1, :-1] & equal[1:, 1:]).any(0).sum(0)
+        last = in_title[np.maximum(tokens - 1, 0), np.arange(len(query))]
         return np.stack(
             [
-                (in_title * weight[:, None, :]).sum(-1) / np.maximum(weight.sum(-1), 1e-6)[:, None],
-                in_query.sum(-1) / np.maximum(length, 1),
+                (in_title * weight.T[:, :, None]).sum(0) / np.maximum(weight.sum(-1), 1e-6)[:, None],
+                in_query.sum(0) / np.maximum(length, 1),
                 pairs / np.maximum(tokens - 1, 1)[:, None],
-                np.take_along_axis(in_title, last, 2)[..., 0],
-                np.where(in_query.any(-1), 1 / (1 + first), 0),
+                last,
+                np.where(in_query.any(0), 1 / (1 + in_query.argmax(0)), 0),
                 length / titles.shape[2],
             ],
             axis=-1,
@@ -295,28 +311,22 @@ class Packer:
         return context
 
 
-def _occurrences(values: NDArray[np.int32], past: NDArray[np.int32], none: int) -> NDArray[np.int64]:
-    """[B, N]: how often each value [B, N] stands in past [B, L]; ``none`` never matches."""
-    equal = values[:, :, None] == past[:, None, :]
-    return np.where(values == none, 0, np.count_nonzero(equal, axis=2))
-
-
 def _fuzzy_match(titles: NDArray[np.uint8], words: NDArray[np.uint8]) -> NDArray[np.float32]:
     """[B, N, 4]: fuzzy_coverage to fuzzy_last of DENSE, from Bloom filters [B, N, 64] and [B, W, 64]."""
     count = words.any(2).sum(1)  # [B]
-    pairs = words[:, : max(int(count.max()), 1)].view(np.uint16)  # 16 bits a look-up
-    there = pairs.any(2)  # [B, W]
-    shared = _BITS[titles.view(np.uint16)[:, :, None, :] & pairs[:, None, :, :]].sum(-1, dtype=np.int32)  # [B, N, W]
-    size = np.maximum(_BITS[pairs].sum(-1, dtype=np.int32), 1)
-    covered = np.where(there[:, None, :], shared / size[:, None, :], 0)
+    words = words[:, : max(int(count.max()), 1)].view(np.uint16)  # [B, W, 32], 16 bits a look-up
+    size = np.maximum(_BITS[words].sum(-1, dtype=np.int32), 1).T[:, :, None]  # [W, B, 1]
+    there = words.any(2).T[:, :, None]
+    ours = np.ascontiguousarray(titles.view(np.uint16).transpose(2, 0, 1))[:, None]  # [32, 1, B, N]
+    shared = _BITS[ours & words.transpose(2, 1, 0)[..., None]].sum(0, dtype=np.uint16)  # [W, B, N]
+    covered = np.where(there, shared / size, 0)
     words_there = np.maximum(count, 1)[:, None]
-    last = np.maximum(count - 1, 0)[:, None, None]
     return np.stack(
         [
-            covered.sum(-1) / words_there,
-            (covered > FUZZY_SHARE).sum(-1) / words_there,
-            np.where(there[:, None, :], covered, 1).min(-1) * (count > 0)[:, None],
-            np.take_along_axis(covered, last, 2)[..., 0],
+            covered.sum(0) / words_there,
+            (covered > FUZZY_SHARE).sum(0) / words_there,
+            np.where(there, covered, 1).min(0) * (count > 0)[:, None],
+            covered[np.maximum(count - 1, 0), np.arange(len(count))],
         ],
         axis=-1,
     ).astype(np.float32)
@@ -330,8 +340,7 @@ def _retrieval(scores: NDArray[np.float32], given: NDArray[np.bool_]) -> NDArray
     centred = np.where(given, filled - mean, 0)
     deviation = np.sqrt((centred**2).sum(1, keepdims=True) / count)
     order = np.argsort(np.where(given, -filled, np.inf), axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(1, scores.shape[1] + 1)[None, :], axis=1)
+    rank = 1 + np.argsort(order, axis=1, kind="stable")
     columns = (
         given,
         centred / np.maximum(deviation, 1e-6),

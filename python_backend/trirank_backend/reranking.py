@@ -18,6 +18,14 @@ _REASON_OF = (
     (Signal.NEW_ITEM, Reason.NEW),
     (Signal.POPULAR, Reason.POPULAR),
 )
+_REASONS = np.array(
+    [
+        sum(reason.value for signal, reason in _REASON_OF if mask & signal.value)
+        for mask in range(1 + sum(signal.value for signal in Signal))
+    ],
+    np.int32,
+)
+"""Signal mask → Reason mask."""
 
 
 @dataclass(frozen=True)
@@ -74,29 +82,26 @@ def rerank(
     excluded = (signals & table.excluded[policy][:, None]) != 0
     alive = valid & ~excluded
     final = np.einsum("bnt,bt->bn", scores, table.task_weights[policy])
-    boosted = np.zeros(signals.shape, bool)
-    if len(table.boosted):
-        fires = (signals[..., None] & table.boosted) != 0  # [B, N, S]
-        strength = table.boosts[policy][:, None, :]
-        final = final + (fires * strength).sum(-1)
-        boosted = (fires & (strength != 0)).any(-1)
+    strength = table.boosts[policy]  # [B, S]
+    fires: NDArray[np.bool_] | None = None
+    if strength.any():
+        fires = ((signals[..., None] & table.boosted) != 0) & (strength != 0)[:, None]  # [B, N, S]
+        final = final + (fires * strength[:, None]).sum(-1)
+    request = np.arange(len(scores))[:, None]
     order = np.argsort(np.where(alive, -final, np.inf), axis=1, kind="stable")  # [B, N]
-    kept = np.take_along_axis(alive, order, 1)
+    kept = alive[request, order]
     if (unique := table.deduplicate[policy]).any():
-        repeats = _repeats(np.take_along_axis(products, order, 1), kept)
-        kept &= ~(repeats & unique[:, None])
+        kept &= ~(_repeats(products[request, order], kept) & unique[:, None])
     # Survivors first, each side in its order.
-    order = np.take_along_axis(order, np.argsort(~kept, axis=1, kind="stable"), 1)[:, :top_k]
-    left = np.arange(order.shape[1])[None, :] < kept.sum(1)[:, None]
-
-    bits = np.zeros(signals.shape, np.int32)
-    for signal, reason in _REASON_OF:
-        bits |= ((signals & signal.value) != 0).astype(np.int32) * reason.value
-    bits |= boosted.astype(np.int32) * Reason.BOOSTED.value
+    order = order[request, np.argsort(~kept, axis=1, kind="stable")][:, :top_k]
+    left = np.arange(order.shape[1]) < kept.sum(1)[:, None]
+    reasons = _REASONS[signals[request, order]]
+    if fires is not None:
+        reasons |= fires.any(-1)[request, order] * np.int32(Reason.BOOSTED)
     return Ranked(
         order=np.where(left, order, -1),
-        scores=np.where(left, np.take_along_axis(final, order, 1), 0).astype(np.float32),
-        reasons=np.where(left, np.take_along_axis(bits, order, 1), 0),
+        scores=np.where(left, final[request, order], 0).astype(np.float32, copy=False),
+        reasons=np.where(left, reasons, 0),
         filtered=(valid & excluded).sum(1),
     )
 
@@ -105,9 +110,8 @@ def _repeats(products: NDArray[np.int32], kept: NDArray[np.bool_]) -> NDArray[np
     """[B, N], best first: whether a kept candidate of the same product stands before this one."""
     keys = np.where(kept, products, -1)
     grouped = np.argsort(keys, axis=1, kind="stable")
-    by_group = np.take_along_axis(keys, grouped, 1)
-    again = np.zeros(keys.shape, bool)
-    again[:, 1:] = (by_group[:, 1:] == by_group[:, :-1]) & (by_group[:, 1:] >= 0)
-    repeats = np.empty_like(again)
-    np.put_along_axis(repeats, grouped, again, 1)
+    request = np.arange(len(keys))[:, None]
+    by_group = keys[request, grouped]
+    repeats = np.zeros(keys.shape, bool)
+    repeats[request, grouped[:, 1:]] = (by_group[:, 1:] == by_group[:, :-1]) & (by_group[:, 1:] >= 0)
     return repeats

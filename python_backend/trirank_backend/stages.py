@@ -303,7 +303,7 @@ class Rerank:
         return cls(catalogue, PolicyTable(load_policies(release / FEATURES / "policies.json", spec.tasks), spec.tasks))
 
     def __call__(self, requests: list[Tensors]) -> list[Tensors]:
-        """ITEM_IDS, SCORES, REASONS, STATUS of each request."""
+        """RANKED_IDS, SCORES, REASONS, STATUS of each request."""
         width = max(request["items"].shape[1] for request in requests)
         items = _stack([request["items"] for request in requests], width, contract.PAD_ITEM_ID)
         rows, signals = items[..., 0], np.where(items[..., 0] < 0, 0, items[..., 1])
@@ -318,7 +318,7 @@ class Rerank:
             table=self._table,
             top_k=int(top_k.max()),
         )
-        found = np.where(ranked.order < 0, -1, np.take_along_axis(rows, np.maximum(ranked.order, 0), 1))
+        found = np.where(ranked.order < 0, -1, rows[np.arange(len(rows))[:, None], ranked.order])
         ids = self._catalogue.item_ids(found)
         status = np.concatenate([request[contract.PREPROCESS_STATUS.name] for request in requests])
         status[:, 3] = ranked.filtered
@@ -333,7 +333,7 @@ class Rerank:
             beyond = np.arange(longest)[None, :] >= asked[:, None]
             answers.append(
                 {
-                    "ITEM_IDS": _cut(ids[part], longest, beyond, contract.PAD_ITEM_ID),
+                    "RANKED_IDS": _cut(ids[part], longest, beyond, contract.PAD_ITEM_ID),
                     "SCORES": _cut(ranked.scores[part], longest, beyond, 0),
                     "REASONS": _cut(ranked.reasons[part], longest, beyond, 0),
                     "STATUS": status[part],
@@ -369,9 +369,8 @@ def _cut(array: NDArray[Any], length: int, beyond: NDArray[np.bool_], fill: int)
 def _repeats(ids: NDArray[np.int64], sent: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """[B, N]: whether the same id stands earlier in the row."""
     order = np.argsort(ids, axis=1, kind="stable")
-    ordered = np.take_along_axis(ids, order, 1)
-    again = np.zeros(ids.shape, bool)
-    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    repeats = np.empty_like(again)
-    np.put_along_axis(repeats, order, again, 1)
+    request = np.arange(len(ids))[:, None]
+    ordered = ids[request, order]
+    repeats = np.zeros(ids.shape, bool)
+    repeats[request, order[:, 1:]] = ordered[:, 1:] == ordered[:, :-1]
     return repeats & sent

@@ -117,6 +117,26 @@ def check_onnx(path: Path, spec: FeatureSpec) -> onnx.ModelProto:
     return model
 
 
+def parse_arguments(text: str, spec: FeatureSpec) -> dict[str, Any]:
+    """Constructor arguments from JSON. The values ``"$vocabulary_size"``, ``"$tasks"`` and the other sizes of
+    contract.PackedShape stand for what the features were fitted to.
+
+    Raises:
+        BadModel: it is no JSON object, or names a size that there is not.
+    """
+    sizes = {"vocabulary_size": spec.vocabulary_size, **spec.shape._asdict()}
+    try:
+        arguments = json.loads(text)
+        if not isinstance(arguments, dict):
+            raise TypeError("not an object")
+        return {
+            name: sizes[value[1:]] if isinstance(value, str) and value.startswith("$") else value
+            for name, value in arguments.items()
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadModel(f"--arguments {text!r} ({error}); write a JSON object, with ${', $'.join(sizes)} for sizes") from error
+
+
 def load_module(reference: str, arguments: dict[str, Any], checkpoint: Path) -> nn.Module:
     """A team's own module: ``package.module:Class``, its constructor's arguments, and its weights.
 

@@ -29,6 +29,7 @@ from trirank_build.data.dataset import Dataset
 from trirank_build.engines.plan import PlanManifest, load_plan_manifest
 from trirank_build.errors import BadData, BadModel
 from trirank_build.export.onnx import check_onnx
+from trirank_build.export.parity import Parity
 from trirank_build.repository.configs import Instances, model_configs
 from trirank_build.training.run import TrainedRun
 
@@ -133,6 +134,13 @@ def load_manifest(release: Path) -> dict[str, Any]:
 def parity_path(onnx_path: Path) -> Path:
     """Where `trirank export` leaves its report."""
     return onnx_path.with_suffix(".parity.json")
+
+
+def write_parity(onnx_path: Path, parity: Parity, module: str) -> None:
+    """Leave the export's report beside its graph; `assemble` takes no graph without one."""
+    report = {"onnx": file_digest(onnx_path), "module": module, **parity.to_json()}
+    with atomic_file(parity_path(onnx_path)) as scratch:
+        scratch.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _parity_of(onnx_path: Path) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+# One word a chore. `make demo` and `make test` need nothing but Python 3.10 or later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test format lint types unit loadtest bench docs clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "trirank needs Python 3.10 or later; say make PYTHON=python3.11, for instance"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "python3 -m venv failed; on Debian and Ubuntu install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	@$(BIN)/python -m trirank_build.demo
+
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/python -m pytest -m "not e2e and not engines"
+
+# 20 seconds of rank requests at a fixed rate against the demo's release.
+loadtest: install
+	@$(BIN)/python -m trirank_loadtest.run --release work/demo/releases/current
+
+bench: install
+	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/ranking.py
+	$(BIN)/python benchmarks/tables.py
+
+# Writes the figures' tables into the documents again.
+docs: install
+	$(BIN)/python benchmarks/tables.py
+
+clean:
+	rm -rf $(VENV) work dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,284 @@
+"""The ``trirank`` command. Each subcommand reads its arguments, calls one function, prints a table."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trirank import RankClient, RankError, RankRequest
+from trirank_backend.errors import BackendError
+from trirank_build.errors import BadRecipe, TrirankBuildError
+from trirank_build.progress import console as errors
+from trirank_build.progress import out, working
+
+# Heavy imports (torch, polars, onnx) wait inside the commands, so that `trirank --help` answers at once.
+
+app = typer.Typer(
+    help="Ranking on NVIDIA Triton Inference Server: from raw logs to the best K in one gRPC call.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Prepare datasets.", no_args_is_help=True)
+engine_app = typer.Typer(help="Build TensorRT plans.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(engine_app, name="engine")
+
+Data = Annotated[Path, typer.Option("--data", help="Dataset directory.")]
+Run = Annotated[Path, typer.Option("--run", help="Training run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON rather than a table.")]
+
+
+def main() -> None:
+    """Entry point: every known error is one line and exit status 1."""
+    try:
+        app()
+    except (TrirankBuildError, BackendError, RankError) as error:
+        errors.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Annotated[str, typer.Argument(help="`shop`, or a CSV, Parquet or text file.")],
+    target: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
+    items: Annotated[Path | None, typer.Option(help="Item file: item_id and title, brand, category, price, …")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Query file: user_id, query, timestamp.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="k of the k-core; 1: off.")] = 1,
+    max_train: Annotated[int, typer.Option(min=1, help="Training requests to keep.")] = 200_000,
+    max_eval: Annotated[int, typer.Option(min=1, help="Validation and test requests to keep.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 7,
+) -> None:
+    """Read, clean, split by time, find candidates; write a dataset."""
+    from trirank_build.data.options import PrepareOptions
+    from trirank_build.data.prepare import prepare
+
+    options = PrepareOptions(items, queries, min_count, max_train, max_eval, seed)
+    dataset = prepare(source, options)
+    dataset.save(target)
+    if dataset.description.cleaning:
+        table = Table("rule", "rows in", "rows out", "dropped", title="cleaning")
+        for rule, before, after in dataset.description.cleaning:
+            table.add_row(rule, f"{before:,}", f"{after:,}", f"{before - after:,}")
+        out.print(table)
+    counts = dataset.requests.group_by("split").len()
+    sizes = {name: f"{count:,}" for name, count in dataset.description.counts.items()}
+    splits = {split: f"{count:,}" for split, count in counts.iter_rows()}
+    out.print(f"{target}: " + ", ".join(f"{n} {name}" for name, n in sizes.items()))
+    out.print("requests: " + ", ".join(f"{splits.get(name, 0)} {name}" for name in ("train", "valid", "test")))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
+    data: Data,
+    target: Annotated[Path, typer.Option("--out", help="Run directory; a stopped run goes on.")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what is there.")] = False,
+) -> None:
+    """Train a ranker."""
+    from trirank_build.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.training.trainer import train as run_training
+
+    run = run_training(loaded, Dataset.load(data), target, fresh=fresh)
+    table = Table("epoch", "loss", "validation NDCG@10", title=f"{run.recipe.name}: {run.facts['parameters']:,} parameters")
+    for point in run.facts["curve"]:
+        table.add_row(str(point["epoch"]), f"{point['loss']:.4f}", f"{point['valid_ndcg10']:.4f}")
+    out.print(table)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Compare a ranker with retrieval order, popularity and chance."""
+    from trirank_build.baselines.popularity import popularity
+    from trirank_build.data.dataset import SPLITS, Dataset
+    from trirank_build.evaluation.evaluate import evaluate as compare
+    from trirank_build.training.examples import Examples
+    from trirank_build.training.run import TrainedRun
+
+    if split not in SPLITS:
+        raise BadRecipe(f"--split {split} is none of {', '.join(SPLITS)}")
+    trained, dataset = TrainedRun.load(run), Dataset.load(data)
+    with working("evaluating"):
+        found = compare(trained.model(), Examples(dataset, split, trained.features), popularity(dataset))
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    metrics = list(next(iter(found.table.values())))
+    table = Table("order", *metrics, title=f"{found.requests:,} requests of the {split} split")
+    for name, row in found.table.items():
+        table.add_row(name, *(f"{row[metric].value:.4f}" for metric in metrics))
+    out.print(table)
+    for name, d in found.differences.items():
+        out.print(f"NDCG@10 of the ranker above {name}: {d.value:+.4f}, 95 % interval {d.low:+.4f} to {d.high:+.4f}")
+
+
+@app.command()
+def export(
+    run: Run,
+    target: Annotated[Path, typer.Option("--out", help="ONNX file to write.")],
+    model: Annotated[str | None, typer.Option(help="Your own package.module:Class.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Its weights, .safetensors or .pt.")] = None,
+    arguments: Annotated[str, typer.Option(help="Its constructor's arguments, as JSON.")] = "{}",
+) -> None:
+    """Write ONNX, proven equal to the module; of a run, or of your own module with a run's features."""
+    from trirank_build.export.onnx import export as write_onnx
+    from trirank_build.export.onnx import load_module, parse_arguments
+    from trirank_build.repository.release import write_parity
+    from trirank_build.training.run import TrainedRun
+
+    trained = TrainedRun.load(run)
+    if (model is None) != (checkpoint is None):
+        raise BadRecipe("--model and --checkpoint go together")
+    if model is not None and checkpoint is not None:
+        sys.path.insert(0, str(Path.cwd()))
+        module = load_module(model, parse_arguments(arguments, trained.features.spec), checkpoint)
+    else:
+        module = trained.model()
+    with working("exporting and checking parity"):
+        parity = write_onnx(module, trained.features.spec, target)
+    write_parity(target, parity, type(module).__name__)
+    table = Table("candidates", "largest difference", title=f"{target}: module against ONNX")
+    for bucket, difference in parity.by_bucket.items():
+        table.add_row(str(bucket), f"{difference:.1e}")
+    table.add_row("padding", f"{parity.padding:.1e}")
+    table.add_row("batching", f"{parity.batching:.1e}")
+    out.print(table)
+
+
+@engine_app.command("build")
+def engine_build(
+    onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
+    run: Run,
+    target: Annotated[Path, typer.Option("--out", help="Folder for the plans.")],
+    sm: Annotated[list[str], typer.Option("--sm", help="GPU architecture, 86 say; once for each.")],
+    flavour: Annotated[str, typer.Option(help="tensorrt or tensorrt_rtx.")] = "tensorrt_rtx",
+) -> None:
+    """Build a TensorRT plan for each GPU architecture."""
+    from trirank_build.engines.builder import build_plans
+    from trirank_build.engines.plan import load_plan_manifest
+    from trirank_build.training.run import TrainedRun
+
+    plans = build_plans(onnx, TrainedRun.load(run).features.spec, sm, target, flavour)
+    table = Table("plan", "GPU", "made by", "MB", "profiles", title="plans")
+    for plan in plans:
+        manifest = load_plan_manifest(plan)
+        buckets = ", ".join(str(profile["bucket"]) for profile in manifest.profiles)
+        size = f"{plan.stat().st_size / 1e6:.1f}"
+        table.add_row(str(plan), manifest.sm, f"{manifest.flavour} {manifest.version}", size, buckets)
+    out.print(table)
+
+
+@app.command()
+def assemble(
+    run: Run,
+    data: Data,
+    onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
+    target: Annotated[Path, typer.Option("--out", help="Folder of releases.")],
+    runtime: Annotated[str, typer.Option(help="python or tensorrt.")] = "python",
+    plan: Annotated[list[Path] | None, typer.Option("--plan", help="For tensorrt: a plan, once for each.")] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Point `current` at it.")] = False,
+) -> None:
+    """Make a release: a model repository with all that it needs."""
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.repository import release
+    from trirank_build.training.run import TrainedRun
+
+    with working("assembling"):
+        made = release.assemble(TrainedRun.load(run), Dataset.load(data), onnx, target, runtime=runtime, plans=plan)
+    if promote:
+        release.promote(made)
+    print(made)
+
+
+@app.command()
+def serve(
+    release: Annotated[Path, typer.Argument(help="A release.")],
+    grpc_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    tritonserver: Annotated[Path | None, typer.Option(help="The server to run.")] = None,
+    addresses: Annotated[Path | None, typer.Option(help="File to write the addresses to, as JSON, when ready.")] = None,
+) -> None:
+    """Serve a release with Triton until Ctrl-C."""
+    from trirank_build.artefacts import atomic_file
+    from trirank_build.serving.server import Ports, TritonServer
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    ports = Ports(grpc_port, http_port, metrics_port)
+    with TritonServer(release, ports=ports, tritonserver=tritonserver, host=host) as server:
+        server.wait_ready()
+        found = {"grpc": server.grpc, "http": server.http, "metrics": server.metrics, "pid": server.pid}
+        out.print(f"ready: gRPC {server.grpc}, HTTP {server.http}, metrics {server.metrics}; Ctrl-C stops it")
+        if addresses is not None:
+            with atomic_file(addresses) as scratch:
+                scratch.write_text(json.dumps(found) + "\n")
+        try:
+            while True:
+                server.check_alive()
+                time.sleep(1)
+        except KeyboardInterrupt:
+            out.print("stopping")
+
+
+@app.command()
+def rank(
+    item: Annotated[list[int] | None, typer.Option("--item", help="A candidate's id, once for each.")] = None,
+    server: Annotated[str, typer.Option(help="host:port of the gRPC endpoint.")] = "127.0.0.1:8001",
+    release: Annotated[Path | None, typer.Option(help="Takes titles, and without --item a recorded request, from it.")] = None,
+    recorded: Annotated[int, typer.Option(min=0, help="Which recorded request.")] = 0,
+    user: Annotated[int | None, typer.Option(help="The user; anonymous by default.")] = None,
+    query: Annotated[str, typer.Option(help="What was searched for.")] = "",
+    scenario: Annotated[str | None, typer.Option(help="The policy.")] = None,
+    top_k: Annotated[int, typer.Option(help="How many.")] = 10,
+    deadline_s: Annotated[float, typer.Option(help="Seconds.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Rank candidates on a running server."""
+    if item:
+        request = RankRequest(item_ids=item, user_id=user, query=query, scenario=scenario, top_k=top_k)
+    elif release is not None:
+        from trirank_build.serving.server import recorded_requests
+
+        requests = recorded_requests(release)
+        if recorded >= len(requests):
+            raise BadRecipe(f"--recorded {recorded}; {release} has requests 0 to {len(requests) - 1}")
+        request = requests[recorded]
+    else:
+        raise BadRecipe("give candidates with --item, or --release to send one of its recorded requests")
+    with RankClient(server, deadline_s=deadline_s) as client:
+        response = client.rank(request)
+    if as_json:
+        answer: dict[str, Any] = {
+            "items": response.to_dicts(), "status": response.status.value, "unknown": response.unknown,
+            "duplicates": response.duplicates, "filtered": response.filtered,
+        }  # fmt: skip
+        print(json.dumps(answer))
+        return
+    from trirank_build.presentation import ranking_table
+
+    out.print(ranking_table(request, response, release))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""`make demo`: the whole line, from nothing to ranked answers of a real Triton server."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from trirank import RankClient, RankRequest
+from trirank_backend.errors import BackendError
+from trirank_build.artefacts import file_digest
+from trirank_build.errors import TrirankBuildError
+from trirank_build.presentation import ranking_table
+from trirank_build.progress import console, out, working
+
+WORK = Path("work") / "demo"
+TOP_K = 10
+
+
+def main() -> None:
+    """Prepare, train, export, assemble, serve, ask, stop. What is there already is used again."""
+    try:
+        release = build(WORK)
+        show(release)
+    except (TrirankBuildError, BackendError) as error:
+        console.print(f"[red]error:[/red] {error}")
+        sys.exit(1)
+
+
+def build(work: Path) -> Path:
+    """The demo's release."""
+    with working("loading libraries"):
+        from trirank_build.data.dataset import Dataset
+        from trirank_build.data.options import PrepareOptions
+        from trirank_build.data.prepare import SHOP, prepare
+        from trirank_build.export.onnx import export
+        from trirank_build.repository.release import assemble, parity_path, promote, write_parity
+        from trirank_build.training.recipe import load_recipe
+        from trirank_build.training.trainer import train
+
+    data, onnx_path = work / "data", work / "ranker.onnx"
+    if not (data / "dataset.json").is_file():
+        prepare(SHOP, PrepareOptions()).save(data)
+    dataset = Dataset.load(data)
+    run = train(load_recipe("shop"), dataset, work / "run")
+    weights = file_digest(run.directory / "best.safetensors")
+    marker = work / "exported"
+    if not (parity_path(onnx_path).is_file() and marker.is_file() and marker.read_text() == weights):
+        with working("exporting to ONNX and checking parity"):
+            module = run.model()
+            write_parity(onnx_path, export(module, run.features.spec, onnx_path), type(module).__name__)
+        marker.write_text(weights)
+    with working("assembling the release"):
+        release = assemble(run, dataset, onnx_path, work / "releases")
+    promote(release)
+    out.print(f"release {release}, validation NDCG@10 {max(p['valid_ndcg10'] for p in run.facts['curve']):.4f}")
+    return release
+
+
+def show(release: Path) -> None:
+    """Serve it, ask for the three scenarios, print the answers, stop."""
+    from trirank_build.serving.server import TritonServer, recorded_requests
+
+    requests = recorded_requests(release)
+    with TritonServer(release) as server:
+        server.wait_ready()
+        out.print(f"Triton serves it at {server.grpc} (gRPC), {server.http} (HTTP), {server.metrics} (metrics)\n")
+        with RankClient(server.grpc, deadline_s=5) as client:
+            for title, request in scenarios(requests):
+                out.print(ranking_table(request, client.rank(request), release, title))
+                out.print()
+    out.print("Triton has stopped. Next: trirank serve work/demo/releases/current")
+
+
+def scenarios(requests: list[RankRequest]) -> list[tuple[str, RankRequest]]:
+    """A search, a home page for a known user, one for an anonymous user."""
+    search = next(request for request in requests if request.query and request.user_id is not None)
+    known = next(request for request in requests if not request.query and request.user_id is not None)
+    anonymous = next(request for request in requests if not request.query and request.user_id is None)
+    return [
+        (f"search for “{search.query}” by user {search.user_id}", search),
+        (f"home page of user {known.user_id}", known),
+        ("home page of an anonymous user", anonymous),
+    ]
+
+
+if __name__ == "__main__":
+    main()

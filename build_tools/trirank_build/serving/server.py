@@ -1,0 +1,223 @@
+"""A Triton server that serves one release until it is stopped, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trirank import RankClient, RankError, RankRequest
+from trirank_build.errors import ServeError
+from trirank_build.progress import working
+from trirank_build.repository.release import MODELS, REQUESTS, load_manifest
+from trirank_build.serving.tritonserver import find_tritonserver
+
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 20
+_WARM_ROUNDS = 3
+_SHM_BYTES = 16 << 20
+"""A stub's first shared memory; the largest batch fits, so that it need not grow under load."""
+_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Ports on the loopback interface; None: any that is free."""
+
+    grpc: int | None = None
+    http: int | None = None
+    metrics: int | None = None
+
+
+class TritonServer:
+    """A running server; use as a context manager.
+
+    Attributes:
+        grpc, http, metrics: ``host:port`` of each endpoint.
+        log: what Triton printed.
+    """
+
+    def __init__(
+        self, release: Path, *, ports: Ports | None = None, tritonserver: Path | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        """Start it; ``wait_ready`` tells when it works.
+
+        Raises:
+            ServeError: no server is found, a port is in use, or shared memory is short.
+            BadModel: ``release`` is none.
+        """
+        self.release = release.resolve()
+        if load_manifest(self.release)["runtime"] == "tensorrt" and tritonserver is None and not shutil.which("tritonserver"):
+            raise ServeError(
+                f"{release} is for TensorRT, which the wheel's Triton cannot run; serve it in NVIDIA's container, or "
+                "assemble with --runtime python"
+            )
+        _check_shared_memory()
+        self._scratch = Path(tempfile.mkdtemp(prefix="trirank-serve-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = self._scratch / "triton.log"
+        self._shm_prefix = f"trirank_{os.getpid()}_{self._scratch.name[-8:]}_"
+        try:
+            binary = find_tritonserver(tritonserver, self._scratch)
+            ports = ports or Ports()
+            numbers = [_checked_port(host, name, getattr(ports, name)) for name in ("grpc", "http", "metrics")]
+            self.grpc, self.http, self.metrics = (f"{host}:{number}" for number in numbers)
+            command = [
+                str(binary.path),
+                *binary.arguments,
+                f"--model-repository={self.release / MODELS}",
+                "--model-control-mode=none",
+                "--disable-auto-complete-config",
+                *(f"--{name}-address={host}" for name in ("grpc", "http", "metrics")),
+                *(f"--{name}-port={number}" for name, number in zip(("grpc", "http", "metrics"), numbers, strict=True)),
+                f"--backend-config=python,shm-default-byte-size={_SHM_BYTES}",
+                f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+                f"--exit-timeout-secs={STOP_TIMEOUT_S // 2}",
+            ]
+            with self.log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **binary.environment},
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                )
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of tritonserver."""
+        assert self._process is not None
+        return self._process.pid
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Until recorded requests went through the ensemble and came back, which warms every stage up too.
+
+        A health probe would not do: it stays 200 when a stub has died (triton-inference-server/server #8604).
+
+        Raises:
+            ServeError: the server ended, or was not ready in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        with working("starting Triton"), RankClient(self.grpc, deadline_s=5) as client:
+            while not client.ready():
+                self.check_alive()
+                if time.monotonic() > deadline:
+                    raise ServeError(f"Triton was not ready within {timeout_s:g} s; its last words: {self._last_words()}")
+                time.sleep(0.1)
+            try:
+                for request in recorded_requests(self.release) * _WARM_ROUNDS:
+                    client.rank(request)
+            except RankError as error:
+                raise ServeError(f"a recorded request failed: {error}; Triton's last words: {self._last_words()}") from error
+
+    def check_alive(self) -> None:
+        """Raises ServeError with the reason if the server has ended."""
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise ServeError(f"Triton ended with {self._process.returncode}: {self._last_words()}")
+
+    def stop(self) -> None:
+        """Let requests in flight finish, end the server and its stubs, remove its files. Safe to call twice."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGINT)
+                try:
+                    self._process.wait(STOP_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    pass
+            # Stubs share the server's process group; one that outlived it is ended here.
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self._process.wait()
+        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def statistics(self) -> dict[str, Any]:
+        """Model → its statistics, as Triton counts them."""
+        from tritonclient.grpc import InferenceServerClient
+
+        client = InferenceServerClient(self.grpc)
+        try:
+            reply = client.get_inference_statistics(as_json=True)
+        finally:
+            client.close()
+        return {model["name"]: model for model in reply["model_stats"]}
+
+    def _last_words(self) -> str:
+        """The reason in Triton's log, in one line."""
+        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
+        if needed := re.search(r"version `(GLIBC_[\d.]+)' not found", text):
+            own = os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else "unknown"
+            return f"it needs {needed[1]}, this machine has {own}; use a newer distribution or NVIDIA's container"
+        errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error:|.*(Error|error while loading)", line)]
+        words = " | ".join(line.strip() for line in (errors or text.splitlines())[-3:]) or "it said nothing"
+        return words[-1500:]
+
+    def __enter__(self) -> TritonServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def recorded_requests(release: Path) -> list[RankRequest]:
+    """The requests that a release carries to prove that it works."""
+    return [RankRequest.from_dict(raw) for raw in json.loads((release / REQUESTS).read_text())]
+
+
+def _checked_port(host: str, name: str, number: int | None) -> int:
+    """The port itself, or a free one.
+
+    Raises:
+        ServeError: it is in use, or no port at all.
+    """
+    if number is not None and not 0 < number < 65_536:
+        raise ServeError(f"--{name}-port {number} is no port; ports go from 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, number or 0))
+        except OSError as error:
+            raise ServeError(f"--{name}-port {number} on {host} cannot be used ({error.strerror}); choose another") from error
+        return int(probe.getsockname()[1])
+
+
+def _check_shared_memory() -> None:
+    """Three stubs and their growth must fit (triton-inference-server/server #5681, #7481)."""
+    needed = 8 * _SHM_BYTES
+    if Path("/dev/shm").is_dir() and (free := shutil.disk_usage("/dev/shm").free) < needed:
+        raise ServeError(
+            f"/dev/shm has {free >> 20} MiB free, Triton's Python stages need {needed >> 20}; start the container with "
+            "--shm-size=1g, or free some"
+        )
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    """So that a killed parent leaves no server behind."""
+    assert _libc is not None
+    _libc.prctl(_PDEATHSIG, signal.SIGTERM)
