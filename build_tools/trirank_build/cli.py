@@ -128,6 +128,7 @@ def evaluate(
     for name, row in found.table.items():
         table.add_row(name, *(f"{row[metric].value:.4f}" for metric in metrics))
     out.print(table)
+    out.print(f"accuracy of the ranker, candidate by candidate: {found.accuracy.value:.4f}")
     for name, d in found.differences.items():
         out.print(f"NDCG@10 of the ranker above {name}: {d.value:+.4f}, 95 % interval {d.low:+.4f} to {d.high:+.4f}")
 

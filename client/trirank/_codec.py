@@ -57,6 +57,8 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
             raise InvalidRequest(f"retrieval_scores[{at}] is {scores[at]}; send finite numbers")
         _add(message, "RETRIEVAL_SCORES", _padded(scores, bucket, 0))
     if request.timestamp is not None:
+        if not 0 <= request.timestamp < 2**63:
+            raise InvalidRequest(f"timestamp is {request.timestamp}; it is seconds since 1970, 0 or more")
         _add(message, "TIMESTAMP", np.array([request.timestamp], np.int64))
     if request.history is not None:
         _add_history(message, request)

@@ -251,6 +251,7 @@ class Packer:
         if batch.query.any() and catalogue.titles.shape[1]:
             dense[..., 11:17] = self._text_match(catalogue.titles[rows], batch.query)
             dense[..., 17:21] = _fuzzy_match(catalogue.trigrams[rows], batch.query_trigrams)
+            dense[..., 11:21] *= batch.query.any(1)[:, None, None]  # others of the batch may have no query
             flags[..., 6] = dense[..., 11] >= MATCH_COVERAGE
         dense *= valid[..., None]
         return dense, np.where(valid, catalogue.signals[rows] | flags @ _SIGNALS, 0).astype(np.int32, copy=False)

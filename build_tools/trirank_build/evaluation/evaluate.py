@@ -16,8 +16,8 @@ from trirank_build.evaluation.bootstrap import Interval, mean_interval
 from trirank_build.training.examples import Examples
 
 _BATCH = 256
-THRESHOLD = 0.5
-"""Accuracy counts a candidate as predicted relevant from this share of its request's best score on."""
+THRESHOLD = 1.0
+"""A candidate counts as predicted relevant from this multiple of an equal share of its request's softmax on."""
 
 
 def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
@@ -45,11 +45,13 @@ class Evaluation:
     """What was found.
 
     Attributes:
+        accuracy: of the ranker, candidate by candidate, at THRESHOLD; other orders have no scores to cut.
         table: ranking → metric → estimate with interval.
         differences: ranking → NDCG@10 of the ranker minus that of the ranking, paired.
     """
 
     requests: int
+    accuracy: Interval
     table: dict[str, dict[str, Interval]]
     differences: dict[str, Interval]
 
@@ -57,6 +59,7 @@ class Evaluation:
         """Plain values."""
         return {
             "requests": self.requests,
+            "accuracy": self.accuracy._asdict(),
             "table": {name: {m: i._asdict() for m, i in row.items()} for name, row in self.table.items()},
             "ndcg10_above": {name: interval._asdict() for name, interval in self.differences.items()},
         }
@@ -99,9 +102,17 @@ def evaluate(model: nn.Module, examples: Examples, popularity: NDArray[np.int64]
         table[name] = {metric: mean_interval(per_request) for metric, per_request in values.items()}
     return Evaluation(
         requests=len(examples),
+        accuracy=mean_interval(metrics.accuracy(_shares(rankings["ranker"], valid), examples.labels, valid, THRESHOLD)),
         table=table,
         differences={
             name: mean_interval(ndcg["ranker"] - ndcg[name]) for name in ("retrieval", "popularity", "random")
         },
     )
 
+
+
+def _shares(scores: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """[R, N] each candidate's part of its request's softmax, in multiples of an equal share."""
+    shifted = np.where(valid, scores, -np.inf)
+    exponential = np.exp(shifted - shifted.max(1, keepdims=True))
+    return np.asarray(exponential / exponential.sum(1, keepdims=True) * valid.sum(1, keepdims=True), np.float32)

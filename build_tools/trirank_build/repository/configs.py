@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
@@ -110,3 +111,14 @@ def _add_tensors(config: Any, inputs: Sequence[TensorSpec], outputs: Sequence[Te
 
 def _type(spec: TensorSpec) -> int:
     return int(pb.DataType.Value("TYPE_STRING" if spec.dtype == "BYTES" else f"TYPE_{spec.dtype}"))
+
+
+def main() -> None:
+    """Write the files of ``model_repository/`` again."""
+    folder = Path(__file__).parent.parent / "model_repository"
+    for name, text in model_configs(OPEN_SHAPE, "python", Instances()).items():
+        (folder / name / "config.pbtxt").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Real TensorRT plans, built here for GPUs that are elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trirank import contract
+from trirank_build.data.dataset import Dataset
+from trirank_build.engines.builder import build_plans
+from trirank_build.engines.plan import load_plan_manifest, manifest_path
+from trirank_build.errors import BadModel, ServeError
+from trirank_build.repository.configs import parse_config
+from trirank_build.repository.release import assemble
+from trirank_build.serving.server import TritonServer
+
+pytestmark = pytest.mark.engines
+pytest.importorskip("tensorrt_rtx", reason="pip install 'trirank[tensorrt]'")
+
+
+@pytest.fixture(scope="module")
+def plans(world, trained, tmp_path_factory):
+    return build_plans(world.onnx, trained.features.spec, ["86", "sm89"], tmp_path_factory.mktemp("plans"))
+
+
+def test_a_plan_a_gpu(plans):
+    assert [plan.name for plan in plans] == ["sm86.plan", "sm89.plan"]
+    assert plans[0].read_bytes() != plans[1].read_bytes()
+
+
+def test_the_manifest_says_what_it_came_from(plans, world):
+    from trirank_build.artefacts import file_digest
+
+    manifest = load_plan_manifest(plans[0])
+    assert manifest.flavour == "tensorrt_rtx"
+    assert manifest.version
+    assert (manifest.sm, manifest.compute_capability) == ("sm86", "8.6")
+    assert manifest.onnx == file_digest(world.onnx)
+    assert [profile["bucket"] for profile in manifest.profiles] == list(contract.BUCKETS)
+    assert all(profile["max_batch"] == contract.MAX_BATCH for profile in manifest.profiles)
+
+
+def test_a_flipped_bit_is_noticed(plans, tmp_path):
+    plan = tmp_path / "sm86.plan"
+    damaged = bytearray(plans[0].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    plan.write_bytes(damaged)
+    manifest_path(plan).write_text(manifest_path(plans[0]).read_text())
+    with pytest.raises(BadModel, match="its manifest says"):
+        load_plan_manifest(plan)
+
+
+def test_a_release_for_tensorrt(plans, world, trained, tmp_path):
+    release = assemble(
+        trained, Dataset.load(world.data), world.onnx, tmp_path, runtime="tensorrt", plans=plans
+    )
+    ranker = release / "models" / "ranker"
+    assert sorted(path.name for path in (ranker / "1").iterdir()) == ["sm86.plan", "sm89.plan"]
+    config = parse_config((ranker / "config.pbtxt").read_text())
+    assert config.platform == "tensorrt_plan"
+    assert dict(config.cc_model_filenames) == {"8.6": "sm86.plan", "8.9": "sm89.plan"}
+    with pytest.raises(ServeError, match="NVIDIA's container"):
+        TritonServer(release)
+
+
+def test_a_plan_of_another_graph(plans, world, trained, tmp_path):
+    for plan in plans:
+        (tmp_path / plan.name).write_bytes(plan.read_bytes())
+        manifest = json.loads(manifest_path(plan).read_text()) | {"onnx": "0" * 64}
+        manifest_path(tmp_path / plan.name).write_text(json.dumps(manifest))
+    with pytest.raises(BadModel, match="was built from ONNX 000000000000"):
+        assemble(
+            trained, Dataset.load(world.data), world.onnx, tmp_path / "out",
+            runtime="tensorrt", plans=[tmp_path / "sm86.plan"],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("targets", "flavour", "words"),
+    [
+        (["90"], "tensorrt_rtx", "cannot build for sm90; it can for"),
+        (["gpu"], "tensorrt_rtx", "write 86 or sm86"),
+        ([], "tensorrt_rtx", "no GPU architecture"),
+        (["86"], "abacus", "none of tensorrt, tensorrt_rtx"),
+    ],
+)
+def test_what_cannot_be_built(world, trained, tmp_path, targets, flavour, words):
+    with pytest.raises(BadModel, match=words):
+        build_plans(world.onnx, trained.features.spec, targets, tmp_path, flavour)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_graph(world, trained, tmp_path):
+    (tmp_path / "t.onnx").write_bytes(world.onnx.read_bytes()[:2000])
+    with pytest.raises(BadModel, match="no whole ONNX"):
+        build_plans(tmp_path / "t.onnx", trained.features.spec, ["86"], tmp_path / "out")

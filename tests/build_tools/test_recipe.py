@@ -1,0 +1,56 @@
+"""Recipes: every key known, every value in range, every shipped one sound."""
+
+from __future__ import annotations
+
+import pytest
+
+from trirank_build.errors import BadRecipe
+from trirank_build.training.recipe import RECIPES, load_recipe
+from trirank_build.training.trainer import _toml
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_shipped_recipes_load_by_name(name):
+    assert load_recipe(name).name == name
+
+
+BAD = {
+    "unknown key": ('name = "x"\ncolour = 1', r"colour: unknown key \(known: name, seed, features"),
+    "unknown key in a section": ('name = "x"\n[training]\nlr = 1', r"training\.lr: unknown key \(known: epochs, patience"),
+    "no name": ("seed = 1", "name: Field required"),
+    "a bad name": ('name = "My Recipe"', "name: .*'My Recipe'"),
+    "not a number": ('name = "x"\n[training]\nepochs = "many"', r"training\.epochs: .*'many'"),
+    "zero epochs": ('name = "x"\n[training]\nepochs = 0', r"training\.epochs: .*greater than 0"),
+    "negative rate": ('name = "x"\n[training]\nlearning_rate = -1.0', r"learning_rate: .*greater than 0"),
+    "heads": ('name = "x"\n[model]\ndim = 30\nheads = 4', "heads = 4 does not divide dim = 30"),
+    "unknown signal": ('name = "x"\n[policies.home]\nboosts = { SHINY = 1.0 }', "SHINY"),
+    "not TOML": ("name = ", "no valid TOML"),
+    "binary": ("\udcff\udcfe", "no valid TOML"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BAD.values(), ids=BAD.keys())
+def test_bad_recipes_name_the_key_and_the_value(tmp_path, text, words):
+    path = tmp_path / "r.toml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BadRecipe, match=words):
+        load_recipe(str(path))
+
+
+def test_several_faults_are_told_at_once(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text('name = "x"\na = 1\nb = 2')
+    with pytest.raises(BadRecipe, match="a: unknown key.*b: unknown key"):
+        load_recipe(str(path))
+
+
+def test_no_such_recipe():
+    with pytest.raises(BadRecipe, match="shipped recipes.*shop"):
+        load_recipe("nowhere.toml")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_a_recipe_written_out_reads_back(tmp_path, name):
+    recipe = load_recipe(name)
+    (tmp_path / "r.toml").write_text(_toml(recipe.model_dump(exclude_none=True)))
+    assert load_recipe(str(tmp_path / "r.toml")) == recipe

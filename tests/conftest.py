@@ -1,0 +1,83 @@
+"""A small world that most tests share: a shop, a trained ranker, its ONNX, its release."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("TRIRANK_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def shop():
+    from trirank_build.data.sources.shop import ShopSize, make_shop
+
+    return make_shop(ShopSize(products=150, users=80, requests=800, candidates=20), seed=1)
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    from trirank_build.training.recipe import Recipe
+
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "features": {"history_length": 8, "query_length": 6, "title_length": 6, "vocabulary": 300},
+            "model": {"dim": 16, "heads": 2, "encoder_blocks": 1, "ffn": 32},
+            "training": {"epochs": 2, "candidates": 12, "warmup_steps": 5},
+            "policies": {
+                "search": {},
+                "home": {"exclude_purchased": True},
+                "new_items": {"boosts": {"NEW_ITEM": 5.0}},
+            },
+        }
+    )
+
+
+@dataclass(frozen=True)
+class World:
+    """Where the small world's files are."""
+
+    data: Path
+    run: Path
+    onnx: Path
+    release: Path
+
+
+@pytest.fixture(scope="session")
+def world(shop, recipe, tmp_path_factory) -> World:
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.export.onnx import export
+    from trirank_build.repository.release import assemble, write_parity
+    from trirank_build.training.trainer import train
+
+    folder = tmp_path_factory.mktemp("world")
+    dataset = Dataset.load(shop.save(folder / "data"))
+    run = train(recipe, dataset, folder / "run")
+    onnx = folder / "ranker.onnx"
+    write_parity(onnx, export(run.model(), run.features.spec, onnx), "SharedContextRanker")
+    return World(folder / "data", folder / "run", onnx, assemble(run, dataset, onnx, folder / "releases"))
+
+
+@pytest.fixture(scope="session")
+def trained(world):
+    from trirank_build.training.run import TrainedRun
+
+    return TrainedRun.load(world.run)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    if not DATA.is_dir():
+        pytest.skip(f"the real data is not at {DATA}; point TRIRANK_DATA at it")
+    return DATA

@@ -1,0 +1,244 @@
+"""Features mean what their names say, whatever the batch and the padding around them."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trirank.contract import Behaviour, Signal
+from trirank_backend.catalogue import Catalogue
+from trirank_backend.errors import InvalidRelease
+from trirank_backend.features import CONTEXT, DENSE, FeatureSpec, Packer, RequestBatch
+from trirank_backend.text import query_trigrams, title_trigrams
+
+NOW = 1_770_000_000
+D = {name: at for at, name in enumerate(DENSE)}
+C = {name: at for at, name in enumerate(CONTEXT)}
+# A joint vocabulary small enough to read: 1-4 items, 5-6 brands, 7-8 categories, 20-29 tokens, …
+SPEC = FeatureSpec(
+    history_length=4,
+    query_length=3,
+    item_fields=("item", "brand", "category", "price"),
+    tables={"item": (0, 5), "brand": (4, 3), "category": (6, 3), "price": (8, 3), "token": (19, 11),
+            "behaviour": (30, 6), "time_gap": (37, 17)},
+    tasks=("click",),
+)  # fmt: skip
+TITLES = ["red shoe", "blue shoe", "green lamp", "odd thing"]
+CATALOGUE = Catalogue(
+    ids=np.array([10, 20, 30, 40]),
+    fields=np.array([[1, 5, 7, 9], [2, 5, 7, 9], [3, 6, 8, 10], [0, 0, 0, 0], [0, 0, 0, 0]], np.int32),
+    dense=np.array([[1, 2], [0, 1], [-1, 0], [0, 0], [0, 0]], np.float32),
+    products=np.array([0, 0, 1, 2, -1], np.int32),
+    created_at=np.array([NOW - 86_400, NOW - 100 * 86_400, 0, 0, 0]),
+    signals=np.array([Signal.POPULAR, 0, Signal.UNAVAILABLE, 0, 0], np.int32),
+    titles=np.array([[20, 21], [22, 21], [23, 24], [25, 26], [0, 0]], np.int32),
+    trigrams=np.concatenate([title_trigrams(TITLES), np.zeros((1, 64), np.uint8)]),
+)
+PACKER = Packer(SPEC, CATALOGUE, np.ones(SPEC.vocabulary_size, np.float32))
+
+
+def request(rows=(0, 1, 2, -1), scores=None, query=(), words="", history=(), behaviours=None, ages=None, anonymous=False):
+    """One request; history is rows, oldest first."""
+    length = SPEC.history_length
+    past = np.full((1, length), -1, np.int32)
+    kinds, times = np.zeros((1, length), np.int32), np.zeros((1, length), np.int64)
+    if history:
+        past[0, -len(history) :] = history
+        kinds[0, -len(history) :] = behaviours or Behaviour.CLICK
+        times[0, -len(history) :] = NOW - np.array(ages or [3600] * len(history))
+    tokens = np.zeros((1, SPEC.query_length), np.int32)
+    tokens[0, : len(query)] = query
+    return RequestBatch(
+        rows=np.array([rows], np.int32),
+        retrieval_scores=np.array([[np.nan] * len(rows) if scores is None else scores], np.float32),
+        query=tokens,
+        query_trigrams=query_trigrams([words]),
+        timestamps=np.array([NOW]),
+        anonymous=np.array([anonymous]),
+        history_rows=past,
+        history_behaviours=kinds,
+        history_timestamps=times,
+    )
+
+
+def dense(name, **kinds):
+    return PACKER.pack(request(**kinds)).dense[0, :, D[name]].tolist()
+
+
+def signals(**kinds):
+    return [Signal(int(bits)) for bits in PACKER.pack(request(**kinds)).signals[0]]
+
+
+def test_items_bring_their_fields_and_padding_brings_zeros():
+    packed = PACKER.pack(request())
+    assert packed.candidates[0].tolist() == [[1, 5, 7, 9], [2, 5, 7, 9], [3, 6, 8, 10], [0, 0, 0, 0]]
+    assert not packed.dense[0, 3].any()
+    assert packed.signals[0, 3] == 0
+
+
+def test_static_numbers():
+    assert dense("price") == [1, 0, -1, 0]
+    assert dense("popularity") == [2, 1, 0, 0]
+
+
+def test_without_retrieval_scores_their_features_are_zero():
+    for name in ("has_retrieval_score", "retrieval_score", "retrieval_score_log", "retrieval_rank"):
+        assert dense(name) == [0, 0, 0, 0]
+
+
+def test_retrieval_scores_are_standardised_over_real_candidates():
+    assert dense("retrieval_score", scores=[3, 2, 1, 0]) == pytest.approx([1.2247, 0, -1.2247, 0], abs=1e-3)
+    assert dense("has_retrieval_score", scores=[3, 2, 1, 0]) == [1, 1, 1, 0]
+
+
+def test_the_best_retrieval_score_has_rank_one():
+    assert dense("retrieval_rank", scores=[1, 9, 5, 0]) == pytest.approx([1 / np.log2(4), 1, 1 / np.log2(3), 0])
+
+
+def test_equal_retrieval_scores_are_finite():
+    assert dense("retrieval_score", scores=[2, 2, 2, 0]) == [0, 0, 0, 0]
+
+
+def test_huge_retrieval_scores_are_finite():
+    packed = PACKER.pack(request(scores=[3e38, -3e38, 0, 0]))
+    assert np.isfinite(packed.dense).all()
+
+
+def test_what_the_history_says_of_each_candidate():
+    assert dense("seen_item", history=[0, 0, 2]) == pytest.approx(np.log1p([2, 0, 1, 0]))
+    assert dense("seen_product", history=[0, 0, 2]) == pytest.approx(np.log1p([2, 2, 1, 0]))
+    assert dense("seen_brand", history=[0]) == pytest.approx(np.log1p([1, 1, 0, 0]))
+    assert dense("seen_category", history=[2]) == pytest.approx(np.log1p([0, 0, 1, 0]))
+
+
+def test_missing_brands_do_not_match_each_other():
+    found = signals(rows=(3, 0), history=[3])
+    assert Signal.SEEN_BRAND not in found[0]
+    assert Signal.SEEN_ITEM in found[0]
+
+
+def test_signals_of_the_history():
+    found = signals(history=[0], behaviours=[Behaviour.PURCHASE])
+    assert Signal.PURCHASED in found[0]
+    assert Signal.PURCHASED not in found[1]
+    assert Signal.SEEN_PRODUCT in found[1]
+    assert Signal.SEEN_ITEM not in found[1]
+
+
+def test_signals_of_the_item():
+    found = signals()
+    assert Signal.POPULAR in found[0]
+    assert Signal.NEW_ITEM in found[0]
+    assert Signal.NEW_ITEM not in found[1]
+    assert Signal.UNAVAILABLE in found[2]
+
+
+def test_how_well_the_query_matches():
+    assert dense("query_coverage", query=[20, 21]) == [1, 0.5, 0, 0]
+    assert dense("title_coverage", query=[21]) == [0.5, 0.5, 0, 0]
+    assert dense("query_bigrams", query=[20, 21]) == [1, 0, 0, 0]
+    assert dense("query_last_token", query=[20, 21]) == [1, 1, 0, 0]
+    assert dense("first_match", query=[21]) == [0.5, 0.5, 0, 0]
+    assert dense("title_length", query=[21]) == [1, 1, 1, 0]
+
+
+def test_a_match_is_a_signal():
+    found = signals(query=[20, 21])
+    assert [Signal.MATCHES_QUERY in bits for bits in found] == [True, True, False, False]
+
+
+def test_letters_forgive_spelling():
+    coverage = dense("fuzzy_coverage", query=[28], words="shoes redd")
+    assert coverage[0] > coverage[1] > coverage[2]
+    assert dense("fuzzy_last", query=[28], words="red shoe")[0] == 1
+    assert dense("fuzzy_worst", query=[28], words="red shoe")[0] == 1
+
+
+def test_events_fill_the_end_of_the_history():
+    history = PACKER.pack(request(history=[0, 2])).history[0]
+    assert not history[:2].any()
+    assert history[2:, 0].tolist() == [1, 3]
+    assert history[2:, -2].tolist() == [30 + Behaviour.CLICK] * 2
+
+
+def test_longer_gaps_have_higher_buckets():
+    gaps = PACKER.pack(request(history=[0, 0, 0], ages=[90 * 86_400, 86_400, 60])).history[0, 1:, -1]
+    assert gaps[0] > gaps[1] > gaps[2] >= 37
+
+
+def test_context():
+    context = PACKER.pack(request(anonymous=True, query=[20])).context[0]
+    assert context[C["anonymous"]] == 1
+    assert context[C["has_query"]] == 1
+    assert context[C["query_length"]] == pytest.approx(1 / 3)
+    assert context[C["history_length"]] == 0
+    assert PACKER.pack(request(history=[0] * 4)).context[0][C["history_length"]] == pytest.approx(1)
+
+
+def test_untimed_data_has_no_time_features():
+    packer = Packer(replace(SPEC, timed=False), CATALOGUE, np.ones(SPEC.vocabulary_size, np.float32))
+    packed = packer.pack(request(history=[0]))
+    assert not packed.history[..., -1].any()
+    assert not packed.context[0, C["hour_sin"] :].any()
+    assert not packed.dense[..., D["age"]].any()
+
+
+def test_without_text_embeddings_the_query_is_hidden_but_still_matched():
+    packer = Packer(replace(SPEC, embed_text=False), CATALOGUE, np.ones(SPEC.vocabulary_size, np.float32))
+    packed = packer.pack(request(query=[20, 21]))
+    assert not packed.query.any()
+    assert packed.dense[0, 0, D["query_coverage"]] == 1
+
+
+def joined(batches):
+    return RequestBatch(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(RequestBatch)})
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_request_does_not_depend_on_its_company(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+
+    def draw():
+        count = int(rng.integers(0, 5))
+        return request(
+            rows=tuple(rng.integers(-1, 4, 6)),
+            scores=rng.normal(size=6) if rng.random() < 0.5 else None,
+            query=tuple(rng.integers(20, 30, int(rng.integers(0, 4)))),
+            words=str(rng.choice(["", "red shoe", "a", "lamp lamp odd"])),
+            history=list(rng.integers(0, 4, count)),
+        )
+
+    batches = [draw() for _ in range(4)]
+    together = PACKER.pack(joined(batches))
+    for at, batch in enumerate(batches):
+        alone = PACKER.pack(batch)
+        for part in fields(alone):
+            np.testing.assert_allclose(
+                getattr(together, part.name)[at], getattr(alone, part.name)[0], atol=1e-6, err_msg=part.name
+            )
+
+
+@given(st.permutations(range(6)))
+def test_a_candidate_does_not_depend_on_its_place(order):
+    rows = np.array([0, 1, 2, 3, -1, 0])
+    scores = np.array([5.0, 4, 3, 2, 1, 0])
+    plain = PACKER.pack(request(rows=tuple(rows), scores=scores, query=[21], history=[1]))
+    moved = PACKER.pack(request(rows=tuple(rows[list(order)]), scores=scores[list(order)], query=[21], history=[1]))
+    np.testing.assert_allclose(moved.dense[0], plain.dense[0][list(order)], atol=1e-6)
+    np.testing.assert_array_equal(moved.signals[0], plain.signals[0][list(order)])
+
+
+def test_a_spec_survives_the_disk_and_refuses_other_features(tmp_path):
+    SPEC.save(tmp_path / "f.json")
+    assert FeatureSpec.load(tmp_path / "f.json") == SPEC
+    replace(SPEC, dense=("price",)).save(tmp_path / "g.json")
+    with pytest.raises(InvalidRelease, match="train again"):
+        FeatureSpec.load(tmp_path / "g.json")
+    (tmp_path / "h.json").write_text("{}")
+    with pytest.raises(InvalidRelease, match="cannot be read"):
+        FeatureSpec.load(tmp_path / "h.json")
