@@ -17,7 +17,7 @@ DATA = Path(os.environ.get("TRIRANK_DATA", ROOT.parent / "shared" / "data"))
 def shop():
     from trirank_build.data.sources.shop import ShopSize, make_shop
 
-    return make_shop(ShopSize(products=150, users=80, requests=800, candidates=20), seed=1)
+    return make_shop(ShopSize(products=150, users=150, requests=4000, candidates=20), seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def recipe():
             "name": "tiny",
             "features": {"history_length": 8, "query_length": 6, "title_length": 6, "vocabulary": 300},
             "model": {"dim": 16, "heads": 2, "encoder_blocks": 1, "ffn": 32},
-            "training": {"epochs": 2, "candidates": 12, "warmup_steps": 5},
+            "training": {"epochs": 3, "candidates": 12, "warmup_steps": 5},
             "policies": {
                 "search": {},
                 "home": {"exclude_purchased": True},

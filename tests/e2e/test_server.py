@@ -1,0 +1,183 @@
+"""The life of a server: found, started, watched, stopped, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trirank import RankClient, RankError, RankRequest
+from trirank_build.errors import ServeError
+from trirank_build.serving import tritonserver
+from trirank_build.serving.server import Ports, TritonServer
+
+
+def serve(world, tmp_path, *more):
+    addresses = tmp_path / "addresses.json"
+    command = [sys.executable, "-m", "trirank_build.cli", "serve", str(world.release), "--addresses", str(addresses)]
+    process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 100
+    while not addresses.is_file():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process, json.loads(addresses.read_text())
+
+
+def family(pid):
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def all_gone(processes):
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def shared_memory():
+    return {path.name for path in Path("/dev/shm").glob("trirank_*")}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_it_and_leaves_nothing(world, tmp_path, how):
+    before = shared_memory()
+    process, addresses = serve(world, tmp_path)
+    with RankClient(addresses["grpc"], deadline_s=10) as client:
+        assert len(client.rank(RankRequest(item_ids=[1, 2, 3]))) > 0
+    processes = family(process.pid)
+    assert len(processes) >= 5  # the command, Triton, three stubs
+    process.send_signal(how)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "stopping" in output
+    assert all_gone(processes)
+    assert shared_memory() <= before
+
+
+def test_a_killed_command_takes_its_server_along(world, tmp_path):
+    process, _ = serve(world, tmp_path)
+    processes = family(process.pid)
+    process.kill()
+    process.wait()
+    assert all_gone(processes)
+
+
+def test_a_dead_server_ends_the_command_with_the_reason(world, tmp_path):
+    process, addresses = serve(world, tmp_path)
+    os.kill(addresses["pid"], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "Triton ended with -9" in output
+
+
+def test_a_port_in_use_is_one_clear_line(world):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "trirank_build.cli", "serve", str(world.release), "--grpc-port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert f"--grpc-port {port} on 127.0.0.1 cannot be used (Address already in use); choose another" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_none(world):
+    with pytest.raises(ServeError, match="ports go from 1 to 65535"):
+        TritonServer(world.release, ports=Ports(http=70_000))
+
+
+def test_chosen_ports(world):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with TritonServer(world.release, ports=Ports(grpc=port)) as server:
+        server.wait_ready()
+        assert server.grpc == f"127.0.0.1:{port}"
+
+
+def test_a_release_that_cannot_be_served_says_why(world, tmp_path):
+    release = tmp_path / "release"
+    shutil.copytree(world.release, release)
+    (release / "features" / "catalogue" / "fields.npy").write_bytes(b"rubbish")
+    with TritonServer(release) as server, pytest.raises(ServeError, match=r"fields\.npy cannot be read"):
+        server.wait_ready()
+
+
+def test_a_release_of_another_contract_is_not_served(world, tmp_path):
+    release = tmp_path / "release"
+    shutil.copytree(world.release, release)
+    manifest = json.loads((release / "manifest.json").read_text())
+    (release / "manifest.json").write_text(json.dumps(manifest | {"contract": 99}))
+    with TritonServer(release) as server, pytest.raises(ServeError, match="of contract 99"):
+        server.wait_ready()
+
+
+def test_a_stub_that_died_is_an_error_not_a_hang(world):
+    with TritonServer(world.release) as server:
+        server.wait_ready()
+        stubs = [p for p in psutil.Process(server.pid).children(recursive=True) if "stub" in p.name()]
+        assert len(stubs) == 3
+        for stub in stubs:
+            stub.kill()
+        with RankClient(server.grpc, deadline_s=10) as client, pytest.raises(RankError):
+            client.rank(RankRequest(item_ids=[1]))
+
+
+def fake(tmp_path, script):
+    path = tmp_path / "tritonserver"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_old_glibc_is_named(world, tmp_path):
+    binary = fake(tmp_path, "echo \"$0: /lib/libc.so.6: version \\`GLIBC_2.35' not found (required by $0)\"; exit 1")
+    with TritonServer(world.release, tritonserver=binary) as server:
+        with pytest.raises(ServeError, match=r"needs GLIBC_2\.35, this machine has glibc"):
+            server.wait_ready()
+
+
+def test_a_server_that_never_gets_ready(world, tmp_path):
+    with TritonServer(world.release, tritonserver=fake(tmp_path, "exec sleep 60")) as server:
+        with pytest.raises(ServeError, match="not ready within 1 s"):
+            server.wait_ready(timeout_s=1)
+
+
+def test_the_order_in_which_a_server_is_found(tmp_path, monkeypatch):
+    for name in ("told", "variable", "path"):
+        (tmp_path / name).mkdir()
+    told, variable, on_path = (fake(tmp_path / name, "true") for name in ("told", "variable", "path"))
+    monkeypatch.setenv("PATH", str(on_path.parent), prepend=os.pathsep)
+    monkeypatch.setenv(tritonserver.VARIABLE, str(variable))
+    assert tritonserver.find_tritonserver(told, tmp_path).path == told
+    assert tritonserver.find_tritonserver(None, tmp_path).path == variable
+    monkeypatch.delenv(tritonserver.VARIABLE)
+    assert tritonserver.find_tritonserver(None, tmp_path).path == on_path
+    on_path.unlink()
+    assert "pytriton" in str(tritonserver.find_tritonserver(None, tmp_path).path)
+
+
+def test_a_server_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(ServeError, match="no executable file"):
+        tritonserver.find_tritonserver(tmp_path / "none", tmp_path)
+    monkeypatch.setattr(tritonserver.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ServeError, match=r"pip install 'trirank\[serve\]'"):
+        tritonserver.find_tritonserver(None, tmp_path)
+
+
+def test_short_shared_memory_is_told(world, monkeypatch):
+    from trirank_build.serving import server
+
+    monkeypatch.setattr(server.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1 << 20))
+    with pytest.raises(ServeError, match="/dev/shm has 1 MiB free.*--shm-size"):
+        TritonServer(world.release)
