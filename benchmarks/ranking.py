@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from results import ROOT, WORK, Figure, write
-
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.data.options import PrepareOptions

@@ -32,7 +32,9 @@ def write(benchmark: str, figures: list[Figure], keep: bool = False) -> Path:
     new = {figure.name: figure._asdict() for figure in figures}
     if keep and path.is_file():
         new = {figure["name"]: figure for figure in json.loads(path.read_text())["figures"]} | new
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from results import ROOT, Figure, write
-
 from trirank import RankClient, RankRequest
 from trirank import contract as c
 from trirank_backend.scoring import OnnxRanker

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import onnx
 import pytest
-from tritonclient.grpc import model_config_pb2 as pb
-
 from trirank import contract
 from trirank_build.repository.configs import OPEN_SHAPE, Instances, model_configs, parse_config
 from trirank_build.repository.release import MODELS, TEMPLATES
+from tritonclient.grpc import model_config_pb2 as pb
 
 REQUEST, RESPONSE = contract.REQUEST, contract.RESPONSE
 

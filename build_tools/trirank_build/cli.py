@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-
 from trirank import RankClient, RankError, RankRequest
 from trirank_backend.errors import BackendError
+
 from trirank_build.errors import BadRecipe, TrirankBuildError
 from trirank_build.progress import console as errors
 from trirank_build.progress import out, working
@@ -95,7 +95,12 @@ def train(
     from trirank_build.training.trainer import train as run_training
 
     run = run_training(loaded, Dataset.load(data), target, fresh=fresh)
-    table = Table("epoch", "loss", "validation NDCG@10", title=f"{run.recipe.name}: {run.facts['parameters']:,} parameters")
+    table = Table(
+        "epoch",
+        "loss",
+        "validation NDCG@10",
+        title=f"{run.recipe.name}: {run.facts['parameters']:,} parameters",
+    )
     for point in run.facts["curve"]:
         table.add_row(str(point["epoch"]), f"{point['loss']:.4f}", f"{point['valid_ndcg10']:.4f}")
     out.print(table)
@@ -246,7 +251,9 @@ def serve(
 def rank(
     item: Annotated[list[int] | None, typer.Option("--item", help="A candidate's id, once for each.")] = None,
     server: Annotated[str, typer.Option(help="host:port of the gRPC endpoint.")] = "127.0.0.1:8001",
-    release: Annotated[Path | None, typer.Option(help="Takes titles, and without --item a recorded request, from it.")] = None,
+    release: Annotated[
+        Path | None, typer.Option(help="Takes titles, and without --item a recorded request, from it.")
+    ] = None,
     recorded: Annotated[int, typer.Option(min=0, help="Which recorded request.")] = 0,
     user: Annotated[int | None, typer.Option(help="The user; anonymous by default.")] = None,
     query: Annotated[str, typer.Option(help="What was searched for.")] = "",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trirank import RankClient, RankRequest
 from trirank_backend.errors import BackendError
+
 from trirank_build.artefacts import file_digest
 from trirank_build.errors import TrirankBuildError
 from trirank_build.presentation import ranking_table

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
 from trirank.contract import Behaviour, Signal
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.features import TIME_GAPS, FeatureSpec, Packer
 from trirank_backend.stages import load_packer
 from trirank_backend.text import TextEncoder, title_trigrams
+
 from trirank_build.baselines.popularity import choices
 from trirank_build.data.dataset import Dataset
 from trirank_build.training.recipe import FeatureRecipe
@@ -104,7 +105,7 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
     )
     log_counts = np.log1p(counts)
     static = np.stack([prices, _standardised(log_counts)], 1)
-    popular = counts >= max(np.quantile(counts, 1 - POPULAR_SHARE), 1)
+    popular = counts >= max(float(np.quantile(counts, 1 - POPULAR_SHARE)), 1.0)
     signals = popular * Signal.POPULAR.value + ~items["available"].to_numpy() * Signal.UNAVAILABLE.value
     catalogue = Catalogue(
         ids=items["item_id"].to_numpy(),
@@ -191,7 +192,7 @@ def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
 
 
-def _with_no_item(column: NDArray[np.generic], fill: int) -> NDArray[np.generic]:
+def _with_no_item(column: NDArray[Any], fill: int) -> NDArray[Any]:
     """Append the row that stands for "no item"."""
     last = np.full((1, *column.shape[1:]), fill, column.dtype)
     return np.concatenate([column, last])

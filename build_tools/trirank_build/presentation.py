@@ -7,8 +7,8 @@ from typing import Any
 
 import polars as pl
 from rich.table import Table
+from trirank import RankRequest, RankResponse, Reason
 
-from trirank import Reason, RankRequest, RankResponse
 from trirank_build.repository.release import ITEMS
 
 _WORDS = {

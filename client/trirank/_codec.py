@@ -5,7 +5,7 @@ The KServe message is built directly: tensors go once from numpy to ``raw_input_
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,11 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
     scenario = request.scenario or ("search" if request.query else "home")
 
     message = service_pb2.ModelInferRequest(model_name=model)
-    user = contract.ANONYMOUS_USER if request.user_id is None else _ids([request.user_id], "user_id")[0][0]
+    user = (
+        contract.ANONYMOUS_USER
+        if request.user_id is None
+        else _ids(cast("list[str]", [request.user_id]), "user_id")[0][0]
+    )
     _add(message, "USER_ID", np.array([user], np.int64))
     _add(message, "ITEM_IDS", _padded(ids, bucket, contract.PAD_ITEM_ID))
     _add(message, "TOP_K", np.array([request.top_k], np.int32))

@@ -35,7 +35,15 @@ def main() -> int:
         parser.error(f"{arguments.release} is no release; run `make demo` first, or name another with --release")
     with tempfile.TemporaryDirectory(prefix="trirank-load-") as scratch:
         addresses = Path(scratch, "addresses.json")
-        serve = [sys.executable, "-m", "trirank_build.cli", "serve", str(arguments.release), "--addresses", str(addresses)]
+        serve = [
+            sys.executable,
+            "-m",
+            "trirank_build.cli",
+            "serve",
+            str(arguments.release),
+            "--addresses",
+            str(addresses),
+        ]
         server = subprocess.Popen(serve)
         try:
             host = _wait(server, addresses)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import grpc.experimental.gevent
 from locust import User, constant_throughput, events, task
-
 from trirank import RankClient, RankRequest
 
 # Before the first channel: gRPC's own threads would stall Locust's loop otherwise.

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from trirank.contract import PAD_ITEM_ID
+
 from trirank_backend.errors import InvalidRelease
 
 NO_ROW = -1
@@ -31,7 +31,7 @@ class Catalogue:
         created_at: [M+1] int64, seconds since 1970; 0: unknown.
         signals: [M+1] int32, Signal bits that depend on the item alone.
         titles: [M+1, T] int32 token ids of the title, 0-padded behind; T = 0 where there are no titles.
-        trigrams: [M+1, 64] uint8, letter trigrams of the title (text.title_trigrams); no column where there are no titles.
+        trigrams: [M+1, 64] uint8, letter trigrams of the title (text.title_trigrams); no column without titles.
     """
 
     ids: NDArray[np.int64]

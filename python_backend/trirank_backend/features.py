@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from trirank.contract import Behaviour, PackedShape, Signal
+
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.errors import InvalidRelease
 
@@ -61,7 +62,7 @@ NEW_DAYS = 14
 DAY_S = 86_400
 FUZZY_SHARE = 0.6
 """From this share of its trigrams on, a word of the query counts as there."""
-_NONE = np.array([-1, -1, 0, 0], np.int32)
+_NONE = np.array([-1, -1, 0, 0], np.int32)[:, None, None]
 _SIGNALS = np.array(
     [
         Signal.NEW_ITEM,
@@ -134,9 +135,10 @@ class FeatureSpec:
             InvalidRelease: it is missing, damaged, or of features that this code does not make.
         """
         try:
-            raw = json.loads(path.read_text())
+            raw: dict[str, Any] = json.loads(path.read_text())
             raw["tables"] = {name: (first, size) for name, (first, size) in raw["tables"].items()}
-            spec = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+            fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+            spec = cls(**fixed)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InvalidRelease(f"feature specification {path} cannot be read ({error}); train again") from error
         if spec.dense != DENSE or spec.context != CONTEXT:
@@ -264,14 +266,17 @@ class Packer:
     ) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
         """[B, N, 4] events of the history with the same item, product, brand, category; [B, N] whether bought."""
         products, past_rows = self.catalogue.products, batch.history_rows
-        kinds = [self._brand, self._category]
-        ours = np.concatenate([np.stack([batch.rows, products[batch.rows]], -1), candidates[..., kinds]], -1)
-        past = np.concatenate([np.stack([past_rows, products[past_rows]], -1), history[..., kinds]], -1)
+        ours = np.stack(
+            [batch.rows, products[batch.rows], candidates[..., self._brand], candidates[..., self._category]],
+            1,
+        )  # [B, 4, N]
+        past = np.stack([past_rows, products[past_rows], history[..., self._brand], history[..., self._category]])
         # "None" is -1 for rows and products and 0 for fields; it must not match another "none".
-        past = np.where(past > _NONE, past, -2).transpose(1, 0, 2)[:, :, None]  # [L, B, 1, 4]
-        equal = ours == past  # [L, B, N, 4]
+        past = np.where(past > _NONE, past, -2).transpose(2, 1, 0)[..., None]  # [L, B, 4, 1]
+        equal = ours == past  # [L, B, 4, N]
         bought = (batch.history_behaviours == Behaviour.PURCHASE).T[:, :, None]  # [L, B, 1]
-        return equal.view(np.uint8).sum(0, dtype=np.uint16), (equal[..., 0] & bought).any(0)
+        counts = equal.view(np.uint8).sum(0, dtype=np.uint16)  # [B, 4, N]
+        return counts.transpose(0, 2, 1), (equal[:, :, 0] & bought).any(0)
 
     def _text_match(self, titles: NDArray[np.int32], query: NDArray[np.int32]) -> NDArray[np.float32]:
         """[B, N, 6]: query_coverage to title_length of DENSE, from titles [B, N, T] and query [B, Q]."""
@@ -306,9 +311,9 @@ class Packer:
         context[:, 2] = tokens > 0
         context[:, 3] = tokens / self.spec.query_length
         if self.spec.timed:
-            hour = 2 * np.pi * (batch.timestamps % DAY_S) / DAY_S
-            weekday = 2 * np.pi * (batch.timestamps // DAY_S % 7) / 7
-            context[:, 4:] = np.stack([np.sin(hour), np.cos(hour), np.sin(weekday), np.cos(weekday)], axis=1)
+            turns = np.stack([batch.timestamps % DAY_S / DAY_S, batch.timestamps // DAY_S % 7 / 7], 1) * (2 * np.pi)
+            context[:, 4::2] = np.sin(turns)
+            context[:, 5::2] = np.cos(turns)
         return context
 
 

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
 from trirank.contract import PAD_ITEM_ID
+
 from trirank_backend.errors import InvalidRelease
 
 
@@ -88,7 +88,8 @@ class SqliteUserStore:
         """Events of the users that are known."""
         marks = ",".join("?" * len(user_ids))
         rows = self._connection.execute(
-            f"SELECT user_id, item_ids, behaviours, timestamps FROM histories WHERE user_id IN ({marks})", user_ids
+            f"SELECT user_id, item_ids, behaviours, timestamps FROM histories WHERE user_id IN ({marks})",
+            user_ids,
         )
         return {
             user_id: Events(np.frombuffer(ids, "<i8"), np.frombuffer(behaviours, "<i4"), np.frombuffer(times, "<i8"))

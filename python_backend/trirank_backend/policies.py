@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trirank.contract import Signal
+
 from trirank_backend.errors import InvalidRelease
 
 

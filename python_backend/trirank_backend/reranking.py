@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
 from trirank.contract import Reason, Signal
+
 from trirank_backend.policies import Policy
 
 _REASON_OF = (

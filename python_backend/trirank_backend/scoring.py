@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-
 from trirank.contract import PackedShape, ranker_inputs, ranker_outputs
+
 from trirank_backend.errors import InvalidRelease
 
 
@@ -60,7 +60,7 @@ class OnnxRanker:
 
     def __call__(self, tensors: dict[str, Any]) -> NDArray[np.float32]:
         """Scores [B, N, T]."""
-        scores: NDArray[np.float32] = self._session.run(
-            ["scores"], {name: tensors[name] for name in self.input_names}
-        )[0]
+        scores: NDArray[np.float32] = self._session.run(["scores"], {name: tensors[name] for name in self.input_names})[
+            0
+        ]
         return scores

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from trirank import contract
 from trirank.contract import Status
+
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.errors import InvalidInput, InvalidRelease
 from trirank_backend.features import FeatureSpec, Packer, RequestBatch
@@ -105,7 +105,7 @@ class Preprocess:
             try:
                 good.append(_Parsed(request, self._scenarios))
                 answers.append(None)
-            except InvalidInput as error:
+            except InvalidInput as error:  # noqa: PERF203  # one bad request must not spoil the batch
                 answers.append(error)
         if good:
             packed = iter(self._pack(good))
@@ -300,7 +300,10 @@ class Rerank:
         """Open a release's files."""
         check_contract(release)
         spec, catalogue = load_features(release / FEATURES)
-        return cls(catalogue, PolicyTable(load_policies(release / FEATURES / "policies.json", spec.tasks), spec.tasks))
+        return cls(
+            catalogue,
+            PolicyTable(load_policies(release / FEATURES / "policies.json", spec.tasks), spec.tasks),
+        )
 
     def __call__(self, requests: list[Tensors]) -> list[Tensors]:
         """RANKED_IDS, SCORES, REASONS, STATUS of each request."""

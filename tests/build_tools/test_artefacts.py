@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-
 from trirank_build.artefacts import atomic_directory, atomic_file, combined_digest, tree_digests
 
 
-def fail():
+def fail(path):
+    path.write_text("half")
     raise RuntimeError("power cut")
 
 
@@ -15,8 +15,7 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path):
     target = tmp_path / "x"
     target.write_text("old")
     with pytest.raises(RuntimeError), atomic_file(target) as scratch:
-        scratch.write_text("half")
-        fail()
+        fail(scratch)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -26,8 +25,7 @@ def test_a_directory_that_fails_leaves_the_old_one(tmp_path):
     with atomic_directory(target) as scratch:
         (scratch / "a").write_text("old")
     with pytest.raises(RuntimeError), atomic_directory(target) as scratch:
-        (scratch / "a").write_text("half")
-        fail()
+        fail(scratch / "a")
     assert (target / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-
 from trirank_build.errors import BadCheckpoint
 from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from trirank import contract
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.builder import build_plans
@@ -52,9 +51,7 @@ def test_a_flipped_bit_is_noticed(plans, tmp_path):
 
 
 def test_a_release_for_tensorrt(plans, world, trained, tmp_path):
-    release = assemble(
-        trained, Dataset.load(world.data), world.onnx, tmp_path, runtime="tensorrt", plans=plans
-    )
+    release = assemble(trained, Dataset.load(world.data), world.onnx, tmp_path, runtime="tensorrt", plans=plans)
     ranker = release / "models" / "ranker"
     assert sorted(path.name for path in (ranker / "1").iterdir()) == ["sm86.plan", "sm89.plan"]
     config = parse_config((ranker / "config.pbtxt").read_text())

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-
 from trirank import contract
 from trirank_backend.errors import InvalidRelease
 from trirank_backend.scoring import OnnxRanker

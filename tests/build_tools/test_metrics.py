@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from ir_measures import RR, P, R, Success, nDCG
 from scipy.stats import mannwhitneyu
-
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.bootstrap import mean_interval
 
@@ -72,7 +71,9 @@ def test_f1_is_the_harmonic_mean():
     scores, labels, valid, missed = case(0)
     gains, ideal = metrics.order_gains(scores, labels, valid), metrics.ideal_gains(labels, missed)
     p, r = metrics.precision(gains, ideal), metrics.recall(gains, ideal)
-    np.testing.assert_allclose(metrics.f1(gains, ideal), np.where(p + r > 0, 2 * p * r / (p + r + 1e-12), p + r), atol=1e-6)
+    np.testing.assert_allclose(
+        metrics.f1(gains, ideal), np.where(p + r > 0, 2 * p * r / (p + r + 1e-12), p + r), atol=1e-6
+    )
 
 
 def test_accuracy_at_a_threshold():

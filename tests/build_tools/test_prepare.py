@@ -7,7 +7,6 @@ import gzip
 import numpy as np
 import polars as pl
 import pytest
-
 from trirank.contract import Behaviour, stable_id
 from trirank_build.data.dataset import Dataset
 from trirank_build.data.options import PrepareOptions
@@ -245,7 +244,10 @@ BAD = {
     "blank": (b"\n\n", "is empty"),
     "binary": (b"user_id,item_id\x00\x01\x02", "binary file"),
     "header only": (b"user_id,item_id,behavior\n", "no row"),
-    "no behaviour column": (b"user_id,item_id,color\n1,2,red\n", "lacks the column behavior; it has user_id, item_id, color"),
+    "no behaviour column": (
+        b"user_id,item_id,color\n1,2,red\n",
+        "lacks the column behavior; it has user_id, item_id, color",
+    ),
     "two columns missing": (b"user_id,colour\n1,2\n", "lacks the columns item_id, behavior"),
     "nothing known": (b"user_id,item_id,behavior\n1,2,jump\n", "no item is left after cleaning"),
     "too little": (b"user_id,item_id,behavior\n1,2,buy\n", "cannot be split"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from trirank_build.errors import BadRecipe
 from trirank_build.training.recipe import RECIPES, load_recipe
 from trirank_build.training.trainer import _toml
@@ -16,7 +15,10 @@ def test_shipped_recipes_load_by_name(name):
 
 BAD = {
     "unknown key": ('name = "x"\ncolour = 1', r"colour: unknown key \(known: name, seed, features"),
-    "unknown key in a section": ('name = "x"\n[training]\nlr = 1', r"training\.lr: unknown key \(known: epochs, patience"),
+    "unknown key in a section": (
+        'name = "x"\n[training]\nlr = 1',
+        r"training\.lr: unknown key \(known: epochs, patience",
+    ),
     "no name": ("seed = 1", "name: Field required"),
     "a bad name": ('name = "My Recipe"', "name: .*'My Recipe'"),
     "not a number": ('name = "x"\n[training]\nepochs = "many"', r"training\.epochs: .*'many'"),

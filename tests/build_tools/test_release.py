@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-
 from trirank import contract
 from trirank_build.artefacts import tree_digests
 from trirank_build.data.dataset import Dataset

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
-
 from trirank_build.data.dataset import NO_USER, Dataset
 from trirank_build.data.sources.shop import ShopSize, make_shop
 from trirank_build.evaluation import metrics
@@ -55,7 +54,9 @@ def test_the_optimum_is_the_best_order_there_is(shop):
     valid, rng = np.ones(labels.shape, bool), np.random.default_rng(0)
 
     def ndcg(scores):
-        return float(np.nanmean(metrics.ndcg(metrics.order_gains(scores, labels, valid), metrics.ideal_gains(labels, []))))
+        return float(
+            np.nanmean(metrics.ndcg(metrics.order_gains(scores, labels, valid), metrics.ideal_gains(labels, [])))
+        )
 
     utility = np.array(shop.requests["utility"].to_list(), np.float32)
     retrieval = np.array(shop.requests["retrieval_scores"].to_list(), np.float32)

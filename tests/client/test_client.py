@@ -8,10 +8,9 @@ from concurrent import futures
 
 import grpc
 import pytest
-from tritonclient.grpc import service_pb2_grpc
-
 import trirank
 from trirank import RankClient, RankRequest
+from tritonclient.grpc import service_pb2_grpc
 
 REQUEST = RankRequest(item_ids=[1])
 

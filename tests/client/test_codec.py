@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tritonclient.grpc import service_pb2
-
-from trirank import Behaviour, History, IncompatibleServer, InvalidRequest, RankRequest, Status, contract, stable_id
+from trirank import (
+    Behaviour,
+    History,
+    IncompatibleServer,
+    InvalidRequest,
+    RankRequest,
+    Status,
+    contract,
+    stable_id,
+)
 from trirank._codec import decode, encode
+from tritonclient.grpc import service_pb2
 
 DTYPES = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 

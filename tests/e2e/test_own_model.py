@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
-
 from trirank import RankClient, RankRequest
 from trirank_build.repository.release import load_manifest
 from trirank_build.serving.server import TritonServer

@@ -130,7 +130,12 @@ def test_a_thousand_hostile_requests_do_no_harm(stub):
     codes = set()
     for _ in range(1000):
         changes = {}
-        for name, dtype in (("ITEM_IDS", "INT64"), ("TOP_K", "INT32"), ("USER_ID", "INT64"), ("TIMESTAMP", "INT64")):
+        for name, dtype in (
+            ("ITEM_IDS", "INT64"),
+            ("TOP_K", "INT32"),
+            ("USER_ID", "INT64"),
+            ("TIMESTAMP", "INT64"),
+        ):
             if rng.random() < 0.5:
                 info = np.iinfo(DTYPES[dtype])
                 size = 1 if name != "ITEM_IDS" else int(rng.integers(0, 40))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from trirank import Behaviour, History, InvalidRequest, RankClient, RankRequest, Status
 from trirank_build.data.dataset import Dataset
 from trirank_build.evaluation import metrics

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.errors import InvalidRelease
 

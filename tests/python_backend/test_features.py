@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from trirank.contract import Behaviour, Signal
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.errors import InvalidRelease
@@ -41,7 +40,16 @@ CATALOGUE = Catalogue(
 PACKER = Packer(SPEC, CATALOGUE, np.ones(SPEC.vocabulary_size, np.float32))
 
 
-def request(rows=(0, 1, 2, -1), scores=None, query=(), words="", history=(), behaviours=None, ages=None, anonymous=False):
+def request(
+    rows=(0, 1, 2, -1),
+    scores=None,
+    query=(),
+    words="",
+    history=(),
+    behaviours=None,
+    ages=None,
+    anonymous=False,
+):
     """One request; history is rows, oldest first."""
     length = SPEC.history_length
     past = np.full((1, length), -1, np.int32)

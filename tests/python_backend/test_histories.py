@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from trirank_backend.errors import InvalidRelease
 from trirank_backend.histories import Events, HistoryBatch, SqliteUserStore
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from trirank.contract import Reason, Signal
 from trirank_backend.errors import InvalidRelease
 from trirank_backend.policies import Policy, load_policies, save_policies
@@ -120,9 +119,7 @@ def test_a_mixed_batch_is_what_each_request_alone_would_be(data):
         ]
         expected, taken = [], set()
         for i in sorted(range(n), key=lambda i: (-final[i], i)):
-            gone = signals[b, i] & Signal.UNAVAILABLE or (
-                chosen.exclude_purchased and signals[b, i] & Signal.PURCHASED
-            )
+            gone = signals[b, i] & Signal.UNAVAILABLE or (chosen.exclude_purchased and signals[b, i] & Signal.PURCHASED)
             if not valid[b, i] or gone or (chosen.deduplicate and products[b, i] in taken):
                 continue
             taken.add(products[b, i])

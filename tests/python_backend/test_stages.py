@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-
 from trirank import contract
 from trirank.contract import Status
 from trirank_backend.errors import InvalidInput, InvalidRelease
@@ -121,7 +120,10 @@ def test_events_after_the_timestamp_are_not_known(line, shop):
 
 def test_a_request_may_hold_several_rows(line):
     one, two = line(ask(ids=(1, 2), top_k=1))[0], line(ask(ids=(30, 40), top_k=2))[0]
-    both = {name: np.concatenate([a, b]) for (name, a), b in zip(ask((1, 2), 1).items(), ask((30, 40), 2).values(), strict=True)}
+    both = {
+        name: np.concatenate([a, b])
+        for (name, a), b in zip(ask((1, 2), 1).items(), ask((30, 40), 2).values(), strict=True)
+    }
     answer = line(both)[0]
     assert answer["RANKED_IDS"].shape == (2, 2)
     assert answer["RANKED_IDS"][0].tolist() == [*one["RANKED_IDS"][0].tolist(), -1]
@@ -144,12 +146,21 @@ BAD = {
     "top_k 0": (ask(top_k=0), "TOP_K is 0; it goes from 1 to 1024"),
     "top_k negative": (ask(top_k=-3), "TOP_K is -3"),
     "top_k huge": (ask(top_k=2**31 - 1), "TOP_K is 2147483647; it goes from 1 to 1024"),
-    "unknown scenario": (ask(scenario="hoem"), "SCENARIO is 'hoem'; this release has home, new_items, search"),
+    "unknown scenario": (
+        ask(scenario="hoem"),
+        "SCENARIO is 'hoem'; this release has home, new_items, search",
+    ),
     "query not UTF-8": (ask(QUERY=np.array([[b"caf\xe9"]], object)), "QUERY is not UTF-8: byte 0xe9 at 3"),
-    "query too long": (ask(QUERY=np.array([[b"x" * 2049]], object)), "QUERY has 2049 bytes; the limit is 2048"),
+    "query too long": (
+        ask(QUERY=np.array([[b"x" * 2049]], object)),
+        "QUERY has 2049 bytes; the limit is 2048",
+    ),
     "score NaN": (ask(RETRIEVAL_SCORES=[[1.0, np.nan, 0]]), r"RETRIEVAL_SCORES\[0, 1\] is nan"),
     "score infinite": (ask(RETRIEVAL_SCORES=[[np.inf, 0, 0]]), "is inf"),
-    "scores short": (ask(RETRIEVAL_SCORES=[[1.0]]), r"RETRIEVAL_SCORES has shape \[1, 1\], ITEM_IDS \[1, 3\]"),
+    "scores short": (
+        ask(RETRIEVAL_SCORES=[[1.0]]),
+        r"RETRIEVAL_SCORES has shape \[1, 1\], ITEM_IDS \[1, 3\]",
+    ),
     "timestamp negative": (ask(TIMESTAMP=[[-1]]), "TIMESTAMP is -1"),
     "behaviours alone": (ask(HISTORY_BEHAVIOURS=[[1]]), "need HISTORY_IDS"),
     "behaviours short": (ask(HISTORY_IDS=[[1, 2]], HISTORY_BEHAVIOURS=[[1]]), "HISTORY_BEHAVIOURS has shape"),

@@ -44,7 +44,8 @@ class ItemKnn:
             part = histories[start : start + _CHUNK]
             request, place = np.nonzero(part >= 0)
             taste = sparse.csr_matrix(
-                (recency[place].astype(np.float32), (request, part[request, place])), (len(part), self._n_items)
+                (recency[place].astype(np.float32), (request, part[request, place])),
+                (len(part), self._n_items),
             )
             scores = (taste @ self._similarity).toarray() + self._prior
             if exclude_history:

@@ -7,6 +7,8 @@ more than it deserves at serving time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
@@ -20,7 +22,13 @@ _HISTORY = 50
 
 
 def requests_from_events(
-    events: pl.DataFrame, items: pl.DataFrame, *, exclude_history: bool, max_train: int, max_eval: int, seed: int
+    events: pl.DataFrame,
+    items: pl.DataFrame,
+    *,
+    exclude_history: bool,
+    max_train: int,
+    max_eval: int,
+    seed: int,
 ) -> pl.DataFrame:
     """One task an event that has something before it: rank what the user chose next.
 
@@ -98,7 +106,7 @@ def _tasks(
         hit[missed, -1] = True
         missed[:] = False
     labels = np.where(hit, gain[:, None], 0).astype(np.float32)
-    lists = {"item_ids": ids[top], "retrieval_scores": scores, "labels": labels}
+    lists: dict[str, NDArray[Any]] = {"item_ids": ids[top], "retrieval_scores": scores, "labels": labels}
     # -inf marks what the history excludes; a catalogue barely larger than the list may not offer enough else.
     kept = ~np.isneginf(scores)
     return picked.select("user_id", "timestamp", "query", "split").with_columns(
@@ -108,7 +116,7 @@ def _tasks(
     )
 
 
-def _list_column(name: str, values: NDArray[np.generic], kept: NDArray[np.bool_]) -> pl.Series:
+def _list_column(name: str, values: NDArray[Any], kept: NDArray[np.bool_]) -> pl.Series:
     if kept.all():
         return pl.Series(name, values).arr.to_list()
     return pl.Series(name, [row[keep].tolist() for row, keep in zip(values, kept, strict=True)])

@@ -42,9 +42,7 @@ def clean_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report,
     Raises:
         BadData: nothing is left.
     """
-    events = report.apply(
-        "user or item missing", events, lambda frame: frame.drop_nulls(["user_id", "item_id"])
-    )
+    events = report.apply("user or item missing", events, lambda frame: frame.drop_nulls(["user_id", "item_id"]))
     events = report.apply("unknown behaviour", events, lambda frame: frame.drop_nulls("behaviour"))
     if timed:
         events = report.apply(

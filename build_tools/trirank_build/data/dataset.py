@@ -23,7 +23,7 @@ SPLITS = ("train", "valid", "test")
 NO_USER = -1
 """user_id of requests by anonymous users (contract.ANONYMOUS_USER)."""
 
-ITEMS = {
+ITEMS: dict[str, Any] = {
     "item_id": pl.Int64,
     "key": pl.String,  # the id as the source wrote it
     "title": pl.String,
@@ -35,14 +35,14 @@ ITEMS = {
     "attributes": pl.List(pl.String),
     "available": pl.Boolean,
 }
-EVENTS = {
+EVENTS: dict[str, Any] = {
     "user_id": pl.Int64,
     "item_id": pl.Int64,
     "behaviour": pl.Int8,  # contract.Behaviour
     "timestamp": pl.Int64,  # seconds since 1970, or the place in the user's sequence
     "split": pl.String,
 }
-REQUESTS = {
+REQUESTS: dict[str, Any] = {
     "user_id": pl.Int64,
     "timestamp": pl.Int64,
     "query": pl.String,
@@ -126,7 +126,9 @@ class Dataset:
             raw["cleaning"] = [tuple(row) for row in raw["cleaning"]]
             description = Description(**raw)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise BadData(f"{path} cannot be read ({error}); run `trirank data prepare SOURCE --out {directory}`") from error
+            raise BadData(
+                f"{path} cannot be read ({error}); run `trirank data prepare SOURCE --out {directory}`"
+            ) from error
         if description.schema_version != SCHEMA_VERSION:
             raise BadData(
                 f"{directory} has schema version {description.schema_version}, this version reads {SCHEMA_VERSION}; "

@@ -14,6 +14,7 @@ from typing import Any
 
 from trirank import contract
 from trirank_backend.features import FeatureSpec
+
 from trirank_build.artefacts import atomic_file, file_digest
 from trirank_build.engines.plan import PlanManifest, manifest_path
 from trirank_build.errors import BadModel
@@ -25,7 +26,9 @@ OPT_BATCH = 8
 WORKSPACE_BYTES = 1 << 30
 
 
-def build_plans(onnx_path: Path, spec: FeatureSpec, targets: list[str], out: Path, flavour: str = "tensorrt_rtx") -> list[Path]:
+def build_plans(
+    onnx_path: Path, spec: FeatureSpec, targets: list[str], out: Path, flavour: str = "tensorrt_rtx"
+) -> list[Path]:
     """One plan a GPU architecture, with a profile a bucket.
 
     Args:
@@ -42,21 +45,25 @@ def build_plans(onnx_path: Path, spec: FeatureSpec, targets: list[str], out: Pat
     names = [_sm(target) for target in targets]
     if not names:
         raise BadModel("no GPU architecture was given; say --sm 86, once for each")
-    supported = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")] if flavour == "tensorrt_rtx" else []
+    supported = (
+        [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+        if flavour == "tensorrt_rtx"
+        else []
+    )
     for name in names:
         if flavour == "tensorrt_rtx" and name.upper() not in supported:
-            raise BadModel(f"{flavour} {trt.__version__} cannot build for {name}; it can for {', '.join(supported).lower()}")
-    plans = []
+            raise BadModel(
+                f"{flavour} {trt.__version__} cannot build for {name}; it can for {', '.join(supported).lower()}"
+            )
     with progress() as bar:
-        for name in bar.track(names, description=f"building with {flavour}"):
-            plans.append(_build(trt, flavour, onnx_path, spec, name, out))
-    return plans
+        tracked = bar.track(names, description=f"building with {flavour}")
+        return [_build(trt, flavour, onnx_path, spec, name, out) for name in tracked]
 
 
 def _build(trt: Any, flavour: str, onnx_path: Path, spec: FeatureSpec, sm: str, out: Path) -> Path:
     problems: list[str] = []
 
-    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -83,9 +90,7 @@ def _build(trt: Any, flavour: str, onnx_path: Path, spec: FeatureSpec, sm: str, 
             shape = tuple(bucket if axis < 0 else axis for axis in tensor.shape)
             profile.set_shape(tensor.name, *((batch, *shape) for batch in (1, OPT_BATCH, contract.MAX_BATCH)))
         config.add_optimization_profile(profile)
-        profiles.append(
-            {"bucket": bucket, "min_batch": 1, "opt_batch": OPT_BATCH, "max_batch": contract.MAX_BATCH}
-        )
+        profiles.append({"bucket": bucket, "min_batch": 1, "opt_batch": OPT_BATCH, "max_batch": contract.MAX_BATCH})
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise BadModel(f"{flavour} cannot build {onnx_path} for {sm}: {'; '.join(problems) or 'no reason given'}")

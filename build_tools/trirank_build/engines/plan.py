@@ -55,7 +55,9 @@ def load_plan_manifest(plan: Path) -> PlanManifest:
         manifest = PlanManifest(**json.loads(path.read_text()))
         digest = file_digest(plan)
     except (OSError, ValueError, TypeError) as error:
-        raise BadModel(f"{plan} has no readable manifest {path.name} ({error}); build it with `trirank engine build`") from error
+        raise BadModel(
+            f"{plan} has no readable manifest {path.name} ({error}); build it with `trirank engine build`"
+        ) from error
     if digest != manifest.plan:
         raise BadModel(f"{plan} has digest {digest[:12]}, its manifest says {manifest.plan[:12]}; build it again")
     return manifest

@@ -110,7 +110,6 @@ def evaluate(model: nn.Module, examples: Examples, popularity: NDArray[np.int64]
     )
 
 
-
 def _shares(scores: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
     """[R, N] each candidate's part of its request's softmax, in multiples of an equal share."""
     shifted = np.where(valid, scores, -np.inf)

@@ -7,7 +7,7 @@ and ``ideal`` [R, N], all gains there were to find, best first, those included t
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Gains = NDArray[np.float32]
 PerRequest = NDArray[np.float64]
@@ -70,14 +70,14 @@ def auc(scores: NDArray[np.float32], labels: Gains, valid: NDArray[np.bool_]) ->
     other = (labels <= 0) & valid
     # Average ranks by counting, [R, N]: those below and half of those equal.
     ordered = np.sort(np.where(other, scores, np.inf), axis=1)
-    below = np.stack([np.searchsorted(o, s, "left") + np.searchsorted(o, s, "right") for o, s in zip(ordered, scores, strict=True)])
+    below = np.stack(
+        [np.searchsorted(o, s, "left") + np.searchsorted(o, s, "right") for o, s in zip(ordered, scores, strict=True)]
+    )
     wins = np.where(relevant, below / 2, 0).sum(1)
     return _divide(wins, relevant.sum(1) * other.sum(1))
 
 
-def accuracy(
-    scores: NDArray[np.float32], labels: Gains, valid: NDArray[np.bool_], threshold: float
-) -> PerRequest:
+def accuracy(scores: NDArray[np.float32], labels: Gains, valid: NDArray[np.bool_], threshold: float) -> PerRequest:
     """[R] share of candidates whose score is on the right side of ``threshold``."""
     right = ((scores >= threshold) == (labels > 0)) & valid
     return _divide(right.sum(1), valid.sum(1))
@@ -92,6 +92,6 @@ def _of_relevant(values: NDArray[np.generic], ideal: Gains) -> PerRequest:
     return np.where((ideal > 0).any(1), values, np.nan).astype(np.float64)
 
 
-def _divide(above: NDArray[np.generic], below: NDArray[np.generic]) -> PerRequest:
-    below = np.asarray(below, np.float64)
-    return np.where(below > 0, np.asarray(above, np.float64) / np.where(below > 0, below, 1), np.nan)
+def _divide(above: ArrayLike, below: ArrayLike) -> PerRequest:
+    part, whole = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)

@@ -14,9 +14,9 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
-
 from trirank import contract
 from trirank_backend.features import FeatureSpec
+
 from trirank_build.artefacts import atomic_file
 from trirank_build.errors import BadModel
 from trirank_build.export.parity import Parity, check_parity
@@ -25,9 +25,7 @@ from trirank_build.models.checkpoint import load_checkpoint, load_weights
 OPSET = 18
 
 
-def sample_inputs(
-    spec: FeatureSpec, batch: int, candidates: int, rng: np.random.Generator
-) -> dict[str, NDArray[Any]]:
+def sample_inputs(spec: FeatureSpec, batch: int, candidates: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Random but lawful tensors: events fill the end of the history, tokens the front of the query."""
     shape = spec.shape
     tensors: dict[str, NDArray[Any]] = {}
@@ -38,9 +36,11 @@ def sample_inputs(
         else:
             tensors[tensor.name] = rng.normal(size=size).astype(np.float32)
     events = rng.integers(0, shape.history_length + 1, batch)
-    tensors["history"] *= (np.arange(shape.history_length)[None, :, None] >= shape.history_length - events[:, None, None])
-    first, size = spec.tables["behaviour"]
-    tensors["history"][..., -2] = np.where(tensors["history"][..., -2] > 0, first + 1 + tensors["history"][..., -2] % (size - 1), 0)
+    tensors["history"] *= np.arange(shape.history_length)[None, :, None] >= shape.history_length - events[:, None, None]
+    first, codes = spec.tables["behaviour"]
+    tensors["history"][..., -2] = np.where(
+        tensors["history"][..., -2] > 0, first + 1 + tensors["history"][..., -2] % (codes - 1), 0
+    )
     return tensors
 
 
@@ -134,7 +134,9 @@ def parse_arguments(text: str, spec: FeatureSpec) -> dict[str, Any]:
             for name, value in arguments.items()
         }
     except (ValueError, TypeError, KeyError) as error:
-        raise BadModel(f"--arguments {text!r} ({error}); write a JSON object, with ${', $'.join(sizes)} for sizes") from error
+        raise BadModel(
+            f"--arguments {text!r} ({error}); write a JSON object, with ${', $'.join(sizes)} for sizes"
+        ) from error
 
 
 def load_module(reference: str, arguments: dict[str, Any], checkpoint: Path) -> nn.Module:
@@ -148,7 +150,9 @@ def load_module(reference: str, arguments: dict[str, Any], checkpoint: Path) -> 
     try:
         kind = getattr(importlib.import_module(name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise BadModel(f"{reference} cannot be imported ({error}); write package.module:Class, on the Python path") from error
+        raise BadModel(
+            f"{reference} cannot be imported ({error}); write package.module:Class, on the Python path"
+        ) from error
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise BadModel(f"{reference} is no torch.nn.Module class")
     try:
@@ -170,4 +174,6 @@ def _check_call(module: nn.Module, inputs: dict[str, torch.Tensor], spec: Featur
     wanted = (*inputs["candidates"].shape[:2], spec.shape.tasks)
     if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != wanted or scores.dtype != torch.float32:
         found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise BadModel(f"{type(module).__name__}.forward gives {found}; the contract says float32 {list(wanted)} [B, N, T]")
+        raise BadModel(
+            f"{type(module).__name__}.forward gives {found}; the contract says float32 {list(wanted)} [B, N, T]"
+        )

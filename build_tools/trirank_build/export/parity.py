@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-
 from trirank import contract
 from trirank_backend.features import FeatureSpec
 from trirank_backend.scoring import OnnxRanker
+
 from trirank_build.errors import BadModel
 
 MODULE_LIMIT = 1e-4

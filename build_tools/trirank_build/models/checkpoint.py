@@ -41,7 +41,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise BadCheckpoint(
-            f"{path} is no whole safetensors file ({error}); write it with safetensors.torch.save_file(model.state_dict(), …)"
+            f"{path} is no whole safetensors file ({error}); write it with "
+            "safetensors.torch.save_file(model.state_dict(), …)"
         ) from error
 
 

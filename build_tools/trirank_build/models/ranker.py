@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
 from trirank_backend.features import FeatureSpec
+
 from trirank_build.training.recipe import ModelRecipe
 
 _MASKED = -1e4  # finite, so that FP16 survives it
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         k, v = self._split(key), self._split(value)  # [B, H, S, D/H]
         weights = (q @ k.transpose(-1, -2) * self.head_dim**-0.5 + mask).softmax(-1)  # [B, H, X, S]
         merged = (weights @ v).transpose(1, 2).flatten(2)  # [B, X, D]
-        return self.out(merged)  # type: ignore[no-any-return]
+        return self.out(merged)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
@@ -54,7 +54,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor) -> Tensor:
         normed = self.norm_attention(x)
         x = x + self.dropout(self.attention(normed, normed if memory is None else memory, mask))
-        return x + self.dropout(self.ffn(self.norm_ffn(x)))  # type: ignore[no-any-return]
+        return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
 
 class SharedContextRanker(nn.Module):
@@ -99,4 +99,4 @@ class SharedContextRanker(nn.Module):
             x = block(x, memory, mask)
         x = self.norm_out(x)
         both = torch.cat([x, x * memory[:, :1]], -1)  # [B, N, 2D]
-        return self.head(both) + self.dense_head(dense)  # type: ignore[no-any-return]
+        return self.head(both) + self.dense_head(dense)

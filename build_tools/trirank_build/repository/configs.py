@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2 as pb
-
 from trirank import contract
 from trirank.contract import PackedShape, TensorSpec
+from tritonclient.grpc import model_config_pb2 as pb
+
 from trirank_build.errors import BadModel
 
 OPEN_SHAPE = PackedShape(*[-1] * len(PackedShape._fields))
@@ -33,7 +33,9 @@ class Instances:
     rerank: int = 1
 
 
-def model_configs(shape: PackedShape, runtime: str, instances: Instances, plans: dict[str, str] | None = None) -> dict[str, str]:
+def model_configs(
+    shape: PackedShape, runtime: str, instances: Instances, plans: dict[str, str] | None = None
+) -> dict[str, str]:
     """Model name → text of its config.pbtxt.
 
     Args:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-
 from trirank import contract
 from trirank_backend.histories import Events, SqliteUserStore
 from trirank_backend.policies import check_policy, save_policies
 from trirank_backend.stages import FEATURES
+
 from trirank_build.artefacts import atomic_file, combined_digest, file_digest, tree_digests
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.plan import PlanManifest, load_plan_manifest
@@ -33,7 +33,13 @@ from trirank_build.export.parity import Parity
 from trirank_build.repository.configs import Instances, model_configs
 from trirank_build.training.run import TrainedRun
 
-MODELS, MANIFEST, ITEMS, REQUESTS, CURRENT = "models", "manifest.json", "items.parquet", "requests.json", "current"
+MODELS, MANIFEST, ITEMS, REQUESTS, CURRENT = (
+    "models",
+    "manifest.json",
+    "items.parquet",
+    "requests.json",
+    "current",
+)
 TEMPLATES = Path(__file__).parent.parent / "model_repository"
 _RECORDED = 8
 _PACKAGES = ("trirank", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
@@ -57,7 +63,9 @@ def assemble(
     """
     trained_on, given = run.facts["dataset"]["digest"], dataset.description.digest
     if trained_on != given:
-        raise BadData(f"{run.directory} was trained on dataset {trained_on[:12]}, this one is {given[:12]}; give that one")
+        raise BadData(
+            f"{run.directory} was trained on dataset {trained_on[:12]}, this one is {given[:12]}; give that one"
+        )
     spec = run.features.spec
     check_onnx(onnx_path, spec)
     parity = _parity_of(onnx_path)
@@ -172,7 +180,9 @@ def _checked_plans(plans: list[Path], onnx_path: Path, runtime: str) -> list[tup
     for plan in plans:
         manifest = load_plan_manifest(plan)
         if manifest.onnx != digest:
-            raise BadModel(f"{plan} was built from ONNX {manifest.onnx[:12]}, not from {onnx_path} ({digest[:12]}); build again")
+            raise BadModel(
+                f"{plan} was built from ONNX {manifest.onnx[:12]}, not from {onnx_path} ({digest[:12]}); build again"
+            )
         if tuple(p["bucket"] for p in manifest.profiles) != contract.BUCKETS:
             raise BadModel(f"{plan} has no profile for each of the buckets {contract.BUCKETS}; build again")
         checked.append((plan, manifest))

@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from trirank import RankClient, RankError, RankRequest
+
 from trirank_build.errors import ServeError
 from trirank_build.progress import working
 from trirank_build.repository.release import MODELS, REQUESTS, load_manifest
@@ -50,7 +52,12 @@ class TritonServer:
     """
 
     def __init__(
-        self, release: Path, *, ports: Ports | None = None, tritonserver: Path | None = None, host: str = "127.0.0.1"
+        self,
+        release: Path,
+        *,
+        ports: Ports | None = None,
+        tritonserver: Path | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         """Start it; ``wait_ready`` tells when it works.
 
@@ -59,7 +66,11 @@ class TritonServer:
             BadModel: ``release`` is none.
         """
         self.release = release.resolve()
-        if load_manifest(self.release)["runtime"] == "tensorrt" and tritonserver is None and not shutil.which("tritonserver"):
+        if (
+            load_manifest(self.release)["runtime"] == "tensorrt"
+            and tritonserver is None
+            and not shutil.which("tritonserver")
+        ):
             raise ServeError(
                 f"{release} is for TensorRT, which the wheel's Triton cannot run; serve it in NVIDIA's container, or "
                 "assemble with --runtime python"
@@ -119,13 +130,17 @@ class TritonServer:
             while not client.ready():
                 self.check_alive()
                 if time.monotonic() > deadline:
-                    raise ServeError(f"Triton was not ready within {timeout_s:g} s; its last words: {self._last_words()}")
+                    raise ServeError(
+                        f"Triton was not ready within {timeout_s:g} s; its last words: {self._last_words()}"
+                    )
                 time.sleep(0.1)
             try:
                 for request in recorded_requests(self.release) * _WARM_ROUNDS:
                     client.rank(request)
             except RankError as error:
-                raise ServeError(f"a recorded request failed: {error}; Triton's last words: {self._last_words()}") from error
+                raise ServeError(
+                    f"a recorded request failed: {error}; Triton's last words: {self._last_words()}"
+                ) from error
 
     def check_alive(self) -> None:
         """Raises ServeError with the reason if the server has ended."""
@@ -138,15 +153,11 @@ class TritonServer:
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGINT)
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     self._process.wait(STOP_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    pass
             # Stubs share the server's process group; one that outlived it is ended here.
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self._process.wait()
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
@@ -200,7 +211,9 @@ def _checked_port(host: str, name: str, number: int | None) -> int:
         try:
             probe.bind((host, number or 0))
         except OSError as error:
-            raise ServeError(f"--{name}-port {number} on {host} cannot be used ({error.strerror}); choose another") from error
+            raise ServeError(
+                f"--{name}-port {number} on {host} cannot be used ({error.strerror}); choose another"
+            ) from error
         return int(probe.getsockname()[1])
 
 

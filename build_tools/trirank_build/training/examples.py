@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-
 from trirank.contract import ANONYMOUS_USER
 from trirank_backend.features import Packed, RequestBatch
 from trirank_backend.text import query_trigrams
+
 from trirank_build.data.dataset import Dataset
 from trirank_build.feature_fitting import Features
 
@@ -73,7 +73,9 @@ class Examples:
         missed: R lists of gains that retrieval did not find.
     """
 
-    def __init__(self, dataset: Dataset, split: str, features: Features, limit: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, dataset: Dataset, split: str, features: Features, limit: int | None = None, seed: int = 0
+    ) -> None:
         requests = dataset.split(split)
         if limit is not None and requests.height > limit:
             requests = requests.sample(limit, seed=seed).sort("timestamp", maintain_order=True)
@@ -98,7 +100,11 @@ class Examples:
         return len(self.rows)
 
     def batch(
-        self, which: NDArray[np.int64], rows: NDArray[np.int32], scores: NDArray[np.float32], labels: NDArray[np.float32]
+        self,
+        which: NDArray[np.int64],
+        rows: NDArray[np.int32],
+        scores: NDArray[np.float32],
+        labels: NDArray[np.float32],
     ) -> Batch:
         """Pack the given candidates [B, N] of the requests ``which`` [B]."""
         spec = self._features.spec
@@ -139,14 +145,17 @@ class Examples:
         if candidates < rows.shape[1]:
             priority = rng.random(rows.shape) + (labels > 0) - 2 * (rows < 0)
             kept = np.sort(np.argpartition(-priority, candidates - 1, axis=1)[:, :candidates], axis=1)
-            rows, scores, labels = (np.take_along_axis(array, kept, 1) for array in (rows, scores, labels))
+            at = np.arange(len(which))[:, None]
+            rows, scores, labels = rows[at, kept], scores[at, kept], labels[at, kept]
         if with_scores:
             unscored = (np.isnan(scores) & (rows >= 0)).any(1)
             scores = np.where(unscored[:, None], np.nan, scores)
         else:
             scores = np.full_like(scores, np.nan)
             if random_negatives:
-                drawn = rng.integers(len(self._features.catalogue), size=(len(which), random_negatives)).astype(np.int32)
+                drawn = rng.integers(len(self._features.catalogue), size=(len(which), random_negatives)).astype(
+                    np.int32
+                )
                 taken = (drawn[:, :, None] == np.where(labels > 0, rows, -1)[:, None, :]).any(2)
                 rows = np.concatenate([rows, np.where(taken, -1, drawn)], 1)
                 labels = np.concatenate([labels, np.zeros(drawn.shape, np.float32)], 1)

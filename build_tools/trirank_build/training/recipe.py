@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-
 from trirank.contract import Signal
 from trirank_backend.policies import Policy
+
 from trirank_build.errors import BadRecipe
 
 if sys.version_info >= (3, 11):

@@ -22,7 +22,13 @@ from trirank_build.models.checkpoint import load_checkpoint, load_weights
 from trirank_build.models.ranker import SharedContextRanker
 from trirank_build.training.recipe import Recipe, load_recipe
 
-RECIPE, FEATURES, LAST, BEST, RUN = "recipe.toml", "features", "last.safetensors", "best.safetensors", "run.json"
+RECIPE, FEATURES, LAST, BEST, RUN = (
+    "recipe.toml",
+    "features",
+    "last.safetensors",
+    "best.safetensors",
+    "run.json",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class TrainedRun:
             facts = json.loads((directory / RUN).read_text())
         except (OSError, ValueError) as error:
             raise BadCheckpoint(
-                f"{directory} holds no finished training run ({error}); run `trirank train RECIPE --data DATASET --out {directory}`"
+                f"{directory} holds no finished training run ({error}); "
+                f"run `trirank train RECIPE --data DATASET --out {directory}`"
             ) from error
         return cls(directory, load_recipe(str(directory / RECIPE)), Features.load(directory / FEATURES), facts)
 

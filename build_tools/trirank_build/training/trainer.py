@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from trirank_build.artefacts import atomic_directory, atomic_file
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, TrirankBuildError
-from trirank_build.evaluation.evaluate import score, valid_ndcg
+from trirank_build.evaluation.evaluate import valid_ndcg
 from trirank_build.feature_fitting import Features, fit_features
 from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from trirank_build.models.ranker import SharedContextRanker
 from trirank_build.progress import console, progress
 from trirank_build.training.examples import Batch, Examples
 from trirank_build.training.losses import listwise_softmax
-from trirank_build.training.recipe import Recipe, load_recipe
+from trirank_build.training.recipe import Recipe
 from trirank_build.training.run import BEST, FEATURES, LAST, RECIPE, RUN, TrainedRun
 
 
@@ -92,7 +91,10 @@ class _Training:
         torch.manual_seed(recipe.seed)
         self.model = SharedContextRanker(features.spec, recipe.model)
         self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, fused=True
+            self.model.parameters(),
+            lr=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
         )
         self.steps_per_epoch = math.ceil(len(self.train) / self.settings.batch_size)
         self.step = 0
@@ -144,9 +146,7 @@ class _Training:
         for start in range(0, len(order), self.settings.batch_size):
             which = np.sort(order[start : start + self.settings.batch_size])
             with_scores = bool(rng.random() >= self.settings.without_scores)
-            batch = self.train.sample(
-                which, rng, self.settings.candidates, self.settings.random_negatives, with_scores
-            )
+            batch = self.train.sample(which, rng, self.settings.candidates, self.settings.random_negatives, with_scores)
             loss = self._loss(batch, rng)
             if not torch.isfinite(loss):
                 raise TrirankBuildError(
@@ -170,9 +170,7 @@ class _Training:
             hidden = torch.from_numpy(rng.random(batch.labels.shape) < self.settings.item_dropout)
             tensors["candidates"][..., 0].masked_fill_(hidden, 0)
         scores = self.model(**tensors)
-        return listwise_softmax(
-            scores, torch.from_numpy(batch.labels), torch.from_numpy(batch.valid), self.thresholds
-        )
+        return listwise_softmax(scores, torch.from_numpy(batch.labels), torch.from_numpy(batch.valid), self.thresholds)
 
     def _rate(self) -> float:
         """Warm-up, then a cosine down to a tenth."""
@@ -191,7 +189,9 @@ class _Training:
         path = self.out / LAST
         tensors, place = load_checkpoint(path)
         load_weights(
-            self.model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path
+            self.model,
+            {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")},
+            path,
         )
         states: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():

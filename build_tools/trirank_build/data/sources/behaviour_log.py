@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import polars as pl
-
 from trirank.contract import Behaviour
+
 from trirank_build.data.candidates import requests_from_events
 from trirank_build.data.cleaning import Report, clean_events
 from trirank_build.data.dataset import GAINS, TASKS, Dataset, Description
@@ -53,8 +53,9 @@ def prepare_behaviour_log(path: Path, options: PrepareOptions) -> Dataset:
     events = table.select(
         to_ids(table["user_id"]),
         to_ids(table["item_id"]),
-        words.replace_strict(list(BEHAVIOURS), [b.value for b in BEHAVIOURS.values()], default=None, return_dtype=pl.Int8)
-        .alias("behaviour"),
+        words.replace_strict(
+            list(BEHAVIOURS), [b.value for b in BEHAVIOURS.values()], default=None, return_dtype=pl.Int8
+        ).alias("behaviour"),
         _seconds(table["timestamp"]) if timed else pl.lit(0, pl.Int64).alias("timestamp"),
         pl.col("query").fill_null("").cast(pl.String) if "query" in table.columns else pl.lit("").alias("query"),
     )
@@ -73,10 +74,8 @@ def dataset_from_events(
             raise BadData("a query file needs timestamps in the log, to know which events a query led to")
         events = _with_queries(events, options.queries)
     events = events.sort("timestamp", maintain_order=True)
-    if timed:
-        events = events.with_columns(time_split(*split_by_time(events["timestamp"])))
-    else:
-        events = leave_last_out(events)
+    boundaries = split_by_time(events["timestamp"])
+    events = events.with_columns(time_split(*boundaries)) if timed else leave_last_out(events)
     if events["split"].n_unique() < 3:
         raise BadData(
             f"{source} cannot be split: {events.height:,} events give only "
@@ -142,7 +141,11 @@ def _with_queries(events: pl.DataFrame, path: Path) -> pl.DataFrame:
         to_ids(table["user_id"]), _seconds(table["timestamp"]), pl.col("query").alias("searched")
     ).drop_nulls()
     joined = events.sort("timestamp", maintain_order=True).join_asof(
-        queries.sort("timestamp"), on="timestamp", by="user_id", tolerance=QUERY_REACH_S, check_sortedness=False
+        queries.sort("timestamp"),
+        on="timestamp",
+        by="user_id",
+        tolerance=QUERY_REACH_S,
+        check_sortedness=False,
     )
     return joined.with_columns(query=pl.coalesce("searched", "query")).drop("searched")
 

@@ -26,9 +26,7 @@ def complete(items: pl.DataFrame) -> pl.DataFrame:
     """Add the columns that are missing and fill the gaps; one row an item, by ascending id."""
     items = items.unique("item_id", keep="first", maintain_order=True)
     for name, default in _DEFAULTS.items():
-        items = items.with_columns(
-            pl.col(name).fill_null(default) if name in items.columns else default.alias(name)
-        )
+        items = items.with_columns(pl.col(name).fill_null(default) if name in items.columns else default.alias(name))
     if "key" not in items.columns:
         items = items.with_columns(key=pl.col("item_id").cast(pl.String))
     return items.sort("item_id")

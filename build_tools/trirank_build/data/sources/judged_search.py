@@ -39,7 +39,9 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
     )
     table = report.apply("product, title, query or relevance missing", table, lambda f: f.drop_nulls())
     table = report.apply(
-        f"relevance outside {LOW:g} to {HIGH:g}", table, lambda f: f.filter(pl.col("relevance").is_between(LOW, HIGH))
+        f"relevance outside {LOW:g} to {HIGH:g}",
+        table,
+        lambda f: f.filter(pl.col("relevance").is_between(LOW, HIGH)),
     )
     table = report.apply("exact duplicate", table, lambda f: f.unique(maintain_order=True))
     table = report.apply(
@@ -49,9 +51,7 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
             pl.col("title").first(), pl.col("relevance").mean()
         ),
     )
-    table = report.apply(
-        "query with a single product", table, lambda f: f.filter(pl.len().over("query") > 1)
-    )
+    table = report.apply("query with a single product", table, lambda f: f.filter(pl.len().over("query") > 1))
     if table.is_empty():
         raise BadData(f"no judgement of {path} is left after cleaning; ranking needs two products a query")
     items = complete(table.select("item_id", "title"))
@@ -66,7 +66,12 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
             source=path.name,
             timed=False,
             tasks=GRADED_TASKS,
-            counts={"items": items.height, "events": 0, "requests": requests.height, "judgements": table.height},
+            counts={
+                "items": items.height,
+                "events": 0,
+                "requests": requests.height,
+                "judgements": table.height,
+            },
             cleaning=report.rows,
         ),
     )

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
-
 from trirank.contract import Behaviour
+
 from trirank_build.data.cleaning import Report, clean_events
 from trirank_build.data.dataset import Dataset
 from trirank_build.data.options import PrepareOptions
@@ -37,7 +37,9 @@ def prepare_sequences(path: Path, options: PrepareOptions) -> Dataset:
     good = lines.str.contains(_LINE.pattern)
     if not good.all():
         at = int(str((~good).arg_max()))
-        raise BadData(f"{path}, row {at + 1} is {lines[at][:60]!r}; each is `user item` or `user item item …` in numbers")
+        raise BadData(
+            f"{path}, row {at + 1} is {lines[at][:60]!r}; each is `user item` or `user item item …` in numbers"
+        )
     parts = lines.str.split(" ")
     table = pl.DataFrame({"user_id": parts.list.first(), "item_id": parts.list.slice(1)}).explode("item_id")
     events = table.select(

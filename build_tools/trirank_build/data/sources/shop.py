@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-
 from trirank.contract import Behaviour
+
 from trirank_build.data.dataset import GAINS, NO_USER, OPTIMUM, TASKS, Dataset, Description
 from trirank_build.data.splitting import split_by_time, time_split
 from trirank_build.progress import progress
@@ -165,16 +165,26 @@ def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> p
         task = bar.add_task("drawing sessions", total=n)
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
-            found = _retrieve(world, size, rng, when[part], user[part], search[part], category[part], extra[part], word[part])
+            found = _retrieve(
+                world,
+                size,
+                rng,
+                when[part],
+                user[part],
+                search[part],
+                category[part],
+                extra[part],
+                word[part],
+            )
             items, scores = found
             utility = _utility(world, items, when[part], user[part], search[part], extra[part], word[part])
             chance = _sigmoid(SLOPE * (utility - CLICK_AT))
             click = rng.random(items.shape) < chance
             cart = click & (rng.random(items.shape) < _sigmoid(SLOPE * (utility - CART_AT)))
             purchase = cart & (rng.random(items.shape) < BUY)
-            labels = np.select(
-                [purchase, cart, click], [GAINS["PURCHASE"], GAINS["CART"], GAINS["CLICK"]], 0.0
-            ).astype(np.float32)
+            labels = np.select([purchase, cart, click], [GAINS["PURCHASE"], GAINS["CART"], GAINS["CLICK"]], 0.0).astype(
+                np.float32
+            )
             for name, values in (
                 ("item_ids", items + 1),
                 ("retrieval_scores", scores.astype(np.float32)),
@@ -279,9 +289,15 @@ def _events_of(requests: pl.DataFrame) -> pl.DataFrame:
 
 def _item_table(world: _World) -> pl.DataFrame:
     items = len(world.product)
-    names = [np.array(words)[index] for words, index in (
-        (BRANDS, world.brand), (STYLES, world.style), (NOUNS, world.category), (COLOURS, world.colour)
-    )]
+    names = [
+        np.array(words)[index]
+        for words, index in (
+            (BRANDS, world.brand),
+            (STYLES, world.style),
+            (NOUNS, world.category),
+            (COLOURS, world.colour),
+        )
+    ]
     return pl.DataFrame(
         {
             "item_id": np.arange(1, items + 1),

@@ -94,6 +94,7 @@ def to_ids(column: pl.Series) -> pl.Series:
             if hashed.n_unique() < keys.len():
                 raise BadData(f"two values of {name} have the same 64-bit hash; rename one of them")
             ids = text.replace_strict(keys, hashed, default=None, return_dtype=pl.Int64)
-    if ids.len() > ids.null_count() and (low := ids.min()) is not None and int(str(low)) < 0:
-        raise BadData(f"{name} holds {low}; ids are 0 or more")
+    negative = ids.filter(ids < 0)
+    if len(negative):
+        raise BadData(f"{name} holds {negative[0]}; ids are 0 or more")
     return ids.alias(name)

@@ -1,0 +1,150 @@
+"""The command, as a person types it: every step of the README on a small log, and its errors in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from trirank_build.data.dataset import Dataset
+
+
+def trirank(*arguments, code=0):
+    command = [sys.executable, "-m", "trirank_build.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+RECIPE = """
+name = "small"
+[features]
+history_length = 8
+title_length = 4
+vocabulary = 200
+[model]
+dim = 16
+heads = 2
+encoder_blocks = 1
+ffn = 16
+[training]
+epochs = 1
+candidates = 10
+"""
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory, shop):
+    """From a log in CSV to a release, by commands alone."""
+    folder = tmp_path_factory.mktemp("line")
+    words = {2: "pv", 4: "cart", 5: "buy"}
+    log = shop.events.select("user_id", "item_id", "behaviour", "timestamp").rows()
+    lines = ["user_id,item_id,behavior,timestamp", *(f"{u},{i},{words[b]},{t}" for u, i, b, t in log)]
+    (folder / "user_behavior.csv").write_text("\n".join([*lines, lines[-1], "1,2,teleport,1770000000"]))
+    shop.items.select("item_id", "title", "brand", "category", "price").write_csv(folder / "items.csv")
+    (folder / "recipe.toml").write_text(RECIPE)
+    steps = {
+        "prepare": ("data", "prepare", folder / "user_behavior.csv", "--items", folder / "items.csv", "--out",
+                    folder / "data", "--max-train", 2000, "--max-eval", 300),
+        "train": ("train", folder / "recipe.toml", "--data", folder / "data", "--out", folder / "run"),
+        "evaluate": ("evaluate", "--run", folder / "run", "--data", folder / "data"),
+        "export": ("export", "--run", folder / "run", "--out", folder / "ranker.onnx"),
+        "assemble": ("assemble", "--run", folder / "run", "--data", folder / "data", "--onnx", folder / "ranker.onnx",
+                     "--out", folder / "releases", "--promote"),
+    }  # fmt: skip
+    return folder, {name: trirank(*arguments) for name, arguments in steps.items()}
+
+
+def test_cleaning_is_a_table(line):
+    text = line[1]["prepare"].stdout
+    assert re.search(r"unknown behaviour\s+│\s*[\d,]+\s*│\s*[\d,]+\s*│\s*1\s", text)
+    assert re.search(r"exact duplicate\s+│.*│\s*[\d,]+\s", text)
+    assert re.search(r"requests: [\d,]+ train, [\d,]+ valid, [\d,]+ test", text)
+
+
+def test_training_shows_its_curve(line):
+    assert re.search(r"1\s+│\s+\d\.\d+\s+│\s+0\.\d+", line[1]["train"].stdout)
+
+
+def test_evaluation_compares(line):
+    text = line[1]["evaluate"].stdout
+    for words in ("ranker", "retrieval", "popularity", "random", "NDCG@10", "MRR", "AUC", "95 % interval", "accuracy"):
+        assert words in text
+
+
+def test_export_shows_every_bucket(line):
+    assert all(re.search(rf"{bucket}\s+│\s+\d\.\de-\d+", line[1]["export"].stdout) for bucket in (64, 256, 1024))
+
+
+def test_assemble_prints_the_release_and_promotes(line):
+    folder, done = line
+    release = done["assemble"].stdout.strip()
+    assert (folder / "releases" / "current").resolve() == (folder / "releases" / release.rsplit("/", 1)[-1]).resolve()
+
+
+def test_evaluation_as_json(line):
+    folder, _ = line
+    found = json.loads(trirank("evaluate", "--run", folder / "run", "--data", folder / "data", "--json").stdout)
+    assert set(found["table"]) == {"ranker", "retrieval", "popularity", "random"}
+    assert found["table"]["ranker"]["NDCG@10"]["low"] <= found["table"]["ranker"]["NDCG@10"]["value"]
+
+
+@pytest.mark.e2e
+def test_serve_and_rank(line, tmp_path):
+    import signal
+    import time
+
+    folder, _ = line
+    release, addresses = folder / "releases" / "current", tmp_path / "addresses.json"
+    command = [sys.executable, "-m", "trirank_build.cli", "serve", str(release), "--addresses", str(addresses)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 100
+        while not addresses.is_file():
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        grpc = json.loads(addresses.read_text())["grpc"]
+        table = trirank("rank", "--server", grpc, "--release", release).stdout
+        assert "retrieval's order" in table
+        found = json.loads(
+            trirank("rank", "--server", grpc, "--item", 1, "--item", 2, "--item", 10**15, "--json").stdout
+        )
+        assert found["unknown"] == 1
+        assert {item["item_id"] for item in found["items"]} <= {1, 2}
+        error = trirank("rank", "--server", grpc, "--item", 1, "--top-k", 0, code=1).stderr
+        assert "top_k is 0; it goes from 1 to 1024" in error
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("data", "prepare", "nowhere.csv", "--out", "x"), "nowhere.csv is no file"),
+        (("train", "nowhere.toml", "--data", "x", "--out", "y"), "neither a file nor one of the shipped recipes"),
+        (("train", "shop", "--data", "nowhere", "--out", "y"), "run `trirank data prepare SOURCE --out nowhere`"),
+        (("evaluate", "--run", "nowhere", "--data", "x"), "no finished training run"),
+        (("evaluate", "--run", "x", "--data", "x", "--split", "dev"), "--split dev is none of train, valid, test"),
+        (("serve", "nowhere"), "nowhere is no release"),
+        (("rank", "--server", "127.0.0.1:9"), "give candidates with --item"),
+        (("rank", "--server", "127.0.0.1:9", "--item", "1"), "127.0.0.1:9, after"),
+    ],
+)
+def test_errors_are_one_line(arguments, words, tmp_path):
+    error = trirank(*arguments, code=1).stderr
+    assert words in error.replace("\n", " ")
+    assert error.startswith("error:")
+
+
+def test_a_dataset_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,behavior\n1,2,jump\n")
+    trirank("data", "prepare", tmp_path / "log.csv", "--out", tmp_path / "data", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+    with pytest.raises(Exception, match="cannot be read"):
+        Dataset.load(tmp_path / "data")
