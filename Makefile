@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "trirank needs Python 3.10 or later; say make PYTHON=python3.11, for instance"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "python3 -m venv failed; on Debian and Ubuntu install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: install

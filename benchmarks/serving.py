@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 from results import ROOT, Figure, write
 from trirank import RankClient, RankRequest
 from trirank import contract as c
@@ -117,6 +119,14 @@ def stage_times(before: dict, after: dict) -> dict[str, float]:
     return found
 
 
+def pin(pid: int, cores: set[int]) -> None:
+    """Keep a process, its children and all their threads on these cores."""
+    process = psutil.Process(pid)
+    for member in (process, *process.children(recursive=True)):
+        for thread in member.threads():
+            os.sched_setaffinity(thread.id, cores)
+
+
 def spread(name: str, values: list[float], unit: str, note: str = "") -> Figure:
     """Median, smallest and largest."""
     return Figure(name, *(round(v, 4) for v in (statistics.median(values), min(values), max(values))), unit, note)
@@ -156,6 +166,15 @@ def main() -> None:
                 note(f"ensemble_p99_ms_c{concurrency}", float(np.percentile(latencies, 99)))
                 note(f"ensemble_rps_c{concurrency}", rate)
             note("ensemble_extra_ms_c1", rounds["ensemble_p50_ms_c1"][-1] - rounds["in_process_p50_ms"][-1])
+            # The other way that was tried: all stages on one core, so that a hop wakes no other one.
+            cores = os.sched_getaffinity(0)
+            if len(cores) > 1:
+                pin(server.pid, {max(cores)})
+                latencies, _rate = timed(client.rank, requests, CALLS[1], 1)
+                note("pinned_ensemble_p50_ms_c1", float(np.percentile(latencies, 50)))
+                note("pinned_extra_ms_c1", rounds["pinned_ensemble_p50_ms_c1"][-1] - rounds["in_process_p50_ms"][-1])
+                note("pinned_rps_c32", timed(client.rank, requests, CALLS[32], 32)[1])
+                pin(server.pid, cores)
     figures = []
     for name, values in rounds.items():
         unit = "ms" if "_ms" in name else "requests/s" if "_rps" in name else "requests" if "_batch" in name else "ms"
