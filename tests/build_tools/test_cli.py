@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
 from trirank_build.data.dataset import Dataset
 
 

@@ -140,7 +140,7 @@ def test_a_stub_that_died_is_an_error_not_a_hang(world):
     with TritonServer(world.release) as server:
         server.wait_ready()
         stubs = [p for p in psutil.Process(server.pid).children(recursive=True) if "stub" in p.name()]
-        assert len(stubs) == 3
+        assert len(stubs) >= 3
         for stub in stubs:
             stub.kill()
         with (

@@ -26,10 +26,11 @@ _FORWARDED = ("TOP_K", "SCENARIO")
 
 @dataclass(frozen=True)
 class Instances:
-    """Instances of each stage; on a CPU they should fill the cores, not exceed them."""
+    """Instances of each stage. On a CPU a batch is no cheaper than its requests, so two rankers that fill two cores
+    answer more than one with larger batches; on a GPU it is the other way round."""
 
     preprocess: int = 1
-    ranker: int = 1
+    ranker: int = 2
     rerank: int = 1
 
 
@@ -56,7 +57,7 @@ def model_configs(
     if runtime == "python":
         ranker = _python(contract.RANKER, packed, scores, instances.ranker, ragged=False)
     else:
-        ranker = _tensorrt(packed, scores, instances.ranker, plans or {})
+        ranker = _tensorrt(packed, scores, plans or {})
     configs = {config.name: config for config in (preprocess, ranker, rerank, _ensemble(preprocess, ranker, rerank))}
     return {name: text_format.MessageToString(config) for name, config in configs.items()}
 
@@ -80,10 +81,10 @@ def _python(
     return config
 
 
-def _tensorrt(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], count: int, plans: dict[str, str]) -> Any:
+def _tensorrt(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], plans: dict[str, str]) -> Any:
     config = pb.ModelConfig(name=contract.RANKER, platform="tensorrt_plan", max_batch_size=contract.MAX_BATCH)
     _add_tensors(config, inputs, outputs)
-    group = config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_GPU)
+    group = config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)
     group.profile.extend(str(index) for index in range(len(contract.BUCKETS)))
     for capability, file in sorted(plans.items()):
         config.cc_model_filenames[capability] = file
