@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from trirank_build.errors import BadRecipe
 from trirank_build.training.recipe import RECIPES, load_recipe
-from trirank_build.training.trainer import _toml
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
@@ -49,10 +48,3 @@ def test_several_faults_are_told_at_once(tmp_path):
 def test_no_such_recipe():
     with pytest.raises(BadRecipe, match="shipped recipes.*shop"):
         load_recipe("nowhere.toml")
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
-def test_a_recipe_written_out_reads_back(tmp_path, name):
-    recipe = load_recipe(name)
-    (tmp_path / "r.toml").write_text(_toml(recipe.model_dump(exclude_none=True)))
-    assert load_recipe(str(tmp_path / "r.toml")) == recipe

@@ -43,6 +43,10 @@ def test_the_same_seed_gives_the_same_weights(recipe, dataset, world, tmp_path):
     assert same(weights(tmp_path / "again"), weights(world.run))
 
 
+def test_the_run_keeps_its_recipe_with_every_default(recipe, trained):
+    assert trained.recipe == recipe
+
+
 def test_another_seed_gives_others(recipe, dataset, world, tmp_path):
     train(recipe.model_copy(update={"seed": 99}), dataset, tmp_path / "other")
     assert not same(weights(tmp_path / "other"), weights(world.run))

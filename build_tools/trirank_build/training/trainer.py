@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 from torch import Tensor, nn
 
@@ -63,22 +64,8 @@ def _prepare(out: Path, recipe: Recipe, dataset: Dataset, identity: str, fresh: 
     with atomic_directory(out) as scratch:
         (scratch / FEATURES).mkdir()
         fit_features(dataset, recipe.features, scratch / FEATURES)
-        (scratch / RECIPE).write_text(_toml(recipe.model_dump(exclude_none=True)))
+        (scratch / RECIPE).write_text(tomli_w.dumps(recipe.model_dump(exclude_none=True)))
         (scratch / "identity").write_text(identity)
-
-
-def _toml(values: dict[str, Any]) -> str:
-    """The few kinds of values that recipes have; every default written out."""
-    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items())
-
-    def section(prefix: str, table: dict[str, Any]) -> str:
-        own = {key: value for key, value in table.items() if not isinstance(value, dict)}
-        inner = {key: value for key, value in table.items() if isinstance(value, dict)}
-        body = "".join(f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in own.items())
-        return f"\n[{prefix}]\n{body}" + "".join(section(f"{prefix}.{json.dumps(k)}", v) for k, v in inner.items())
-
-    return text + "".join(section(key, value) for key, value in values.items() if isinstance(value, dict))
 
 
 class _Training:
