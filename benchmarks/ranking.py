@@ -13,13 +13,12 @@ import sys
 from pathlib import Path
 
 from results import ROOT, WORK, Figure, write
-from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.data.options import PrepareOptions
 from trirank_build.data.prepare import prepare
 from trirank_build.evaluation.evaluate import evaluate
-from trirank_build.training.examples import Examples
-from trirank_build.training.recipe import load_recipe
+from trirank_build.features.examples import Examples
+from trirank_build.recipe import load_recipe
 from trirank_build.training.trainer import train
 
 DATA = Path(os.environ.get("TRIRANK_DATA", ROOT.parent / "shared" / "data"))
@@ -40,7 +39,7 @@ def measure(name: str) -> list[Figure]:
         prepare(str(source), PrepareOptions()).save(folder)
     dataset = Dataset.load(folder)
     run = train(load_recipe(recipe), dataset, WORK / "runs" / name)
-    found = evaluate(run.model(), Examples(dataset, "test", run.features), popularity(dataset))
+    found = evaluate(run.model(), Examples(dataset, "test", run.features), dataset)
     note = f"test split, {found.requests:,} requests; 95 % bootstrap interval"
     figures = [
         Figure(f"{name}_{ranking}_ndcg10", *row["NDCG@10"], "NDCG@10", note) for ranking, row in found.table.items()

@@ -22,7 +22,7 @@ def shop():
 
 @pytest.fixture(scope="session")
 def recipe():
-    from trirank_build.training.recipe import Recipe
+    from trirank_build.recipe import Recipe
 
     return Recipe.model_validate(
         {

@@ -88,7 +88,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what is there.")] = False,
 ) -> None:
     """Train a ranker."""
-    from trirank_build.training.recipe import load_recipe
+    from trirank_build.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     from trirank_build.data.dataset import Dataset
@@ -114,17 +114,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare a ranker with retrieval order, popularity and chance."""
-    from trirank_build.baselines.popularity import popularity
     from trirank_build.data.dataset import SPLITS, Dataset
     from trirank_build.evaluation.evaluate import evaluate as compare
-    from trirank_build.training.examples import Examples
+    from trirank_build.features.examples import Examples
     from trirank_build.training.run import TrainedRun
 
     if split not in SPLITS:
         raise BadRecipe(f"--split {split} is none of {', '.join(SPLITS)}")
     trained, dataset = TrainedRun.load(run), Dataset.load(data)
     with working("evaluating"):
-        found = compare(trained.model(), Examples(dataset, split, trained.features), popularity(dataset))
+        found = compare(trained.model(), Examples(dataset, split, trained.features), dataset)
     if as_json:
         print(json.dumps(found.to_json()))
         return
@@ -230,7 +229,9 @@ def serve(
     from trirank_build.artefacts import atomic_file
     from trirank_build.serving.server import Ports, TritonServer
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Said outright, since a shell starts its background jobs with SIGINT ignored.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     ports = Ports(grpc_port, http_port, metrics_port)
     with TritonServer(release, ports=ports, tritonserver=tritonserver, host=host) as server:
         server.wait_ready()

@@ -34,8 +34,8 @@ def build(work: Path) -> Path:
         from trirank_build.data.options import PrepareOptions
         from trirank_build.data.prepare import SHOP, prepare
         from trirank_build.export.onnx import export
+        from trirank_build.recipe import load_recipe
         from trirank_build.repository.release import assemble, parity_path, promote, write_parity
-        from trirank_build.training.recipe import load_recipe
         from trirank_build.training.trainer import train
 
     data, onnx_path = work / "data", work / "ranker.onnx"

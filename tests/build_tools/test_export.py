@@ -17,7 +17,8 @@ from trirank_backend.errors import InvalidRelease
 from trirank_backend.scoring import OnnxRanker
 from trirank_build.errors import BadCheckpoint, BadModel
 from trirank_build.export import parity
-from trirank_build.export.onnx import check_onnx, export, load_module, parse_arguments, sample_inputs
+from trirank_build.export.onnx import check_onnx, export, load_module, parse_arguments
+from trirank_build.export.parity import sample_inputs
 
 EXAMPLES = Path(__file__).parent.parent.parent / "build_tools" / "examples"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from trirank_build.errors import BadRecipe
-from trirank_build.training.recipe import RECIPES, load_recipe
+from trirank_build.recipe import RECIPES, load_recipe
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, TrirankBuildError
 from trirank_build.evaluation.evaluate import evaluate
+from trirank_build.features.examples import Examples, HistoryIndex
 from trirank_build.models.checkpoint import load_checkpoint
 from trirank_build.training import trainer
-from trirank_build.training.examples import Examples, HistoryIndex
 from trirank_build.training.losses import listwise_softmax
 from trirank_build.training.trainer import train
 
@@ -30,7 +29,7 @@ def same(one, two):
 
 
 def test_the_ranker_beats_what_it_must_beat(world, trained, dataset):
-    found = evaluate(trained.model(), Examples(dataset, "test", trained.features), popularity(dataset))
+    found = evaluate(trained.model(), Examples(dataset, "test", trained.features), dataset)
     for other in ("retrieval", "random"):
         assert found.differences[other].low > 0, other
     ndcg = {name: row["NDCG@10"].value for name, row in found.table.items()}

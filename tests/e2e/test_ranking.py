@@ -14,8 +14,8 @@ from trirank import Behaviour, History, InvalidRequest, RankClient, RankRequest,
 from trirank_build.data.dataset import Dataset
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.evaluate import score
+from trirank_build.features.examples import Examples
 from trirank_build.serving.server import recorded_requests
-from trirank_build.training.examples import Examples
 
 
 def test_recorded_requests_come_back_in_full(client, world):

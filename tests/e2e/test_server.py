@@ -20,7 +20,7 @@ from trirank_build.serving import tritonserver
 from trirank_build.serving.server import Ports, TritonServer
 
 
-def serve(world, tmp_path, *more):
+def serve(world, tmp_path, *more, **process):
     addresses = tmp_path / "addresses.json"
     command = [
         sys.executable,
@@ -31,7 +31,9 @@ def serve(world, tmp_path, *more):
         "--addresses",
         str(addresses),
     ]
-    process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **process
+    )
     deadline = time.monotonic() + 100
     while not addresses.is_file():
         assert process.poll() is None, process.stdout.read()
@@ -53,10 +55,16 @@ def shared_memory():
     return {path.name for path in Path("/dev/shm").glob("trirank_*")}
 
 
+def as_a_background_job():
+    """Shells start their background jobs so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_it_and_leaves_nothing(world, tmp_path, how):
+@pytest.mark.parametrize("started", [None, as_a_background_job])
+def test_ctrl_c_stops_it_and_leaves_nothing(world, tmp_path, how, started):
     before = shared_memory()
-    process, addresses = serve(world, tmp_path)
+    process, addresses = serve(world, tmp_path, preexec_fn=started)
     with RankClient(addresses["grpc"], deadline_s=10) as client:
         assert len(client.rank(RankRequest(item_ids=[1, 2, 3]))) > 0
     processes = family(process.pid)

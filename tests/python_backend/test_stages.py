@@ -194,7 +194,7 @@ def test_a_release_of_another_contract_is_refused(world, tmp_path):
 def test_training_and_serving_pack_the_same(world, trained):
     """A logged request, replayed through serving's path, gives the tensors that training saw."""
     from trirank_build.data.dataset import Dataset
-    from trirank_build.training.examples import Examples
+    from trirank_build.features.examples import Examples
 
     dataset = Dataset.load(world.data)
     examples = Examples(dataset, "test", trained.features)

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from trirank_build.artefacts import atomic_directory, combined_digest, file_digest
 from trirank_build.errors import BadData
@@ -97,6 +99,14 @@ class Dataset:
     def split(self, name: str) -> pl.DataFrame:
         """The requests of ``train``, ``valid`` or ``test``."""
         return self.requests.filter(pl.col("split") == name)
+
+    def training_choices(self) -> NDArray[np.int64]:
+        """Item ids of the training events, one a choice; judged search has none."""
+        return self.events.filter(pl.col("split") == "train")["item_id"].to_numpy()
+
+    def training_showings(self) -> NDArray[np.int64]:
+        """Item ids of the candidates of the training requests."""
+        return self.split("train")["item_ids"].explode().to_numpy()
 
     def save(self, directory: Path) -> Path:
         """Write whole or not at all; gives the directory."""

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trirank_build.data.dataset import OPTIMUM
+from trirank_build.baselines.popularity import popularity
+from trirank_build.data.dataset import OPTIMUM, Dataset
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.bootstrap import Interval, mean_interval
-from trirank_build.training.examples import Examples
+from trirank_build.features.examples import Examples
 
 _BATCH = 256
 THRESHOLD = 1.0
@@ -65,19 +66,18 @@ class Evaluation:
         }
 
 
-def evaluate(model: nn.Module, examples: Examples, popularity: NDArray[np.int64], seed: int = 0) -> Evaluation:
-    """Rank the same requests by the ranker, retrieval order, popularity, chance, and, where known, the optimum.
-
-    Args:
-        popularity: [M] of each catalogue row.
-    """
+def evaluate(model: nn.Module, examples: Examples, dataset: Dataset, seed: int = 0) -> Evaluation:
+    """Rank the same requests by the ranker, retrieval order, popularity, chance, and, where known, the optimum."""
     valid = examples.rows >= 0
     rng = np.random.default_rng(seed)
+    choices = dataset.training_choices()
+    # Judged search has no choices; there it is how often an item was put before the judges.
+    chosen = popularity(choices if len(choices) else dataset.training_showings(), dataset.items["item_id"].to_numpy())
     width = examples.rows.shape[1]
     rankings = {
         "ranker": score(model, examples),
         "retrieval": np.broadcast_to(-np.arange(width, dtype=np.float32), examples.rows.shape),
-        "popularity": popularity[examples.rows] + 1e-6 * rng.random(examples.rows.shape),
+        "popularity": chosen[examples.rows] + 0.5 * rng.random(examples.rows.shape),
         "random": rng.random(examples.rows.shape),
     }
     if OPTIMUM in examples.requests.columns:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from trirank import contract
 from trirank_backend.features import FeatureSpec
@@ -39,14 +41,31 @@ class Parity:
         return asdict(self)
 
 
+def sample_inputs(spec: FeatureSpec, batch: int, candidates: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
+    """Random but lawful tensors: events fill the end of the history, tokens the front of the query."""
+    shape = spec.shape
+    tensors: dict[str, NDArray[Any]] = {}
+    for tensor in contract.ranker_inputs(shape):
+        size = (batch, *(candidates if axis < 0 else axis for axis in tensor.shape))
+        if tensor.dtype == "INT32":
+            tensors[tensor.name] = rng.integers(0, spec.vocabulary_size, size).astype(np.int32)
+        else:
+            tensors[tensor.name] = rng.normal(size=size).astype(np.float32)
+    events = rng.integers(0, shape.history_length + 1, batch)
+    tensors["history"] *= np.arange(shape.history_length)[None, :, None] >= shape.history_length - events[:, None, None]
+    first, codes = spec.tables["behaviour"]
+    tensors["history"][..., -2] = np.where(
+        tensors["history"][..., -2] > 0, first + 1 + tensors["history"][..., -2] % (codes - 1), 0
+    )
+    return tensors
+
+
 def check_parity(module: nn.Module, path: Path, spec: FeatureSpec) -> Parity:
     """Measure on random tensors.
 
     Raises:
         BadModel: a difference is above its limit.
     """
-    from trirank_build.export.onnx import sample_inputs
-
     ranker = OnnxRanker(path)
     rng = np.random.default_rng(1)
     by_bucket = {}

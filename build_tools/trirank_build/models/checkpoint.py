@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _load_torch(path: Path) -> dict[str, Tensor]:
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, of files that are refused below
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and others here
         raise BadCheckpoint(
-            f"{path} holds more than tensors or is damaged, and is not opened since a pickle can run code "
-            f"({str(error).splitlines()[0]}); save model.state_dict(), best with safetensors"
+            f"{path} is damaged, or holds more than tensors and is not opened since a pickle can run code; "
+            "save model.state_dict(), best with safetensors"
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise BadCheckpoint(f"{path} holds no state_dict; save model.state_dict() rather than the model")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from trirank_backend.features import FeatureSpec
 
-from trirank_build.training.recipe import ModelRecipe
+from trirank_build.recipe import ModelRecipe
 
 _MASKED = -1e4  # finite, so that FP16 survives it
 

@@ -1,7 +1,7 @@
 """The directory that a training run fills; later steps start from it.
 
 ``recipe.toml``         as it was given
-``features/``           specification, catalogue, tokeniser (trirank_build.feature_fitting)
+``features/``           specification, catalogue, tokeniser (trirank_build.features.fitting)
 ``last.safetensors``    where training stands: weights, optimiser, place; resumed from
 ``best.safetensors``    the weights of the best epoch
 ``run.json``            what it was trained on, and the curve
@@ -17,10 +17,10 @@ from typing import Any
 from torch import nn
 
 from trirank_build.errors import BadCheckpoint
-from trirank_build.feature_fitting import Features
+from trirank_build.features.fitting import Features
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
 from trirank_build.models.ranker import SharedContextRanker
-from trirank_build.training.recipe import Recipe, load_recipe
+from trirank_build.recipe import Recipe, load_recipe
 
 RECIPE, FEATURES, LAST, BEST, RUN = (
     "recipe.toml",

@@ -19,13 +19,13 @@ from trirank_build.artefacts import atomic_directory, atomic_file
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, TrirankBuildError
 from trirank_build.evaluation.evaluate import valid_ndcg
-from trirank_build.feature_fitting import Features, fit_features
+from trirank_build.features.examples import Batch, Examples
+from trirank_build.features.fitting import Features, fit_features
 from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from trirank_build.models.ranker import SharedContextRanker
 from trirank_build.progress import console, progress
-from trirank_build.training.examples import Batch, Examples
+from trirank_build.recipe import Recipe
 from trirank_build.training.losses import listwise_softmax
-from trirank_build.training.recipe import Recipe
 from trirank_build.training.run import BEST, FEATURES, LAST, RECIPE, RUN, TrainedRun
 
 

@@ -20,9 +20,9 @@ from trirank_backend.features import TIME_GAPS, FeatureSpec, Packer
 from trirank_backend.stages import load_packer
 from trirank_backend.text import TextEncoder, title_trigrams
 
-from trirank_build.baselines.popularity import choices
+from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
-from trirank_build.training.recipe import FeatureRecipe
+from trirank_build.recipe import FeatureRecipe
 
 PRICE_BUCKETS = 20
 POPULAR_SHARE = 0.05
@@ -55,7 +55,7 @@ class Features:
 def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Features:
     """Fit on the training split and write to ``directory``, which must exist."""
     items = dataset.items
-    counts = choices(dataset)
+    counts = popularity(dataset.training_choices(), items["item_id"].to_numpy())
     has_text = bool((items["title"] != "").any())
     titles = recipe.title_length if has_text else 0
     slots = min(recipe.attribute_slots, int(str(items["attributes"].list.len().max() or 0)))

@@ -12,7 +12,7 @@ from trirank_backend.features import Packed, RequestBatch
 from trirank_backend.text import query_trigrams
 
 from trirank_build.data.dataset import Dataset
-from trirank_build.feature_fitting import Features
+from trirank_build.features.fitting import Features
 
 _TIME_BITS = 40
 

@@ -1,0 +1,1 @@
+"""Dataset → fitted features, and batches of packed tensors by the same code that serves."""
