@@ -201,15 +201,25 @@ def assemble(
     target: Annotated[Path, typer.Option("--out", help="Folder of releases.")],
     runtime: Annotated[str, typer.Option(help="python or tensorrt.")] = "python",
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="For tensorrt: a plan, once for each.")] = None,
+    ranker_instances: Annotated[int, typer.Option(min=1, help="For python: rankers at work at a time.")] = 1,
     promote: Annotated[bool, typer.Option("--promote", help="Point `current` at it.")] = False,
 ) -> None:
     """Make a release: a model repository with all that it needs."""
     from trirank_build.data.dataset import Dataset
     from trirank_build.repository import release
+    from trirank_build.repository.configs import Instances
     from trirank_build.training.run import TrainedRun
 
     with working("assembling"):
-        made = release.assemble(TrainedRun.load(run), Dataset.load(data), onnx, target, runtime=runtime, plans=plan)
+        made = release.assemble(
+            TrainedRun.load(run),
+            Dataset.load(data),
+            onnx,
+            target,
+            runtime=runtime,
+            plans=plan,
+            instances=Instances(ranker=ranker_instances),
+        )
     if promote:
         release.promote(made)
     print(made)

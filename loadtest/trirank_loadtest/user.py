@@ -1,15 +1,17 @@
-"""Locust's user: one rank request after the other, at a fixed rate."""
+"""Locust's user: one rank request after the other, at a fixed rate, each user in a phase of its own."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import random
 import time
 from pathlib import Path
 
+import gevent
 import grpc.experimental.gevent
-from locust import User, constant_throughput, events, task
+from locust import User, events, task
 from trirank import RankClient, RankRequest
 
 # Before the first channel: gRPC's own threads would stall Locust's loop otherwise.
@@ -27,7 +29,15 @@ def load_requests(path: Path) -> list[RankRequest]:
 class RankUser(User):
     """Sends recorded requests in turn. ``--host`` is the server's gRPC address."""
 
-    wait_time = constant_throughput(float(os.environ.get(RATE_VARIABLE, "10")))
+    rate = float(os.environ.get(RATE_VARIABLE, "10"))
+    due = 0.0
+
+    def wait_time(self) -> float:
+        """Until the next request is due; one that is late is sent at once. Locust's own constant_throughput counts
+        from when users were made, which for all of them is the same moment, so they would send in bursts."""
+        now = time.perf_counter()
+        self.due = max(self.due + 1 / self.rate, now)
+        return self.due - now
 
     def on_start(self) -> None:
         """One connection a user, as separate services would have."""
@@ -36,6 +46,8 @@ class RankUser(User):
             raise SystemExit(f"{REQUESTS_VARIABLE} names no file; point it at a release's requests.json")
         self.client = RankClient(self.host.removeprefix("grpc://"), deadline_s=2)
         self.requests = itertools.cycle(load_requests(Path(path)))
+        gevent.sleep(random.random() / self.rate)
+        self.due = time.perf_counter()
 
     def on_stop(self) -> None:
         """Close the connection."""

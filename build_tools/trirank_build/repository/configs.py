@@ -26,11 +26,11 @@ _FORWARDED = ("TOP_K", "SCENARIO")
 
 @dataclass(frozen=True)
 class Instances:
-    """Instances of each stage. On a CPU a batch is no cheaper than its requests, so two rankers that fill two cores
-    answer more than one with larger batches; on a GPU it is the other way round."""
+    """Instances of each stage. More rankers than one answer some more requests a second where there are cores for
+    them, and answer single requests a little later, since each instance has caches of its own to warm."""
 
     preprocess: int = 1
-    ranker: int = 2
+    ranker: int = 1
     rerank: int = 1
 
 
