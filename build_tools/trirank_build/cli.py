@@ -67,7 +67,8 @@ def data_prepare(
 
     options = PrepareOptions(items, queries, min_count, max_train, max_eval, seed)
     dataset = prepare(source, options)
-    dataset.save(target)
+    with working("writing the dataset"):
+        dataset.save(target)
     if dataset.description.cleaning:
         table = Table("rule", "rows in", "rows out", "dropped", title="cleaning")
         for rule, before, after in dataset.description.cleaning:
@@ -219,6 +220,12 @@ def assemble(
             runtime=runtime,
             plans=plan,
             instances=Instances(ranker=ranker_instances),
+        )
+    if any(engine["flavour"] != "tensorrt" for engine in release.load_manifest(made)["engines"]):
+        errors.print(
+            "[yellow]warning:[/yellow] plans of TensorRT-RTX show the layout, but Triton's TensorRT backend cannot "
+            "load them; build with --flavour tensorrt in NVIDIA's container to serve this release",
+            soft_wrap=True,
         )
     if promote:
         release.promote(made)

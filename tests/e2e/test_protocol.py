@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -182,3 +183,20 @@ def test_json_over_http_by_curl(server):
     answer, code = post(body)
     assert code == "400"
     assert "TOP_K is 0; it goes from 1 to 1024" in answer["error"]
+
+
+def test_a_service_in_another_language(server):
+    if shutil.which("node") is None:
+        pytest.skip("no Node.js on this machine")
+    example = Path(__file__).parent.parent.parent / "client" / "examples" / "rank.mjs"
+
+    def run(*arguments):
+        return subprocess.run(["node", example, server.http, *arguments], capture_output=True, text=True, timeout=60)
+
+    done = run("red lamp", "1", "30", "60", "999999999")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {line[1] for line in lines} <= {"1", "30", "60"}
+    assert [line[0] for line in lines] == [str(at + 1) for at in range(len(lines))]
+    refused = run("x" * 3000, "1")
+    assert "400: in ensemble 'rank', QUERY has 3000 bytes; the limit is 2048" in refused.stderr

@@ -23,7 +23,7 @@ from trirank_build.features.examples import Batch, Examples
 from trirank_build.features.fitting import Features, fit_features
 from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from trirank_build.models.ranker import SharedContextRanker
-from trirank_build.progress import console, progress
+from trirank_build.progress import console, progress, working
 from trirank_build.recipe import Recipe
 from trirank_build.training.losses import listwise_softmax
 from trirank_build.training.run import BEST, FEATURES, LAST, RECIPE, RUN, TrainedRun
@@ -63,7 +63,8 @@ def _prepare(out: Path, recipe: Recipe, dataset: Dataset, identity: str, fresh: 
             raise BadCheckpoint(f"{out} is no training run; not replacing it. Choose another --out")
     with atomic_directory(out) as scratch:
         (scratch / FEATURES).mkdir()
-        fit_features(dataset, recipe.features, scratch / FEATURES)
+        with working("fitting features"):
+            fit_features(dataset, recipe.features, scratch / FEATURES)
         (scratch / RECIPE).write_text(tomli_w.dumps(recipe.model_dump(exclude_none=True)))
         (scratch / "identity").write_text(identity)
 
@@ -72,8 +73,9 @@ class _Training:
     def __init__(self, recipe: Recipe, dataset: Dataset, features: Features, out: Path, identity: str) -> None:
         self.recipe, self.settings, self.out, self.identity = recipe, recipe.training, out, identity
         self.dataset = dataset
-        self.train = Examples(dataset, "train", features)
-        self.valid = Examples(dataset, "valid", features, limit=self.settings.validation_requests, seed=recipe.seed)
+        with working("loading requests"):
+            self.train = Examples(dataset, "train", features)
+            self.valid = Examples(dataset, "valid", features, self.settings.validation_requests, recipe.seed)
         self.thresholds = tuple(dataset.description.tasks[task] for task in features.spec.tasks)
         torch.manual_seed(recipe.seed)
         self.model = SharedContextRanker(features.spec, recipe.model)
