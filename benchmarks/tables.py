@@ -49,7 +49,10 @@ def serving() -> str:
         figure = found[name]
         return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
 
-    lines.append(f"| stages in process | {cell('in_process_p50_ms')} | {cell('in_process_p99_ms')} | |")
+    lines.append(f"| stages in process, called after 4 ms of rest | {cell('in_process_paced_p50_ms')} | | |")
+    lines.append(
+        f"| stages in process, called without a rest | {cell('in_process_p50_ms')} | {cell('in_process_p99_ms')} | |"
+    )
     for concurrency in (1, 8, 32):
         row = [cell(f"ensemble_{kind}_ms_c{concurrency}") for kind in ("p50", "p99")]
         row.append(cell(f"ensemble_rps_c{concurrency}", 0))
