@@ -34,9 +34,15 @@ def ranking() -> str:
         above = found[f"{name}_ndcg10_above_retrieval"]
         cells = " | ".join(f"{value:.4f}" for value in values)
         lines.append(f"| {words} | {cells} | {above.value:+.4f} ({above.low:+.4f} to {above.high:+.4f}) |")
-    optimum = found["shop_optimum_ndcg10"]
+    optimum, untouched = found["shop_optimum_ndcg10"], found["home_depot_untouched_ndcg10_above_retrieval"]
     return "\n".join(
-        [*lines, "", f"The shop's best possible order, known since its choices are drawn, has {optimum.value:.4f}."]
+        [
+            *lines,
+            "",
+            f"The shop's best possible order, known since its choices are drawn, has {optimum.value:.4f}. Two thirds "
+            "of Home Depot's test queries took part in choosing the text features; on the others alone the ranker is "
+            f"{untouched.value:+.4f} ({untouched.low:+.4f} to {untouched.high:+.4f}) above BM25.",
+        ]
     )
 
 

@@ -49,12 +49,14 @@ class Evaluation:
         accuracy: of the ranker, candidate by candidate, at THRESHOLD; other orders have no scores to cut.
         table: ranking → metric → estimate with interval.
         differences: ranking → NDCG@10 of the ranker minus that of the ranking, paired.
+        ndcg10: ranking → [R] of each request; NaN where nothing is relevant.
     """
 
     requests: int
     accuracy: Interval
     table: dict[str, dict[str, Interval]]
     differences: dict[str, Interval]
+    ndcg10: dict[str, NDArray[np.float64]]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -107,6 +109,7 @@ def evaluate(model: nn.Module, examples: Examples, dataset: Dataset, seed: int =
         differences={
             name: mean_interval(ndcg["ranker"] - ndcg[name]) for name in ("retrieval", "popularity", "random")
         },
+        ndcg10=ndcg,
     )
 
 

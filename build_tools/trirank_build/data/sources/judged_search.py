@@ -107,8 +107,13 @@ def _requests(table: pl.DataFrame, items: pl.DataFrame, seed: int) -> pl.DataFra
     return pl.DataFrame(rows, schema_overrides={"missed": pl.List(pl.Float32)})
 
 
+def place_of(query: str, seed: int) -> float:
+    """Where a query falls between 0 and 1; the parts of the split are ranges of it."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{query}".encode(), digest_size=8).digest(), "little") / 2**64
+
+
 def _split_of(query: str, seed: int) -> str:
     """By a hash of the query alone, so that more data never moves a query to another part. The test is large
     because judged lists are short and alike: rankings differ by thousandths, which few queries cannot resolve."""
-    place = int.from_bytes(hashlib.blake2b(f"{seed}\0{query}".encode(), digest_size=8).digest(), "little") / 2**64
+    place = place_of(query, seed)
     return "train" if place < 0.6 else "valid" if place < 0.7 else "test"
