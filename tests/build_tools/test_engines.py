@@ -7,6 +7,7 @@ import json
 import pytest
 from trirank import contract
 from trirank_build.data.dataset import Dataset
+from trirank_build.engines import builder
 from trirank_build.engines.builder import build_plans
 from trirank_build.engines.plan import load_plan_manifest, manifest_path
 from trirank_build.errors import BadModel, ServeError
@@ -92,3 +93,16 @@ def test_a_truncated_graph(world, trained, tmp_path):
     (tmp_path / "t.onnx").write_bytes(world.onnx.read_bytes()[:2000])
     with pytest.raises(BadModel, match="no whole ONNX"):
         build_plans(tmp_path / "t.onnx", trained.features.spec, ["86"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("present", "words"), [("8.9", "which is sm89, not sm86"), (None, "nvidia-smi finds none")])
+def test_a_plan_is_not_named_after_another_gpu(world, trained, tmp_path, monkeypatch, present, words):
+    """TensorRT's own library is not here; what must be refused is refused before it is asked for anything."""
+    monkeypatch.setattr(builder, "_library", lambda flavour: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if present:
+        script = tmp_path / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\necho {present}\n")
+        script.chmod(0o755)
+    with pytest.raises(BadModel, match=words):
+        build_plans(world.onnx, trained.features.spec, ["86"], tmp_path / "out", "tensorrt")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
-from trirank_build.data.dataset import NO_USER, Dataset
+from trirank.contract import ANONYMOUS_USER
+from trirank_build.data.dataset import Dataset
 from trirank_build.data.sources.shop import ShopSize, make_shop
 from trirank_build.evaluation import metrics
 
@@ -33,8 +34,8 @@ def test_the_split_is_by_time_and_leaks_nothing(shop):
 
 
 def test_anonymous_users_leave_no_events(shop):
-    assert (shop.requests["user_id"] == NO_USER).any()
-    assert not (shop.events["user_id"] == NO_USER).any()
+    assert (shop.requests["user_id"] == ANONYMOUS_USER).any()
+    assert not (shop.events["user_id"] == ANONYMOUS_USER).any()
 
 
 def test_searches_have_queries_and_home_pages_none(shop):

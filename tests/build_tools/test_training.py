@@ -129,7 +129,7 @@ def test_histories_end_before_their_request(dataset, trained):
 
 
 def test_the_history_is_the_users_newest_events(dataset, trained):
-    user, moment = 1, int(dataset.events["timestamp"].max()) + 1
+    moment = int(dataset.events["timestamp"].max()) + 1
     index = HistoryIndex(dataset.events, trained.features)
     user = int(dataset.events["user_id"].mode()[0])
     rows, _, times = index.before(np.array([user]), np.array([moment]), 5)

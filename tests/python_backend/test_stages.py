@@ -43,10 +43,13 @@ def ask(ids=(1, 2, 3), top_k=3, scenario="home", user=-1, **more):
     return request | {name: np.array(value) for name, value in more.items()}
 
 
-def test_an_answer(line):
+def test_an_answer(line, trained, shop):
     answer = line(ask())[0]
     assert set(answer) == {spec.name for spec in contract.RESPONSE}
-    assert sorted(answer["RANKED_IDS"][0].tolist()) == [1, 2, 3] or -1 in answer["RANKED_IDS"][0]
+    found = answer["RANKED_IDS"][0]
+    products = trained.features.catalogue.products[trained.features.catalogue.rows(found[found >= 0])]
+    assert set(found.tolist()) <= {1, 2, 3, -1}
+    assert len(products) == len(set(products.tolist())) == len(set(shop.items["product_id"].head(3)))
     assert (np.diff(answer["SCORES"][0][answer["RANKED_IDS"][0] >= 0]) <= 0).all()
 
 

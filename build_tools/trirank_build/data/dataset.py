@@ -22,8 +22,6 @@ from trirank_build.errors import BadData
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
-NO_USER = -1
-"""user_id of requests by anonymous users (contract.ANONYMOUS_USER)."""
 
 ITEMS: dict[str, Any] = {
     "item_id": pl.Int64,

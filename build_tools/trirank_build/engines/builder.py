@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def build_plans(
         if flavour == "tensorrt_rtx"
         else []
     )
+    if flavour == "tensorrt" and any(name != (present := _present_sm()) for name in names):
+        raise BadModel(
+            f"tensorrt builds for the GPU it runs on, which is {present}, not {', '.join(names)}; "
+            "build on a machine with that GPU"
+        )
     for name in names:
         if flavour == "tensorrt_rtx" and name.upper() not in supported:
             raise BadModel(
@@ -118,6 +124,16 @@ def _library(flavour: str) -> Any:
     except ImportError as error:
         where = "pip install 'trirank[tensorrt]'" if flavour == "tensorrt_rtx" else "use NVIDIA's Triton container"
         raise BadModel(f"{flavour} is not installed ({error}); {where}") from error
+
+
+def _present_sm() -> str:
+    """Architecture of this machine's first GPU, by nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return _sm(found[0])
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise BadModel(f"tensorrt needs a GPU to build, and nvidia-smi finds none ({error})") from error
 
 
 def _sm(target: str) -> str:

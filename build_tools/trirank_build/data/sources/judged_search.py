@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from trirank.contract import ANONYMOUS_USER
 
 from trirank_build.baselines.bm25 import Bm25
 from trirank_build.data.cleaning import Report
-from trirank_build.data.dataset import EVENTS, GRADED_TASKS, NO_USER, Dataset, Description
+from trirank_build.data.dataset import EVENTS, GRADED_TASKS, Dataset, Description
 from trirank_build.data.options import PrepareOptions
 from trirank_build.data.sources.catalogue_table import complete
 from trirank_build.data.sources.tables import read_table, require, to_ids
@@ -93,7 +94,7 @@ def _requests(table: pl.DataFrame, items: pl.DataFrame, seed: int) -> pl.DataFra
             order = np.lexsort((chance[place], -scores))
             rows.append(
                 {
-                    "user_id": NO_USER,
+                    "user_id": ANONYMOUS_USER,
                     "timestamp": 0,
                     "query": query,
                     "scenario": "search",

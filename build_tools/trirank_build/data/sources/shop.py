@@ -18,15 +18,15 @@ position bias. Popularity and retrieval know nothing of U but a noisy part of it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from trirank.contract import Behaviour
+from trirank.contract import ANONYMOUS_USER, Behaviour
 
-from trirank_build.data.dataset import GAINS, NO_USER, OPTIMUM, TASKS, Dataset, Description
+from trirank_build.data.dataset import GAINS, OPTIMUM, TASKS, Dataset, Description
 from trirank_build.data.splitting import split_by_time, time_split
 from trirank_build.progress import progress
 
@@ -85,6 +85,22 @@ class _World:
     interest: NDArray[np.int64]  # [U, weeks] category
     budget: NDArray[np.float64]  # [U] log
     sensitivity: NDArray[np.float64]  # [U]
+
+
+@dataclass(frozen=True)
+class _Sessions:
+    """Who looks when for what; arrays over requests [B]. ``extra`` says which of ``word`` [B, 3] the query has."""
+
+    when: NDArray[np.int64]
+    user: NDArray[np.int64]
+    search: NDArray[np.bool_]
+    category: NDArray[np.int64]
+    extra: NDArray[np.int64]
+    word: NDArray[np.int64]
+
+    def part(self, rows: slice) -> _Sessions:
+        """Some of them."""
+        return _Sessions(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def make_shop(size: ShopSize, seed: int) -> Dataset:
@@ -159,25 +175,16 @@ def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> p
     extra = rng.integers(4, size=n)  # nothing, a colour, a style, a brand
     word = np.stack([rng.integers(len(w), size=n) for w in (COLOURS, STYLES, BRANDS)], 1)
 
+    sessions = _Sessions(when, user, search, category, extra, word)
     columns: dict[str, list[Any]] = {name: [] for name in ("item_ids", "retrieval_scores", "labels", OPTIMUM)}
     chunk = 500
     with progress() as bar:
         task = bar.add_task("drawing sessions", total=n)
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
-            found = _retrieve(
-                world,
-                size,
-                rng,
-                when[part],
-                user[part],
-                search[part],
-                category[part],
-                extra[part],
-                word[part],
-            )
-            items, scores = found
-            utility = _utility(world, items, when[part], user[part], search[part], extra[part], word[part])
+            some = sessions.part(part)
+            items, scores = _retrieve(world, size, rng, some)
+            utility = _utility(world, items, some)
             chance = _sigmoid(SLOPE * (utility - CLICK_AT))
             click = rng.random(items.shape) < chance
             cart = click & (rng.random(items.shape) < _sigmoid(SLOPE * (utility - CART_AT)))
@@ -198,7 +205,7 @@ def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> p
     query = np.where(search, (prefix + " " + np.array(NOUNS, object)[category]), "")
     return pl.DataFrame(
         {
-            "user_id": np.where(anonymous, NO_USER, user + 1),
+            "user_id": np.where(anonymous, ANONYMOUS_USER, user + 1),
             "timestamp": when,
             "query": pl.Series([str(text).strip().lower() for text in query]),
             "scenario": np.where(search, "search", "home"),
@@ -208,51 +215,37 @@ def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> p
 
 
 def _retrieve(
-    world: _World,
-    size: ShopSize,
-    rng: np.random.Generator,
-    when: NDArray[np.int64],
-    user: NDArray[np.int64],
-    search: NDArray[np.bool_],
-    category: NDArray[np.int64],
-    extra: NDArray[np.int64],
-    word: NDArray[np.int64],
+    world: _World, size: ShopSize, rng: np.random.Generator, sessions: _Sessions
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """[B, N] item numbers and scores, best first: what a plain candidate generator finds."""
-    shape = (len(when), len(world.product))
+    shape = (len(sessions.when), len(world.product))
     score = world.demand[None, :] + rng.normal(0, 0.8, shape)
-    in_category = world.category[None, :] == category[:, None]
-    score += np.where(search[:, None], 6.0 * in_category, 0.5 * world.category_affinity[user][:, world.category])
-    score += np.where(search[:, None], 0.8 * _matches(world, extra, word), 0)
-    score[world.created[None, :] > when[:, None]] = -np.inf
+    in_category = world.category[None, :] == sessions.category[:, None]
+    score += np.where(
+        sessions.search[:, None], 6.0 * in_category, 0.5 * world.category_affinity[sessions.user][:, world.category]
+    )
+    score += np.where(sessions.search[:, None], 0.8 * _matches(world, sessions), 0)
+    score[world.created[None, :] > sessions.when[:, None]] = -np.inf
     top = np.argpartition(-score, size.candidates, axis=1)[:, : size.candidates]
     values = np.take_along_axis(score, top, 1)
     order = np.argsort(-values, axis=1, kind="stable")
     return np.take_along_axis(top, order, 1), np.take_along_axis(values, order, 1)
 
 
-def _matches(world: _World, extra: NDArray[np.int64], word: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _matches(world: _World, sessions: _Sessions) -> NDArray[np.bool_]:
     """[B, M]: whether an item fits the query's words beyond the category."""
     kinds = (world.colour, world.style, world.brand)
-    fits = np.zeros((len(extra), len(world.product)), bool)
+    fits = np.zeros((len(sessions.extra), len(world.product)), bool)
     for at, values in enumerate(kinds):
-        fits |= (extra == at + 1)[:, None] & (values[None, :] == word[:, at, None])
+        fits |= (sessions.extra == at + 1)[:, None] & (values[None, :] == sessions.word[:, at, None])
     return fits
 
 
-def _utility(
-    world: _World,
-    items: NDArray[np.int64],
-    when: NDArray[np.int64],
-    user: NDArray[np.int64],
-    search: NDArray[np.bool_],
-    extra: NDArray[np.int64],
-    word: NDArray[np.int64],
-) -> NDArray[np.float64]:
+def _utility(world: _World, items: NDArray[np.int64], sessions: _Sessions) -> NDArray[np.float64]:
     """[B, N]; see the top of this file."""
-    who = user[:, None]
-    after = world.interest[user, (when - START) // (7 * DAY_S)]
-    fits = np.take_along_axis(_matches(world, extra, word), items, 1)
+    who = sessions.user[:, None]
+    after = world.interest[sessions.user, (sessions.when - START) // (7 * DAY_S)]
+    fits = np.take_along_axis(_matches(world, sessions), items, 1)
     distance = np.abs(world.log_price[items] - world.budget[who])
     utility: NDArray[np.float64] = (
         world.brand_affinity[who, world.brand[items]]
@@ -260,7 +253,7 @@ def _utility(
         + INTEREST * (world.category[items] == after[:, None])
         - PRICE * world.sensitivity[who] * distance
         + world.quality[items]
-        + MATCH * (fits & search[:, None])
+        + MATCH * (fits & sessions.search[:, None])
     )
     return utility
 
@@ -269,7 +262,7 @@ def _events_of(requests: pl.DataFrame) -> pl.DataFrame:
     """The interactions of known users: one row a click, cart or purchase, some seconds after the request."""
     behaviours = {Behaviour.CLICK: 1, Behaviour.CART: 2, Behaviour.PURCHASE: 3}
     chosen = (
-        requests.filter(pl.col("user_id") != NO_USER)
+        requests.filter(pl.col("user_id") != ANONYMOUS_USER)
         .select("user_id", "timestamp", "item_ids", "labels")
         .explode("item_ids", "labels")
         .filter(pl.col("labels") > 0)
