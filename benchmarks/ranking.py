@@ -43,7 +43,7 @@ def measure(name: str) -> list[Figure]:
         prepare(str(source), PrepareOptions()).save(folder)
     dataset = Dataset.load(folder)
     run = train(load_recipe(recipe), dataset, WORK / "runs" / name)
-    examples = Examples(dataset, "test", run.features)
+    examples = Examples.read(dataset, "test", run.features)
     found = evaluate(run.model(), examples, dataset)
     note = f"test split, {found.requests:,} requests; 95 % bootstrap interval"
     figures = [

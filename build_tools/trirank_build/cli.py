@@ -74,7 +74,7 @@ def data_prepare(
         for rule, before, after in dataset.description.cleaning:
             table.add_row(rule, f"{before:,}", f"{after:,}", f"{before - after:,}")
         out.print(table)
-    counts = dataset.requests.group_by("split").len()
+    counts = dataset.requests.group_by("split").len().collect()
     sizes = {name: f"{count:,}" for name, count in dataset.description.counts.items()}
     splits = {split: f"{count:,}" for split, count in counts.iter_rows()}
     out.print(f"{target}: " + ", ".join(f"{n} {name}" for name, n in sizes.items()))
@@ -96,14 +96,11 @@ def train(
     from trirank_build.training.trainer import train as run_training
 
     run = run_training(loaded, Dataset.load(data), target, fresh=fresh)
-    table = Table(
-        "epoch",
-        "loss",
-        "validation NDCG@10",
-        title=f"{run.recipe.name}: {run.facts['parameters']:,} parameters",
-    )
+    title = f"{run.recipe.name}: {run.facts['parameters']:,} parameters"
+    table = Table("phase", "epoch", "loss", "validation NDCG@10", title=title)
     for point in run.facts["curve"]:
-        table.add_row(str(point["epoch"]), f"{point['loss']:.4f}", f"{point['valid_ndcg10']:.4f}")
+        row = (str(point["epoch"]), f"{point['loss']:.4f}", f"{point['valid_ndcg10']:.4f}")
+        table.add_row(point["phase"], *row)
     out.print(table)
 
 
@@ -112,30 +109,46 @@ def evaluate(
     run: Run,
     data: Data,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    protocol: Annotated[
+        str,
+        typer.Option(help="requests: as logged; catalogue: the next choice among all items; sampled: among some."),
+    ] = "requests",
+    negatives: Annotated[int, typer.Option(min=1, help="For sampled: items drawn beside the choice.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write a report with plots.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a ranker with retrieval order, popularity and chance."""
+    """Compare a ranker with retrieval order and the simple baselines."""
     from trirank_build.data.dataset import SPLITS, Dataset
-    from trirank_build.evaluation.evaluate import evaluate as compare
+    from trirank_build.evaluation import evaluate as evaluation
+    from trirank_build.evaluation.report import write_report
     from trirank_build.features.examples import Examples
     from trirank_build.training.run import TrainedRun
 
     if split not in SPLITS:
         raise BadRecipe(f"--split {split} is none of {', '.join(SPLITS)}")
+    if protocol not in evaluation.PROTOCOLS:
+        raise BadRecipe(f"--protocol {protocol} is none of {', '.join(evaluation.PROTOCOLS)}")
     trained, dataset = TrainedRun.load(run), Dataset.load(data)
+    trained.check_data(dataset)
     with working("evaluating"):
-        found = compare(trained.model(), Examples(dataset, split, trained.features), dataset)
+        if protocol == "requests":
+            examples = Examples.read(dataset, split, trained.features)
+            found = evaluation.evaluate(trained.model(), examples, dataset, trained.features, seed=seed)
+        else:
+            found = evaluation.evaluate_catalogue(
+                trained.model(), dataset, trained.features, split,
+                negatives=negatives if protocol == "sampled" else None, seed=seed,
+            )  # fmt: skip
+    if html is not None:
+        write_report(found, f"{trained.recipe.name} on {dataset.description.source}", trained.facts["curve"], html)
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    metrics = list(next(iter(found.table.values())))
-    table = Table("order", *metrics, title=f"{found.requests:,} requests of the {split} split")
-    for name, row in found.table.items():
-        table.add_row(name, *(f"{row[metric].value:.4f}" for metric in metrics))
-    out.print(table)
-    out.print(f"accuracy of the ranker, candidate by candidate: {found.accuracy.value:.4f}")
-    for name, d in found.differences.items():
-        out.print(f"NDCG@10 of the ranker above {name}: {d.value:+.4f}, 95 % interval {d.low:+.4f} to {d.high:+.4f}")
+    from trirank_build.presentation import evaluation_tables
+
+    for table in evaluation_tables(found, split):
+        out.print(table)
 
 
 @app.command()

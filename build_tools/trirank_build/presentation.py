@@ -1,4 +1,4 @@
-"""Rankings as tables for people."""
+"""Rankings and evaluations as tables for people."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import polars as pl
 from rich.table import Table
 from trirank import RankRequest, RankResponse, Reason
 
+from trirank_build.evaluation.summary import Evaluation
 from trirank_build.repository.release import ITEMS
 
 _WORDS = {
@@ -49,6 +50,21 @@ def ranking_table(request: RankRequest, response: RankResponse, release: Path | 
             before.get("title") or str(sent[item.position - 1]) if item.position <= len(sent) else "",
         )
     return table
+
+
+def evaluation_tables(found: Evaluation, split: str) -> list[Table]:
+    """Orders, the ranker above each of them, slices."""
+    metrics = list(dict.fromkeys(metric for row in found.table.values() for metric in row))
+    orders = Table("order", *metrics, title=f"{found.requests:,} {found.protocol}, {split} split")
+    for name, row in found.table.items():
+        orders.add_row(name, *(f"{row[metric].value:.4f}" if metric in row else "" for metric in metrics))
+    above = Table("order", "difference", "95 % interval", "p", title="NDCG@10 of the ranker above")
+    for name, d in found.differences.items():
+        above.add_row(name, f"{d.value:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", f"{d.p_value:.1e}")
+    slices = Table("slice", "requests", *found.table, title="NDCG@10 by slice")
+    for name, (count, by_order) in found.slices.items():
+        slices.add_row(name, f"{count:,}", *(f"{by_order[order].value:.4f}" for order in found.table))
+    return [orders, above, slices]
 
 
 def _items(release: Path | None) -> dict[int, dict[str, Any]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from trirank.contract import Signal
+from trirank_backend.features import INPUTS
 from trirank_backend.policies import Policy
 
 from trirank_build.errors import BadRecipe
@@ -39,45 +40,124 @@ class FeatureRecipe(_Section):
     attribute_slots: Annotated[int, Field(ge=0, le=16)] = 4
     vocabulary: Annotated[int, Field(ge=100, le=100_000)] = 8_000
     """Subwords of the tokeniser."""
+    without: tuple[str, ...] = ()
+    """Inputs to leave out, of trirank_backend.features.INPUTS; for ablations."""
+
+    @model_validator(mode="after")
+    def _inputs_exist(self) -> FeatureRecipe:
+        if unknown := set(self.without) - set(INPUTS):
+            raise ValueError(f"without {sorted(unknown)}; inputs are {list(INPUTS)}")
+        return self
 
 
 class ModelRecipe(_Section):
-    """Sizes of the ranker."""
+    """Architecture and sizes of the ranker."""
 
+    architecture: Literal["shared_context", "sasrec", "lstm", "bst"] = "shared_context"
+    """The ranker of this project, or one of the baselines."""
     dim: PositiveInt = 64
     heads: PositiveInt = 4
     encoder_blocks: Annotated[int, Field(ge=0)] = 2
-    cross_blocks: PositiveInt = 1
+    cross_blocks: Annotated[int, Field(ge=0)] = 1
     ffn: PositiveInt = 128
     """Width of the feed-forward layers."""
     dropout: Share = 0.1
+    attention: Literal["causal", "full"] = "causal"
+    """Whether an event sees only those before it, or all; masked-item pre-training needs ``full``."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """Of the user's state and an item, in the ranker's affinity term."""
+    embedding: Literal["plain", "quotient_remainder", "low_rank"] = "plain"
+    """The item ids' table; see trirank_build.models.embeddings."""
+    embedding_rank: PositiveInt = 16
+    """For low_rank: numbers kept of each item."""
+    embedding_rows: Annotated[int, Field(ge=2)] = 4_096
+    """For quotient_remainder: rows of the remainder table."""
 
     @model_validator(mode="after")
-    def _heads_divide_dim(self) -> ModelRecipe:
+    def _fits(self) -> ModelRecipe:
         if self.dim % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide dim = {self.dim}")
         return self
 
 
-class TrainingRecipe(_Section):
-    """How the ranker learns."""
+class PretrainingRecipe(_Section):
+    """What the user's encoder and the items learn from the event sequences, before they learn to rank."""
 
-    epochs: PositiveInt = 10
+    objective: Literal["none", "next_item", "masked_item"] = "none"
+    """GPT's way, or BERT's."""
+    epochs: PositiveInt = 20
+    patience: PositiveInt = 3
+    batch_size: PositiveInt = 256
+    """Sequences."""
+    learning_rate: Positive = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: bool = True
+    """Cosine decay of the learning rate down to a tenth, or a constant one."""
+    dropout: Share | None = None
+    """None: the model's."""
+    masked_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    negatives: Literal["all", "uniform", "popularity", "in_batch"] = "all"
+    negative_samples: PositiveInt = 1_024
+    log_q: bool = True
+    """Whether logits are corrected for how likely a sampled negative was (Bengio and Senécal 2008)."""
+    item_dropout: Share = 0.0
+    validation_users: PositiveInt = 10_000
+
+
+class TrainingRecipe(_Section):
+    """How the ranker learns to rank requests."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    """0: what pre-training gave is the ranker."""
     patience: PositiveInt = 2
     """Epochs without a better validation NDCG@10 before it stops."""
     batch_size: PositiveInt = 128
     learning_rate: Positive = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup_steps: Annotated[int, Field(ge=0)] = 100
+    requests: Literal["logged", "held_out"] = "logged"
+    """``logged``: the dataset's training requests. ``held_out``: four fifths of the validation split's choices, among
+    what the pre-trained states and item-to-item similarity retrieve. Pre-training has not seen those choices, so the
+    ranker learns how far its affinity is to be trusted; on training choices it would learn to trust it too much."""
+    objective: Literal["listwise", "pointwise", "lambda"] = "listwise"
+    """Softmax over the candidates, a classifier of each candidate and task, or LambdaLoss over pairs."""
+    task_weights: Literal["learned"] | dict[str, Positive] | None = None
+    """Of the tasks' losses: learned (uncertainty weighting), given, or None: all alike."""
     candidates: Annotated[int, Field(ge=2)] = 50
-    """Kept of each request's list: what was chosen, and a sample of the rest."""
+    """Kept of each request's list: what was chosen, and a sample of the rest (hard negatives, from retrieval)."""
+    negatives: Literal["uniform", "popularity", "in_batch"] = "uniform"
+    """Where further negatives come from."""
     random_negatives: Annotated[int, Field(ge=0)] = 0
-    """Uniform draws from the catalogue, added in the batches that go without retrieval scores."""
+    """Further negatives, added in the batches that go without retrieval scores."""
+    log_q: bool = False
+    """Whether their logits are corrected for how likely they were."""
     without_scores: Share = 0.1
     """Share of batches that go without retrieval scores, which a service need not send."""
     item_dropout: Share = 0.05
     """Share of candidates that lose their id in training, so that new items learn to live by their content."""
+    freeze: Literal["nothing", "embeddings", "encoder"] = "nothing"
+    """What of a pre-trained ranker stays as it is; ``encoder`` keeps the embeddings and the user's encoder."""
     validation_requests: PositiveInt = 5_000
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: mixed precision, where the device has it."""
+    checkpoint_minutes: Positive = 5.0
+    """At most so much work is lost when a run is killed."""
+
+
+class TuningRange(_Section):
+    """An interval to draw a number from; whole numbers if both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+
+class TuningRecipe(_Section):
+    """What `trirank tune` searches: dotted key → its range, as a list of choices or {low, high, log}."""
+
+    space: dict[str, list[Any] | TuningRange] = {}
+    trials: PositiveInt = 20
 
 
 class PolicyRecipe(_Section):
@@ -103,12 +183,26 @@ class Recipe(_Section):
     seed: int = 7
     features: FeatureRecipe = FeatureRecipe()
     model: ModelRecipe = ModelRecipe()
+    pretraining: PretrainingRecipe = PretrainingRecipe()
     training: TrainingRecipe = TrainingRecipe()
+    tuning: TuningRecipe = TuningRecipe()
     policies: dict[str, PolicyRecipe] = {
         "search": PolicyRecipe(),
         "home": PolicyRecipe(),
         "new_items": PolicyRecipe(boosts={"NEW_ITEM": 1.0}),
     }
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Recipe:
+        if self.pretraining.objective == "masked_item" and self.model.attention != "full":
+            raise ValueError('pretraining.objective = "masked_item" needs model.attention = "full"')
+        if self.pretraining.objective == "next_item" and self.model.attention != "causal":
+            raise ValueError('pretraining.objective = "next_item" needs model.attention = "causal"')
+        if self.training.requests == "held_out" and self.pretraining.objective == "none":
+            raise ValueError('training.requests = "held_out" needs pre-training; choose pretraining.objective')
+        if not self.training.epochs and self.pretraining.objective == "none":
+            raise ValueError("training.epochs = 0 and no pre-training leave nothing to learn")
+        return self
 
     def policies_for(self, tasks: tuple[str, ...]) -> dict[str, Policy]:
         """The serving policies of a ranker with these tasks."""

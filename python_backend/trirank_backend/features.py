@@ -52,6 +52,10 @@ CONTEXT = (
     "weekday_sin",
     "weekday_cos",
 )
+INPUTS = (
+    "item", "brand", "category", "price", "attributes", "text", "behaviour", "time_gap", "retrieval", "dense", "context"
+)  # fmt: skip
+"""Groups of inputs that a recipe can leave out."""
 HISTORY_EXTRA = ("behaviour", "time_gap")
 """Fields of an event after those of its item."""
 TIME_GAPS = 16
@@ -102,6 +106,7 @@ class FeatureSpec:
     tasks: tuple[str, ...]
     timed: bool = True
     embed_text: bool = True
+    without: tuple[str, ...] = ()
     dense: tuple[str, ...] = field(default=DENSE)
     context: tuple[str, ...] = field(default=CONTEXT)
 
@@ -205,27 +210,52 @@ class Packer:
         self._brand, self._category = fields.index("brand"), fields.index("category")
         self._behaviour_first = spec.tables["behaviour"][0]
         self._gap_first = spec.tables["time_gap"][0]
+        self._hidden = _hidden(spec)
 
     def pack(self, batch: RequestBatch) -> Packed:
         """All tensors of a batch. An item's features depend on nothing but the item and the request."""
         candidates = self.catalogue.fields[batch.rows]  # [B, N, F]
-        history = self._history(batch)  # [B, L, FH]
-        dense, signals = self._dense(batch, candidates, history)
-        query = batch.query if self.spec.embed_text else np.zeros_like(batch.query)
-        return Packed(history, query, candidates, dense, self._context(batch), signals)
-
-    def _history(self, batch: RequestBatch) -> NDArray[np.int32]:
-        items = self.catalogue.fields[batch.history_rows]  # [B, L, F]
-        history = np.empty((*items.shape[:2], items.shape[2] + len(HISTORY_EXTRA)), np.int32)
-        history[..., :-2] = items
-        known = batch.history_rows >= 0
-        history[..., -2] = np.where(known, self._behaviour_first + batch.history_behaviours, 0)
+        gaps = None
         if self.spec.timed:
             minutes = np.maximum(batch.timestamps[:, None] - batch.history_timestamps, 0) / 60
-            gap = np.minimum(np.log2(1 + minutes), TIME_GAPS - 1).astype(np.int32)
-            history[..., -1] = np.where(known, self._gap_first + gap, 0)
-        else:
-            history[..., -1] = 0
+            gaps = np.minimum(np.log2(1 + minutes), TIME_GAPS - 1).astype(np.int32)
+        past = self.catalogue.fields[batch.history_rows]  # [B, L, F]
+        dense, signals = self._dense(batch, candidates, past)
+        history = self._events(past, batch.history_rows, batch.history_behaviours, gaps)
+        query = batch.query if self.spec.embed_text else np.zeros_like(batch.query)
+        context = self._context(batch)
+        if self.spec.without:  # a policy's signals do not depend on what the ranker sees
+            if "text" in self.spec.without:
+                query = np.zeros_like(query)
+            for tensor, columns in zip((history, candidates, dense, context), self._hidden, strict=True):
+                tensor[..., columns] = 0
+        return Packed(history, query, candidates, dense, context, signals)
+
+    def items(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """[..., F] the fields of items as the ranker sees them."""
+        fields = self.catalogue.fields[rows]
+        fields[..., self._hidden[1]] = 0
+        return fields
+
+    def history(self, rows: NDArray[np.int32], behaviours: NDArray[np.int32]) -> NDArray[np.int32]:
+        """[B, L, F+2] a history as the ranker sees it, of any length, seen from no particular moment."""
+        history = self._events(self.catalogue.fields[rows], rows, behaviours, None)
+        history[..., self._hidden[0]] = 0
+        return history
+
+    def _events(
+        self,
+        items: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        behaviours: NDArray[np.int32],
+        gaps: NDArray[np.int32] | None,
+    ) -> NDArray[np.int32]:
+        history = np.zeros((*items.shape[:2], items.shape[2] + len(HISTORY_EXTRA)), np.int32)
+        history[..., :-2] = items
+        known = rows >= 0
+        history[..., -2] = np.where(known, self._behaviour_first + behaviours, 0)
+        if gaps is not None:
+            history[..., -1] = np.where(known, self._gap_first + gaps, 0)
         return history
 
     def _dense(
@@ -315,6 +345,28 @@ class Packer:
             context[:, 4::2] = np.sin(turns)
             context[:, 5::2] = np.cos(turns)
         return context
+
+
+def _hidden(spec: FeatureSpec) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Columns of history, candidates, dense and context that ``spec.without`` names."""
+    without = set(spec.without)
+    fields = [
+        at
+        for at, name in enumerate(spec.item_fields)
+        if name in without
+        or (name.startswith("attribute_") and "attributes" in without)
+        or (name.startswith("title_") and "text" in without)
+    ]
+    extra = [len(spec.item_fields) + at for at, name in enumerate(HISTORY_EXTRA) if name in without]
+    retrieval = range(DENSE.index("has_retrieval_score"), DENSE.index("retrieval_rank") + 1)
+    groups = {
+        "retrieval": retrieval,
+        "dense": [at for at in range(len(DENSE)) if at not in retrieval],
+        "text": range(DENSE.index("query_coverage"), len(DENSE)),
+        "price": [DENSE.index("price")],
+    }
+    dense = sorted({column for name in without & groups.keys() for column in groups[name]})
+    return fields + extra, fields, dense, list(range(len(CONTEXT))) if "context" in without else []
 
 
 def _fuzzy_match(titles: NDArray[np.uint8], words: NDArray[np.uint8]) -> NDArray[np.float32]:

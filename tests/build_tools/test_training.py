@@ -29,7 +29,7 @@ def same(one, two):
 
 
 def test_the_ranker_beats_what_it_must_beat(world, trained, dataset):
-    found = evaluate(trained.model(), Examples(dataset, "test", trained.features), dataset)
+    found = evaluate(trained.model(), Examples.read(dataset, "test", trained.features), dataset)
     for other in ("retrieval", "random"):
         assert found.differences[other].low > 0, other
     ndcg = {name: row["NDCG@10"].value for name, row in found.table.items()}
@@ -145,7 +145,7 @@ def test_unknown_users_have_none(dataset, trained):
 
 
 def test_sampling_keeps_what_was_chosen(dataset, trained, rng):
-    examples = Examples(dataset, "train", trained.features)
+    examples = Examples.read(dataset, "train", trained.features)
     which = np.arange(min(64, len(examples)))
     batch = examples.sample(which, rng, 12, 0, with_scores=True)
     assert batch.labels.shape[1] == 12
@@ -157,7 +157,7 @@ def test_sampling_keeps_what_was_chosen(dataset, trained, rng):
 def test_random_negatives_come_without_scores_and_never_repeat_a_choice(dataset, trained, rng):
     from trirank_backend.features import DENSE
 
-    examples = Examples(dataset, "train", trained.features)
+    examples = Examples.read(dataset, "train", trained.features)
     batch = examples.sample(np.arange(32), rng, 12, 20, with_scores=False)
     assert batch.labels.shape[1] == 32
     assert not batch.packed.dense[..., DENSE.index("has_retrieval_score")].any()

@@ -33,7 +33,7 @@ def test_the_server_says_who_it_is(client):
 
 def test_the_live_ensemble_ranks_as_the_trained_module_does(client, world, trained):
     dataset = Dataset.load(world.data)
-    examples = Examples(dataset, "test", trained.features)
+    examples = Examples.read(dataset, "test", trained.features)
     offline = score(trained.model(), examples)
     products = trained.features.catalogue.products
     for at, row in enumerate(dataset.split("test").head(50).iter_rows(named=True)):

@@ -200,7 +200,7 @@ def test_training_and_serving_pack_the_same(world, trained):
     from trirank_build.features.examples import Examples
 
     dataset = Dataset.load(world.data)
-    examples = Examples(dataset, "test", trained.features)
+    examples = Examples.read(dataset, "test", trained.features)
     preprocess = Preprocess.load(world.release)
     for at, row in enumerate(dataset.split("test").head(40).iter_rows(named=True)):
         request = ask(

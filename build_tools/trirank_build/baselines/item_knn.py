@@ -31,24 +31,29 @@ class ItemKnn:
         self._prior = (1e-6 * counts / max(counts.max(), 1)).astype(np.float32)
         self._n_items = n_items
 
-    def retrieve(
-        self, histories: NDArray[np.int32], k: int, exclude_history: bool
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Top ``k`` rows and scores, best first, in chunks of requests.
+    def scores(self, histories: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[B, M] how alike each item is to the history.
 
         Args:
             histories: [B, L] item rows, newest last, -1 padded in front.
         """
         recency = DECAY ** np.arange(histories.shape[1])[::-1]
+        request, place = np.nonzero(histories >= 0)
+        taste = sparse.csr_matrix(
+            (recency[place].astype(np.float32), (request, histories[request, place])),
+            (len(histories), self._n_items),
+        )
+        return np.asarray((taste @ self._similarity).toarray() + self._prior, np.float32)
+
+    def retrieve(
+        self, histories: NDArray[np.int32], k: int, exclude_history: bool
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Top ``k`` rows and scores, best first, in chunks of requests; histories as for ``scores``."""
         for start in range(0, len(histories), _CHUNK):
             part = histories[start : start + _CHUNK]
-            request, place = np.nonzero(part >= 0)
-            taste = sparse.csr_matrix(
-                (recency[place].astype(np.float32), (request, part[request, place])),
-                (len(part), self._n_items),
-            )
-            scores = (taste @ self._similarity).toarray() + self._prior
+            scores = self.scores(part)
             if exclude_history:
+                request, place = np.nonzero(part >= 0)
                 scores[request, part[request, place]] = -np.inf
             top = np.argpartition(-scores, min(k, self._n_items) - 1, axis=1)[:, :k]
             values = np.take_along_axis(scores, top, 1)

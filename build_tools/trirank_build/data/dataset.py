@@ -9,9 +9,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -21,6 +22,8 @@ from trirank_build.artefacts import atomic_directory, combined_digest, file_dige
 from trirank_build.errors import BadData
 
 SCHEMA_VERSION = 1
+ROW_GROUP = 20_000
+"""Requests that are read from the file at a time."""
 SPLITS = ("train", "valid", "test")
 
 ITEMS: dict[str, Any] = {
@@ -85,36 +88,71 @@ class Description:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+class SplitSizes(NamedTuple):
+    """Of the requests of one split: how many, and the longest lists of candidates and of missed gains."""
+
+    requests: int
+    candidates: int
+    missed: int
+    has_optimum: bool
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset, in memory."""
+    """A prepared dataset: items and events in memory; requests, which are far larger, read when they are needed."""
 
     items: pl.DataFrame
     events: pl.DataFrame
-    requests: pl.DataFrame
+    requests: pl.LazyFrame
     description: Description
 
     def split(self, name: str) -> pl.DataFrame:
-        """The requests of ``train``, ``valid`` or ``test``."""
-        return self.requests.filter(pl.col("split") == name)
+        """The requests of ``train``, ``valid`` or ``test``, all at once."""
+        return self.requests.filter(pl.col("split") == name).collect()
+
+    def sizes(self, name: str) -> SplitSizes:
+        """Sizes of a split, without reading it at once."""
+        found = (
+            self.requests.filter(pl.col("split") == name)
+            .select(
+                count=pl.len(),
+                candidates=pl.col("item_ids").list.len().max(),
+                missed=pl.col("missed").list.len().max(),
+            )
+            .collect()
+        )
+        count, most, missed = found.row(0)
+        return SplitSizes(count, most or 0, missed or 0, OPTIMUM in self.requests.collect_schema().names())
+
+    def chunks(self, name: str, rows: int) -> Iterator[pl.DataFrame]:
+        """The requests of a split in their order, from ``rows`` of the table at a time."""
+        total = int(self.requests.select(pl.len()).collect().item())
+        for start in range(0, total, rows):
+            yield self.requests.slice(start, rows).collect().filter(pl.col("split") == name)
 
     def training_choices(self) -> NDArray[np.int64]:
         """Item ids of the training events, one a choice; judged search has none."""
         return self.events.filter(pl.col("split") == "train")["item_id"].to_numpy()
 
+    def training_events(self) -> pl.DataFrame:
+        """The training events, each user's in their order, one user after the other."""
+        return self.events.filter(pl.col("split") == "train").sort("user_id", "timestamp", maintain_order=True)
+
     def training_showings(self) -> NDArray[np.int64]:
         """Item ids of the candidates of the training requests."""
-        return self.split("train")["item_ids"].explode().to_numpy()
+        train = self.requests.filter(pl.col("split") == "train")
+        return train.select(pl.col("item_ids").explode()).collect().to_series().to_numpy()
 
     def save(self, directory: Path) -> Path:
         """Write whole or not at all; gives the directory."""
         with atomic_directory(directory) as scratch:
             digests = {}
             for name, schema in (("items", ITEMS), ("events", EVENTS), ("requests", REQUESTS)):
-                frame: pl.DataFrame = getattr(self, name)
-                extra = [OPTIMUM] if OPTIMUM in frame.columns else []
+                frame: pl.LazyFrame = getattr(self, name).lazy()
+                extra = [OPTIMUM] if OPTIMUM in frame.collect_schema().names() else []
                 path = scratch / f"{name}.parquet"
-                frame.select([*(pl.col(c).cast(t) for c, t in schema.items()), *extra]).write_parquet(path)
+                columns = [*(pl.col(c).cast(t) for c, t in schema.items()), *extra]
+                frame.select(columns).collect().write_parquet(path, row_group_size=ROW_GROUP)
                 digests[path.name] = file_digest(path)
             description = asdict(self.description) | {"digest": combined_digest(digests), "files": digests}
             (scratch / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -142,9 +180,11 @@ class Dataset:
                 f"{directory} has schema version {description.schema_version}, this version reads {SCHEMA_VERSION}; "
                 "prepare it again"
             )
-        frames = {}
+        frames: dict[str, Any] = {}
         for name, digest in files.items():
             if not (directory / name).is_file() or file_digest(directory / name) != digest:
                 raise BadData(f"{directory / name} is missing or differs from what was written; prepare it again")
-            frames[name.removesuffix(".parquet")] = pl.read_parquet(directory / name)
+            table = name.removesuffix(".parquet")
+            read = pl.scan_parquet if table == "requests" else pl.read_parquet
+            frames[table] = read(directory / name)
         return cls(**frames, description=description)

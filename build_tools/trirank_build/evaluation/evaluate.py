@@ -1,99 +1,66 @@
-"""`trirank evaluate`: a ranker against the orders it has to beat, on the same requests."""
+"""`trirank evaluate`: a ranker against the orders it has to beat, on the same requests.
+
+Three protocols. ``requests``: the dataset's own requests, with the candidates that were shown or retrieved.
+``catalogue``: what users chose next, among all items; the ranker orders what two retrievers find (see cascade).
+``sampled``: the same among sampled items, only to compare with papers that did so.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trirank_build.baselines.popularity import popularity
-from trirank_build.data.dataset import OPTIMUM, Dataset
+from trirank_build.data.dataset import Dataset
+from trirank_build.errors import BadData
 from trirank_build.evaluation import metrics
-from trirank_build.evaluation.bootstrap import Interval, mean_interval
+from trirank_build.evaluation.cascade import rank_retrieved, retrieve, sample
+from trirank_build.evaluation.catalogue import CatalogueTasks, Found, contender_scorer, rank_catalogue, state_scorer
+from trirank_build.evaluation.contenders import Contender, contenders, order_candidates
+from trirank_build.evaluation.scoring import score
+from trirank_build.evaluation.summary import RANKER, Asked, Evaluation, Order, summarise
 from trirank_build.features.examples import Examples
+from trirank_build.features.fitting import Features
+from trirank_build.models.sequence import SequenceRanker
 
-_BATCH = 256
+PROTOCOLS = ("requests", "catalogue", "sampled")
 THRESHOLD = 1.0
 """A candidate counts as predicted relevant from this multiple of an equal share of its request's softmax on."""
+TOP = 10
 
 
-def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
-    """[R, N] the mean over tasks of the ranker's scores, as the default policy weighs them."""
-    model.eval()
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(examples), _BATCH):
-            which = np.arange(start, min(start + _BATCH, len(examples)))
-            packed = examples.whole(which).packed
-            tensors = {name: torch.from_numpy(array) for name, array in packed.tensors().items()}
-            parts.append(model(**tensors).mean(-1).numpy())
-    return np.concatenate(parts)
-
-
-def valid_ndcg(model: nn.Module, examples: Examples) -> float:
-    """Mean NDCG@10 over requests with anything relevant."""
-    valid = examples.rows >= 0
-    gains = metrics.order_gains(score(model, examples), examples.labels, valid)
-    return float(np.nanmean(metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was found.
-
-    Attributes:
-        accuracy: of the ranker, candidate by candidate, at THRESHOLD; other orders have no scores to cut.
-        table: ranking → metric → estimate with interval.
-        differences: ranking → NDCG@10 of the ranker minus that of the ranking, paired.
-        ndcg10: ranking → [R] of each request; NaN where nothing is relevant.
-    """
-
-    requests: int
-    accuracy: Interval
-    table: dict[str, dict[str, Interval]]
-    differences: dict[str, Interval]
-    ndcg10: dict[str, NDArray[np.float64]]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "requests": self.requests,
-            "accuracy": self.accuracy._asdict(),
-            "table": {name: {m: i._asdict() for m, i in row.items()} for name, row in self.table.items()},
-            "ndcg10_above": {name: interval._asdict() for name, interval in self.differences.items()},
-        }
-
-
-def evaluate(model: nn.Module, examples: Examples, dataset: Dataset, seed: int = 0) -> Evaluation:
-    """Rank the same requests by the ranker, retrieval order, popularity, chance, and, where known, the optimum."""
+def evaluate(
+    model: nn.Module,
+    examples: Examples,
+    dataset: Dataset,
+    features: Features,
+    others: dict[str, Contender] | None = None,
+    scored: dict[str, NDArray[np.float32]] | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Order the candidates of the same requests by the ranker, retrieval, chance, the contenders (by default all that
+    fit), further scores [R, N] by name, and, where it is known, the optimum."""
     valid = examples.rows >= 0
     rng = np.random.default_rng(seed)
-    choices = dataset.training_choices()
-    # Judged search has no choices; there it is how often an item was put before the judges.
-    chosen = popularity(choices if len(choices) else dataset.training_showings(), dataset.items["item_id"].to_numpy())
     width = examples.rows.shape[1]
-    rankings = {
-        "ranker": score(model, examples),
+    rankings: dict[str, NDArray[np.float32]] = {
+        RANKER: score(model, examples),
         "retrieval": np.broadcast_to(-np.arange(width, dtype=np.float32), examples.rows.shape),
-        "popularity": chosen[examples.rows] + 0.5 * rng.random(examples.rows.shape),
-        "random": rng.random(examples.rows.shape),
     }
-    if OPTIMUM in examples.requests.columns:
-        best = np.full(examples.rows.shape, -np.inf, np.float32)
-        best[valid] = examples.requests[OPTIMUM].explode().to_numpy()
-        rankings["optimum"] = best
+    for name, contender in (contenders(dataset, features) if others is None else others).items():
+        rankings[name] = order_candidates(contender, examples)
+    rankings |= scored or {}
+    rankings["random"] = np.zeros(examples.rows.shape, np.float32)
+    for name in rankings.keys() - {RANKER, "retrieval"}:  # whose ties say nothing; chance must not fall back on order
+        rankings[name] = _ties_broken(rankings[name], rng)
+    if examples.optimum is not None:
+        rankings["optimum"] = examples.optimum
     ideal = metrics.ideal_gains(examples.labels, examples.missed)
-    table, ndcg = {}, {}
+    orders = {}
     for name, scores in rankings.items():
-        scores = scores.astype(np.float32)
         gains = metrics.order_gains(scores, examples.labels, valid)
-        ndcg[name] = metrics.ndcg(gains, ideal)
         values = {
-            "NDCG@10": ndcg[name],
+            "NDCG@10": metrics.ndcg(gains, ideal),
             "MRR": metrics.mrr(gains, ideal),
             "Hit@10": metrics.hit(gains, ideal),
             "recall@10": metrics.recall(gains, ideal),
@@ -101,20 +68,78 @@ def evaluate(model: nn.Module, examples: Examples, dataset: Dataset, seed: int =
             "F1@10": metrics.f1(gains, ideal),
             "AUC": metrics.auc(scores, examples.labels, valid),
         }
-        table[name] = {metric: mean_interval(per_request) for metric, per_request in values.items()}
-    return Evaluation(
-        requests=len(examples),
-        accuracy=mean_interval(metrics.accuracy(_shares(rankings["ranker"], valid), examples.labels, valid, THRESHOLD)),
-        table=table,
-        differences={
-            name: mean_interval(ndcg["ranker"] - ndcg[name]) for name in ("retrieval", "popularity", "random")
-        },
-        ndcg10=ndcg,
+        orders[name] = Order(values, metrics.order_rows(scores, examples.rows)[:, :TOP])
+    shares = _shares(rankings[RANKER], valid)
+    equal = valid.sum(1, keepdims=True)
+    orders[RANKER].metrics["accuracy"] = metrics.accuracy(shares * equal, examples.labels, valid, THRESHOLD)
+    best = examples.labels.argmax(1)
+    wanted = np.where(examples.labels.max(1) > 0, examples.rows[np.arange(len(examples)), best], -1)
+    asked = Asked(wanted.astype(np.int32), examples.known(np.arange(len(examples))))
+    total = examples.labels.sum(1, keepdims=True)
+    bins = metrics.calibration(
+        shares, (examples.labels / np.maximum(total, 1e-9)).astype(np.float32), valid & (total > 0)
+    )
+    return summarise("requests with their candidates", orders, asked, dataset, features, bins)
+
+
+def evaluate_catalogue(
+    model: SequenceRanker,
+    dataset: Dataset,
+    features: Features,
+    split: str = "test",
+    others: dict[str, Contender] | None = None,
+    found: dict[str, Found] | None = None,
+    negatives: int | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Find what users chose next, among all items or among it and ``negatives`` others: by the ranker, by its states
+    alone, by the contenders (by default all that fit), and what else was ``found`` on the same tasks.
+
+    Raises:
+        BadData: the split has no choice by a user of whom anything is known.
+    """
+    tasks = CatalogueTasks.of(dataset, split, features)
+    if not len(tasks):
+        raise BadData(f"no user with a history chose anything in the {split} split; evaluate its requests instead")
+    draw = {} if negatives is None else {"negatives": negatives, "seed": seed}
+    examples = (
+        retrieve(tasks, dataset, features, model)
+        if negatives is None
+        else sample(tasks, dataset, features, negatives, seed)
+    )
+    orders = {RANKER: rank_retrieved(score(model, examples), tasks, examples)}
+    if model.has_states:
+        orders["ranker's states alone"] = rank_catalogue(tasks, state_scorer(model, features), **draw)
+    for name, contender in (contenders(dataset, features) if others is None else others).items():
+        orders[name] = rank_catalogue(tasks, contender_scorer(contender), **draw)
+    orders |= found or {}
+    protocol = "next choice among all items" if negatives is None else f"next choice among {negatives} sampled items"
+    among = tasks.items if negatives is None else 1 + negatives
+    asked = Asked(tasks.targets, tasks.known())
+    return summarise(
+        protocol, {n: Order(_of_ranks(f, among), f.top) for n, f in orders.items()}, asked, dataset, features
     )
 
 
+def _of_ranks(found: Found, among: int) -> dict[str, NDArray[np.float64]]:
+    """Metrics of tasks with one item to find."""
+    hit = found.hit()
+    return {
+        "NDCG@10": found.ndcg(), "MRR": found.mrr(), "Hit@10": hit, "recall@10": hit, "precision@10": hit / TOP,
+        "F1@10": hit * 2 / (TOP + 1), "AUC": 1 - np.minimum(found.ranks, among - 1) / max(among - 1, 1),
+    }  # fmt: skip
+
+
+def _ties_broken(scores: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """[R, N] places by score, equal scores in random order."""
+    order = np.lexsort((rng.random(scores.shape), scores), axis=1)
+    places = np.empty(scores.shape, np.float32)
+    np.put_along_axis(places, order, np.broadcast_to(np.arange(scores.shape[1], dtype=np.float32), scores.shape), 1)
+    return places
+
+
 def _shares(scores: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """[R, N] each candidate's part of its request's softmax, in multiples of an equal share."""
+    """[R, N] each candidate's part of its request's softmax."""
     shifted = np.where(valid, scores, -np.inf)
     exponential = np.exp(shifted - shifted.max(1, keepdims=True))
-    return np.asarray(exponential / exponential.sum(1, keepdims=True) * valid.sum(1, keepdims=True), np.float32)
+    return np.asarray(exponential / exponential.sum(1, keepdims=True), np.float32)

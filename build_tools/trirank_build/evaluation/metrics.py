@@ -19,14 +19,15 @@ def order_gains(scores: NDArray[np.float32], labels: Gains, valid: NDArray[np.bo
     return np.take_along_axis(np.where(valid, labels, 0), order, 1)
 
 
-def ideal_gains(labels: Gains, missed: list[list[float]]) -> Gains:
-    """[R, N + most missed] gains, best first."""
-    width = max((len(gains) for gains in missed), default=0)
-    extra = np.zeros((len(labels), width), np.float32)
-    for row, gains in enumerate(missed):
-        extra[row, : len(gains)] = gains
-    together = np.concatenate([labels, extra], 1)
-    return np.asarray(-np.sort(-together, axis=1), np.float32)
+def order_rows(scores: NDArray[np.float32], rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[R, N] catalogue rows (-1: padding) in the same order as the gains."""
+    order = np.argsort(np.where(rows >= 0, -scores.astype(np.float64), np.inf), axis=1, kind="stable")
+    return np.take_along_axis(rows, order, 1)
+
+
+def ideal_gains(labels: Gains, missed: Gains) -> Gains:
+    """[R, N + K] gains, best first, of labels [R, N] and those that retrieval missed [R, K], 0-padded."""
+    return np.asarray(-np.sort(-np.concatenate([labels, missed], 1), axis=1), np.float32)
 
 
 def ndcg(gains: Gains, ideal: Gains, k: int = 10) -> PerRequest:
@@ -81,6 +82,45 @@ def accuracy(scores: NDArray[np.float32], labels: Gains, valid: NDArray[np.bool_
     """[R] share of candidates whose score is on the right side of ``threshold``."""
     right = ((scores >= threshold) == (labels > 0)) & valid
     return _divide(right.sum(1), valid.sum(1))
+
+
+def coverage(top: NDArray[np.int32], items: int) -> float:
+    """Share of the catalogue's ``items`` that stands in any answer; ``top`` [R, K] rows, -1 padded."""
+    return len(np.unique(top[top >= 0])) / items
+
+
+def diversity(top: NDArray[np.int32], fields: NDArray[np.int32]) -> PerRequest:
+    """[R] mean distance of an answer's pairs: the share of ``fields`` [M + 1, F] that two items do not share, of those
+    that either has (intra-list distance, Ziegler et al. 2005). NaN: fewer than two items, or nothing to compare."""
+    values = fields[top]  # [R, K, F]
+    left, right = np.triu_indices(top.shape[1], 1)
+    one, two = values[:, left], values[:, right]  # [R, pairs, F]
+    either = ((one > 0) | (two > 0)).sum(2)
+    same = ((one == two) & (one > 0)).sum(2)
+    counted = (top[:, left] >= 0) & (top[:, right] >= 0) & (either > 0)
+    return _divide(np.where(counted, 1 - same / np.maximum(either, 1), 0).sum(1), counted.sum(1))
+
+
+def novelty(top: NDArray[np.int32], counts: NDArray[np.int64]) -> PerRequest:
+    """[R] mean self-information of an answer's items in bits, -log2 of their share of the training choices ``counts``
+    [M], one added to each (Zhou et al. 2010). NaN: no item."""
+    share = (counts + 1) / (counts + 1).sum()
+    there = top >= 0
+    return _divide(np.where(there, -np.log2(share)[top], 0).sum(1), there.sum(1))
+
+
+def calibration(
+    predicted: NDArray[np.float32], observed: NDArray[np.float32], counted: NDArray[np.bool_], bins: int = 10
+) -> NDArray[np.float64]:
+    """[bins, 3]: candidates, mean predicted and observed share, in bins of equally many (Guo et al., ICML 2017)."""
+    order = np.argsort(predicted[counted], kind="stable")
+    parts = np.array_split(np.stack([predicted[counted][order], observed[counted][order]], 1).astype(np.float64), bins)
+    return np.array([[len(part), *part.mean(0)] for part in parts if len(part)])
+
+
+def calibration_error(bins: NDArray[np.float64]) -> float:
+    """Expected calibration error: mean distance of predicted from observed, over all candidates."""
+    return float((bins[:, 0] * np.abs(bins[:, 1] - bins[:, 2])).sum() / max(bins[:, 0].sum(), 1))
 
 
 def _dcg(gains: Gains, k: int) -> PerRequest:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,10 +13,14 @@ from trirank.contract import ANONYMOUS_USER
 from trirank_backend.features import Packed, RequestBatch
 from trirank_backend.text import query_trigrams
 
-from trirank_build.data.dataset import Dataset
+from trirank_build.data.dataset import OPTIMUM, Dataset
+from trirank_build.errors import BadData
 from trirank_build.features.fitting import Features
+from trirank_build.features.negatives import NegativeSampler
 
 _TIME_BITS = 40
+_CHUNK = 20_000
+"""Requests that are unpacked at a time."""
 
 
 class HistoryIndex:
@@ -35,18 +41,32 @@ class HistoryIndex:
         if not len(self._users):
             empty = np.zeros((len(users), length), np.int32)
             return empty - 1, empty, empty.astype(np.int64)
-        place = np.minimum(np.searchsorted(self._users, users), len(self._users) - 1)
-        known = self._users[place] == users
-        first = np.searchsorted(self._keys, place.astype(np.int64) << _TIME_BITS)
-        end = np.searchsorted(self._keys, (place.astype(np.int64) << _TIME_BITS) + times)
+        first, end = self.span(users, times)
         at = end[:, None] - np.arange(length, 0, -1)[None, :]
-        there = (at >= first[:, None]) & known[:, None]
+        there = at >= first[:, None]
         at = np.where(there, at, 0)
         return (
             np.where(there, self._rows[at], -1).astype(np.int32),
             np.where(there, self._behaviours[at], 0).astype(np.int32),
             np.where(there, self._times[at], 0),
         )
+
+    def span(self, users: NDArray[np.int64], times: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[first, end) of each user's events before each time; empty for unknown users."""
+        if not len(self._users):
+            return np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
+        place = np.minimum(np.searchsorted(self._users, users), len(self._users) - 1)
+        first = np.searchsorted(self._keys, place.astype(np.int64) << _TIME_BITS)
+        end = np.searchsorted(self._keys, (place.astype(np.int64) << _TIME_BITS) + times)
+        return first, np.where(self._users[place] == users, end, first)
+
+    def seen(self, users: NDArray[np.int64], times: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """All that each user had to do with before each time, as pairs: number of the user in ``users``, row."""
+        first, end = self.span(users, times)
+        lengths = end - first
+        which = np.repeat(np.arange(len(users)), lengths)
+        at = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) + np.repeat(first, lengths)
+        return which, self._rows[at]
 
 
 @dataclass(frozen=True)
@@ -56,48 +76,129 @@ class Batch:
     Attributes:
         labels: [B, N] float32 gains; 0 where padded.
         valid: [B, N] bool.
+        rows: [B, N] int32 catalogue rows.
+        listed: how many of the N come from the request's own list; further negatives follow.
     """
 
     packed: Packed
     labels: NDArray[np.float32]
     valid: NDArray[np.bool_]
+    rows: NDArray[np.int32]
+    listed: int
 
 
 class Examples:
     """The requests of one split as padded arrays; R requests of at most N candidates.
 
+    They are read from the dataset's file in chunks. With a ``directory`` the arrays are files that are mapped rather
+    than held, so that more requests can be trained on than fit in memory; whoever gave it removes it.
+
     Attributes:
         rows: [R, N] int32; -1: padding.
         scores: [R, N] float32; NaN: none.
         labels: [R, N] float32.
-        missed: R lists of gains that retrieval did not find.
+        missed: [R, K] float32 gains that retrieval did not find, padded with 0.
+        users, times: [R] int64.
+        optimum: [R, N] float32 what a synthetic shop drew its choices from; None elsewhere.
+        queries: [R] as they were typed, of requests in memory; empty otherwise.
     """
 
     def __init__(
-        self, dataset: Dataset, split: str, features: Features, limit: int | None = None, seed: int = 0
+        self,
+        dataset: Dataset,
+        features: Features,
+        count: int,
+        width: int,
+        missed: int = 0,
+        optimum: bool = False,
+        directory: Path | None = None,
     ) -> None:
-        requests = dataset.split(split)
-        if limit is not None and requests.height > limit:
-            requests = requests.sample(limit, seed=seed).sort("timestamp", maintain_order=True)
-        self.requests = requests
-        self._features = features
+        """Room for ``count`` requests of at most ``width`` candidates and ``missed`` further gains."""
+        spec = features.spec
+        self._features, self.tasks, self.ids = features, spec.tasks, features.catalogue.ids
         self._history = HistoryIndex(dataset.events, features)
-        self._users = requests["user_id"].to_numpy()
-        self._times = requests["timestamp"].to_numpy()
-        self._query = features.text.encode(requests["query"].to_list(), features.spec.query_length)
-        self._trigrams = query_trigrams(requests["query"].to_list())
-        lengths = requests["item_ids"].list.len().to_numpy().astype(np.int64)
-        there = np.arange(lengths.max())[None, :] < lengths[:, None]
-        self.rows = np.full(there.shape, -1, np.int32)
-        self.rows[there] = features.catalogue.rows(requests["item_ids"].explode().to_numpy())
-        self.scores = np.full(there.shape, np.nan, np.float32)
-        self.scores[there] = requests["retrieval_scores"].explode().to_numpy()
-        self.labels = np.zeros(there.shape, np.float32)
-        self.labels[there] = requests["labels"].explode().to_numpy()
-        self.missed: list[list[float]] = requests["missed"].to_list()
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+
+        def array(name: str, shape: tuple[int, ...], dtype: Any, fill: float) -> NDArray[Any]:
+            if directory is None:
+                return np.full((count, *shape), fill, dtype)
+            mapped: NDArray[Any] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+                directory / f"{name}.npy", "w+", np.dtype(dtype), (count, *shape)
+            )
+            mapped[:] = fill
+            return mapped
+
+        self.rows = array("rows", (width,), np.int32, -1)
+        self.scores = array("scores", (width,), np.float32, np.nan)
+        self.labels = array("labels", (width,), np.float32, 0)
+        self.missed = array("missed", (missed,), np.float32, 0)
+        self.users = array("users", (), np.int64, 0)
+        self.times = array("times", (), np.int64, 0)
+        self.optimum = array("optimum", (width,), np.float32, -np.inf) if optimum else None
+        self.queries: list[str] = []
+        self._query = array("query", (spec.query_length,), np.int32, 0)
+        self._trigrams = array("trigrams", query_trigrams([""]).shape[1:], np.uint8, 0)
+
+    @classmethod
+    def read(
+        cls,
+        dataset: Dataset,
+        split: str,
+        features: Features,
+        limit: int | None = None,
+        seed: int = 0,
+        directory: Path | None = None,
+    ) -> Examples:
+        """The requests of a split, or ``limit`` of them drawn at random.
+
+        Raises:
+            BadData: the split has none.
+        """
+        sizes = dataset.sizes(split)
+        if not sizes.requests:
+            raise BadData(f"the dataset has no {split} requests; bring a longer log, or prepare it again")
+        kept = np.ones(sizes.requests, bool)
+        if limit is not None and sizes.requests > limit:
+            kept[:] = False
+            kept[np.random.default_rng(seed).choice(sizes.requests, limit, replace=False)] = True
+        examples = cls(dataset, features, int(kept.sum()), sizes.candidates, sizes.missed, sizes.has_optimum, directory)
+        read = filled = 0
+        for chunk in dataset.chunks(split, _CHUNK):
+            part = chunk.filter(pl.Series(kept[read : read + chunk.height]))
+            read += chunk.height
+            examples._fill(slice(filled, filled + part.height), part)
+            filled += part.height
+            if directory is None:
+                examples.queries += part["query"].to_list()
+        return examples
+
+    def _fill(self, at: slice, part: pl.DataFrame) -> None:
+        lengths = part["item_ids"].list.len().to_numpy().astype(np.int64)
+        there = np.arange(self.rows.shape[1])[None, :] < lengths[:, None]
+        self.rows[at][there] = self._features.catalogue.rows(part["item_ids"].explode().to_numpy())
+        self.scores[at][there] = part["retrieval_scores"].explode().to_numpy()
+        self.labels[at][there] = part["labels"].explode().to_numpy()
+        if self.optimum is not None:
+            self.optimum[at][there] = part[OPTIMUM].explode().to_numpy()
+        for row, gains in zip(self.missed[at], part["missed"].to_list(), strict=True):
+            row[: len(gains)] = gains
+        self.users[at], self.times[at] = part["user_id"].to_numpy(), part["timestamp"].to_numpy()
+        queries = part["query"].to_list()
+        self._query[at] = self._features.text.encode(queries, self._features.spec.query_length)
+        self._trigrams[at] = query_trigrams(queries)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def known(self, which: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[B] events of each user before the request."""
+        first, end = self._history.span(self.users[which], self.times[which])
+        return end - first
+
+    def histories(self, which: NDArray[np.int64], length: int) -> NDArray[np.int32]:
+        """[B, length] rows of what each user did before the request, newest last, -1 in front."""
+        return self._history.before(self.users[which], self.times[which], length)[0]
 
     def batch(
         self,
@@ -105,38 +206,39 @@ class Examples:
         rows: NDArray[np.int32],
         scores: NDArray[np.float32],
         labels: NDArray[np.float32],
+        listed: int,
     ) -> Batch:
         """Pack the given candidates [B, N] of the requests ``which`` [B]."""
         spec = self._features.spec
-        past = self._history.before(self._users[which], self._times[which], spec.history_length)
+        past = self._history.before(self.users[which], self.times[which], spec.history_length)
         packed = self._features.packer.pack(
             RequestBatch(
                 rows=rows,
                 retrieval_scores=scores,
                 query=self._query[which],
                 query_trigrams=self._trigrams[which],
-                timestamps=self._times[which],
-                anonymous=self._users[which] == ANONYMOUS_USER,
+                timestamps=self.times[which],
+                anonymous=self.users[which] == ANONYMOUS_USER,
                 history_rows=past[0],
                 history_behaviours=past[1],
                 history_timestamps=past[2],
             )
         )
-        return Batch(packed, labels, rows >= 0)
+        return Batch(packed, labels, rows >= 0, rows, listed)
 
     def whole(self, which: NDArray[np.int64]) -> Batch:
         """All candidates of the requests ``which`` [B], as they would be served."""
-        return self.batch(which, self.rows[which], self.scores[which], self.labels[which])
+        return self.batch(which, self.rows[which], self.scores[which], self.labels[which], self.rows.shape[1])
 
     def sample(
         self,
         which: NDArray[np.int64],
         rng: np.random.Generator,
         candidates: int,
-        random_negatives: int,
+        sampler: NegativeSampler | None,
         with_scores: bool,
     ) -> Batch:
-        """Training candidates: what was chosen, a sample of what was not, and random items where no scores go.
+        """Training candidates: what was chosen, a sample of what was not, and drawn items where no scores go.
 
         A request whose choice retrieval missed has no score for it; then none of its candidates keeps one, as in
         serving, where scores come for all candidates or for none.
@@ -147,17 +249,17 @@ class Examples:
             kept = np.sort(np.argpartition(-priority, candidates - 1, axis=1)[:, :candidates], axis=1)
             at = np.arange(len(which))[:, None]
             rows, scores, labels = rows[at, kept], scores[at, kept], labels[at, kept]
+        listed = rows.shape[1]
         if with_scores:
             unscored = (np.isnan(scores) & (rows >= 0)).any(1)
             scores = np.where(unscored[:, None], np.nan, scores)
         else:
             scores = np.full_like(scores, np.nan)
-            if random_negatives:
-                drawn = rng.integers(len(self._features.catalogue), size=(len(which), random_negatives)).astype(
-                    np.int32
-                )
-                taken = (drawn[:, :, None] == np.where(labels > 0, rows, -1)[:, None, :]).any(2)
+            if sampler is not None:
+                chosen = np.where(labels > 0, rows, -1)
+                drawn = sampler.draw_each(rng, len(which), chosen)
+                taken = (drawn[:, :, None] == chosen[:, None, :]).any(2)
                 rows = np.concatenate([rows, np.where(taken, -1, drawn)], 1)
                 labels = np.concatenate([labels, np.zeros(drawn.shape, np.float32)], 1)
                 scores = np.full(rows.shape, np.nan, np.float32)
-        return self.batch(which, rows, scores, labels)
+        return self.batch(which, rows, scores, labels, listed)

@@ -92,6 +92,7 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
         tasks=tuple(dataset.description.tasks),
         timed=dataset.description.timed,
         embed_text=recipe.embed_text,
+        without=tuple(sorted(recipe.without)),
     )
     text = TextEncoder(tokenizer, tables["token"][0])
     tokens = text.encode(items["title"].to_list(), titles) if titles else np.zeros((items.height, 0), np.int32)

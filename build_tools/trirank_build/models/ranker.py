@@ -4,7 +4,7 @@ Candidates never attend to each other, so an answer does not depend on padding o
 more candidate costs a cross-attention row instead of a whole sequence (BST, Chen et al. 2019, repeats the user for
 every candidate). Pre-norm blocks (Xiong et al. 2020), GELU feed-forward.
 
-Letters: B requests, N candidates, L history, Q query tokens, S = 1 + L + Q, F fields, D width, T tasks.
+Letters: B requests, N candidates, L history, Q query tokens, S = L + Q + 1, F fields, D width, T tasks.
 """
 
 from __future__ import annotations
@@ -13,27 +13,31 @@ import torch
 from torch import Tensor, nn
 from trirank_backend.features import FeatureSpec
 
+from trirank_build.models.embeddings import STD
+from trirank_build.models.sequence import SequenceRanker, there
 from trirank_build.recipe import ModelRecipe
 
-_MASKED = -1e4  # finite, so that FP16 survives it
+MASKED = -1e4
+"""Added to the logits of what is padding; finite, so that FP16 survives it."""
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x [B, X, D] to memory [B, S, D]; ``mask`` [B, 1, 1, S] is added to the logits."""
+    """Multi-head attention from x [B, X, D] to memory [B, S, D]; ``mask`` [B, 1, 1 or X, S] is added to the logits."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, dim // heads
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         q = self._split(self.query(x))  # [B, H, X, D/H]
         key, value = self.key_value(memory).chunk(2, dim=-1)
         k, v = self._split(key), self._split(value)  # [B, H, S, D/H]
         weights = (q @ k.transpose(-1, -2) * self.head_dim**-0.5 + mask).softmax(-1)  # [B, H, X, S]
-        merged = (weights @ v).transpose(1, 2).flatten(2)  # [B, X, D]
+        merged = (self.dropout(weights) @ v).transpose(1, 2).flatten(2)  # [B, X, D]
         return self.out(merged)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -43,11 +47,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each with a norm before and a residual around it."""
 
-    def __init__(self, recipe: ModelRecipe) -> None:
+    def __init__(self, recipe: ModelRecipe, attention_dropout: float) -> None:
         super().__init__()
         dim = recipe.dim
         self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = Attention(dim, recipe.heads)
+        self.attention = Attention(dim, recipe.heads, attention_dropout)
         self.ffn = nn.Sequential(nn.Linear(dim, recipe.ffn), nn.GELU(), nn.Linear(recipe.ffn, dim))
         self.dropout = nn.Dropout(recipe.dropout)
 
@@ -57,46 +61,85 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
 
-class SharedContextRanker(nn.Module):
+class SharedContextRanker(SequenceRanker):
     """history [B, L, F+2], query [B, Q], candidates [B, N, F], dense [B, N, Dn], context [B, C] → scores [B, N, T].
 
-    Ids are of the joint vocabulary with 0 for "missing"; see trirank.contract.ranker_inputs.
+    Ids are of the joint vocabulary with 0 for "missing"; see trirank.contract.ranker_inputs. A score is the sum of
+
+    - the affinity of the candidate to the user's state, which pre-training teaches;
+    - what cross-attention finds between the candidate and the history, the query and the context;
+    - a linear part of the dense features.
     """
 
     def __init__(self, spec: FeatureSpec, recipe: ModelRecipe) -> None:
-        super().__init__()
+        super().__init__(spec, recipe)
         shape, dim = spec.shape, recipe.dim
-        self.embedding = nn.Embedding(spec.vocabulary_size, dim, padding_idx=0)
-        self.position = nn.Parameter(torch.randn(shape.history_length + shape.query_length, dim) * 0.02)
+        self.causal = recipe.attention == "causal"
+        self.position = nn.Parameter(torch.randn(shape.history_length + shape.query_length, dim) * STD)
+        self.mask = nn.Parameter(torch.randn(dim) * STD)
         self.context = nn.Linear(shape.context, dim)
         self.dense = nn.Linear(shape.dense, dim)
-        self.norm_candidate, self.norm_sequence = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.encoder = nn.ModuleList(Block(recipe) for _ in range(recipe.encoder_blocks))
+        self.norm_candidate = nn.LayerNorm(dim)
+        self.encoder = nn.ModuleList(Block(recipe, recipe.dropout) for _ in range(recipe.encoder_blocks))
         self.norm_memory = nn.LayerNorm(dim)
-        self.cross = nn.ModuleList(Block(recipe) for _ in range(recipe.cross_blocks))
+        # No dropout on the weights of candidates: there are many, and drawing so many numbers took a fifth of a step.
+        self.cross = nn.ModuleList(Block(recipe, 0.0) for _ in range(recipe.cross_blocks))
         self.norm_out = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(recipe.dropout)
-        self.head = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, shape.tasks))
+        last = nn.Linear(dim, shape.tasks)
+        self.head = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), last)
         self.dense_head = nn.Linear(shape.dense, shape.tasks)
-        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        with torch.no_grad():
-            self.embedding.weight[0] = 0
+        self.affinity = nn.Parameter(torch.ones(shape.tasks))
+        for layer in (last, self.dense_head):  # a pre-trained ranker starts from its affinity alone
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def encode(
+        self, history: Tensor, query: Tensor | None, context: Tensor | None, masked: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What is known of the request, oldest first, then the query, then the context: memory [B, S, D] and the
+        mask [B, 1, 1, S] of what is padding."""
+        items, extra = self.event_vectors(history)
+        if masked is not None:
+            items = torch.where(masked[..., None], self.mask, items)
+        length = history.shape[1]
+        parts = [items + extra + self.position[self.history_length - length : self.history_length]]
+        known = [there(history)]
+        if query is not None:
+            parts.append(self.embedding(query) + self.position[self.history_length :])
+            known.append(query != 0)
+        sequence = self.dropout(torch.cat(parts, 1))
+        if context is not None:  # always there, so no row of the softmax is ever empty at serving
+            sequence = torch.cat([sequence, self.context(context)[:, None]], 1)
+            known.append(torch.ones_like(known[0][:, :1]))
+        mask = (~torch.cat(known, 1))[:, None, None, :].to(sequence.dtype) * MASKED  # [B, 1, 1, S]
+        size = sequence.shape[1]
+        allowed = mask
+        if self.causal:
+            allowed = torch.clamp(mask + torch.full((size, size), MASKED).triu(1).to(mask), min=MASKED)
+        for block in self.encoder:
+            sequence = block(sequence, None, allowed)
+        return self.norm_memory(sequence), mask
+
+    def states(self, history: Tensor, masked: Tensor | None = None) -> Tensor:
+        context = None if masked is None else torch.zeros(len(history), self.context.in_features)
+        return self.encode(history, None, None if context is None else context.to(self.mask), masked)[0]
+
+    def next_state(self, history: Tensor) -> Tensor:
+        nothing = None if self.causal else torch.zeros_like(history[..., 0], dtype=torch.bool)
+        return self.states(history, nothing)[:, -1]
 
     def forward(self, history: Tensor, query: Tensor, candidates: Tensor, dense: Tensor, context: Tensor) -> Tensor:
-        events = self.embedding(history).sum(2)  # [B, L, D]
-        words = self.embedding(query)  # [B, Q, D]
-        sequence = self.norm_sequence(torch.cat([events, words], 1)) + self.position
-        user = torch.cat([self.context(context)[:, None], self.dropout(sequence)], 1)  # [B, S, D]
-        # The context is always there, so no row of the softmax is ever empty. An event has a behaviour.
-        there = torch.cat([torch.ones_like(query[:, :1]), history[:, :, -2], query], 1) != 0  # [B, S]
-        mask = (~there)[:, None, None, :].to(user.dtype) * _MASKED  # [B, 1, 1, S]
-        for block in self.encoder:
-            user = block(user, None, mask)
-        memory = self.norm_memory(user)
-
-        x = self.norm_candidate(self.embedding(candidates).sum(2)) + self.dense(dense)  # [B, N, D]
+        memory, mask = self.encode(history, query, context)
+        items = self.item_vectors(candidates)
+        if self.causal:  # the state after the newest event, and none without one
+            known = there(history)[:, -1:].to(memory.dtype)  # [B, 1]
+            state = memory[:, self.history_length - 1] * known
+        else:
+            state = memory[:, -1]
+        affinity = self.logits(state[:, None], items).transpose(1, 2)  # [B, N, 1]
+        x = self.norm_candidate(items) + self.dense(dense)  # [B, N, D]
         for block in self.cross:
             x = block(x, memory, mask)
         x = self.norm_out(x)
-        both = torch.cat([x, x * memory[:, :1]], -1)  # [B, N, 2D]
-        return self.head(both) + self.dense_head(dense)
+        both = torch.cat([x, x * memory[:, -1:]], -1)  # [B, N, 2D]
+        return self.head(both) + self.dense_head(dense) + affinity * self.affinity

@@ -3,7 +3,8 @@
 ``recipe.toml``         as it was given
 ``features/``           specification, catalogue, tokeniser (trirank_build.features.fitting)
 ``last.safetensors``    where training stands: weights, optimiser, place; resumed from
-``best.safetensors``    the weights of the best epoch
+``PHASE.safetensors``   the best weights of a phase, while later ones go on; what pre-training gave is kept
+``best.safetensors``    the weights of the last phase's best epoch
 ``run.json``            what it was trained on, and the curve
 """
 
@@ -14,21 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from trirank_build.errors import BadCheckpoint
+from trirank_build.data.dataset import Dataset
+from trirank_build.errors import BadCheckpoint, BadData
 from trirank_build.features.fitting import Features
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
-from trirank_build.models.ranker import SharedContextRanker
+from trirank_build.models.family import make_ranker
+from trirank_build.models.sequence import SequenceRanker
 from trirank_build.recipe import Recipe, load_recipe
 
-RECIPE, FEATURES, LAST, BEST, RUN = (
-    "recipe.toml",
-    "features",
-    "last.safetensors",
-    "best.safetensors",
-    "run.json",
-)
+RECIPE, FEATURES, BEST, RUN = "recipe.toml", "features", "best.safetensors", "run.json"
 
 
 @dataclass(frozen=True)
@@ -56,9 +51,22 @@ class TrainedRun:
             ) from error
         return cls(directory, load_recipe(str(directory / RECIPE)), Features.load(directory / FEATURES), facts)
 
-    def model(self) -> nn.Module:
+    def check_data(self, dataset: Dataset) -> None:
+        """Hold a dataset against the one the run was trained on.
+
+        Raises:
+            BadData: it is another one, whose items and splits mean nothing to this run.
+        """
+        own, given = self.facts["dataset"]["digest"], dataset.description.digest
+        if own != given:
+            raise BadData(
+                f"{self.directory} was trained on {self.facts['dataset']['source']} (digest {own[:12]}), this dataset "
+                f"is {dataset.description.source} (digest {given[:12]}); give the one it was trained on"
+            )
+
+    def model(self) -> SequenceRanker:
         """The ranker with its best weights, in evaluation mode."""
-        model = SharedContextRanker(self.features.spec, self.recipe.model)
+        model = make_ranker(self.features.spec, self.recipe.model)
         path = self.directory / BEST
         load_weights(model, load_checkpoint(path)[0], path)
         return model.eval()

@@ -105,7 +105,7 @@ def dataset_from_events(
     return Dataset(
         items=items,
         events=events,
-        requests=requests,
+        requests=requests.lazy(),
         description=Description(
             source=source,
             timed=timed,

@@ -62,7 +62,7 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
     return Dataset(
         items=items,
         events=pl.DataFrame(schema=EVENTS),
-        requests=requests,
+        requests=requests.lazy(),
         description=Description(
             source=path.name,
             timed=False,

@@ -1,19 +1,22 @@
 """A synthetic shop: a seeded world whose choices come from a known model, so that the best ranking is known.
 
-The choice model. User u looks at item i at time t with query q. The utility is
+The choice model. Known customers belong to one of KINDS kinds, which nobody is told and which their history betrays.
+A customer of kind k looks at item i at time t with query q. The utility is
 
-    U = brand_affinity[u, brand(i)]                                        normal(0, BRAND)
-      + category_affinity[u, category(i)]                                  normal(0, CATEGORY)
-      + INTEREST · [category(i) is what u is after in this week]
-      − PRICE · sensitivity[u] · |log price(i) − log budget[u]|            sensitivity: exponential(1)
+    U = brand_affinity[k, brand(i)]                                        normal(0, BRAND)
+      + category_affinity[k, category(i)]                                  normal(0, CATEGORY)
+      + INTEREST · [category(i) is what this customer is after in this week]
+      − PRICE · sensitivity[k] · |log price(i) − log budget[k]|            sensitivity: uniform(0.5, 1.5)
       + quality[product(i)]                                                normal(0, QUALITY)
       + MATCH · [the words of q beyond the category fit i]                 searches only
 
 and choices are drawn independently: click ~ sigmoid(SLOPE · (U − CLICK_AT)); a cart, given a click, ~
-sigmoid(SLOPE · (U − CART_AT)); a purchase, given a cart, with probability BUY. The expected gain grows with U, so
-ordering by U is the best possible ranking; requests keep it in the column ``utility``, and the NDCG of that order
-is the highest that any ranker can be expected to reach. Display order is drawn at random, so clicks carry no
-position bias. Popularity and retrieval know nothing of U but a noisy part of it.
+sigmoid(SLOPE · (U − CART_AT)); a purchase, given a cart, with probability BUY. Of an anonymous visitor nothing is
+known, and nothing sways the choice that could not be: kind 0 stands for the average customer, without affinities
+and interest. The expected gain grows with U, so ordering by U is the best possible ranking; requests keep it in the
+column ``utility``, and the NDCG of that order is the highest that any ranker can be expected to reach. Display order
+is drawn at random, so clicks carry no position bias. Popularity and retrieval know nothing of U but a noisy part
+of it.
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ from trirank_build.data.dataset import GAINS, OPTIMUM, TASKS, Dataset, Descripti
 from trirank_build.data.splitting import split_by_time, time_split
 from trirank_build.progress import progress
 
-BRAND, CATEGORY, QUALITY = 1.0, 0.6, 0.5
-INTEREST, PRICE, MATCH = 1.2, 0.8, 2.0
+KINDS = 8
+BRAND, CATEGORY, QUALITY = 1.3, 0.8, 0.5
+INTEREST, PRICE, MATCH = 0.4, 0.8, 2.0
 SLOPE, CLICK_AT, CART_AT, BUY = 1.6, 3.0, 3.4, 0.6
 
 START = 1_767_225_600  # 2026-01-01
@@ -80,11 +84,12 @@ class _World:
     quality: NDArray[np.float64]
     created: NDArray[np.int64]
     demand: NDArray[np.float64]
-    brand_affinity: NDArray[np.float64]  # [U, brands]
-    category_affinity: NDArray[np.float64]  # [U, categories]
+    kind: NDArray[np.int64]  # [U] 1 … KINDS
+    brand_affinity: NDArray[np.float64]  # [1 + KINDS, brands]
+    category_affinity: NDArray[np.float64]  # [1 + KINDS, categories]
     interest: NDArray[np.int64]  # [U, weeks] category
-    budget: NDArray[np.float64]  # [U] log
-    sensitivity: NDArray[np.float64]  # [U]
+    budget: NDArray[np.float64]  # [1 + KINDS] log
+    sensitivity: NDArray[np.float64]  # [1 + KINDS]
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class _Sessions:
 
     when: NDArray[np.int64]
     user: NDArray[np.int64]
+    anonymous: NDArray[np.bool_]
     search: NDArray[np.bool_]
     category: NDArray[np.int64]
     extra: NDArray[np.int64]
@@ -115,7 +121,7 @@ def make_shop(size: ShopSize, seed: int) -> Dataset:
     return Dataset(
         items=items,
         events=events.with_columns(split),
-        requests=requests.with_columns(split, missed=pl.lit([], dtype=pl.List(pl.Float32))),
+        requests=requests.with_columns(split, missed=pl.lit([], dtype=pl.List(pl.Float32))).lazy(),
         description=Description(
             source=f"synthetic shop, seed {seed}",
             timed=True,
@@ -151,12 +157,18 @@ def _make_world(size: ShopSize, rng: np.random.Generator) -> _World:
         quality=quality[product],
         created=created_p[product],
         demand=1.0 * quality[product] + rng.normal(0, 0.7, items),
-        brand_affinity=rng.normal(0, BRAND, (size.users, len(BRANDS))),
-        category_affinity=rng.normal(0, CATEGORY, (size.users, len(NOUNS))),
+        kind=rng.integers(1, 1 + KINDS, size=size.users),
+        brand_affinity=_of_kinds(rng.normal(0, BRAND, (KINDS, len(BRANDS))), 0),
+        category_affinity=_of_kinds(rng.normal(0, CATEGORY, (KINDS, len(NOUNS))), 0),
         interest=rng.integers(len(NOUNS), size=(size.users, weeks)),
-        budget=rng.normal(np.log(60), 0.5, size.users),
-        sensitivity=rng.exponential(1.0, size.users),
+        budget=_of_kinds(rng.normal(np.log(60), 0.5, KINDS), np.log(60)),
+        sensitivity=_of_kinds(rng.uniform(0.5, 1.5, KINDS), 1.0),
     )
+
+
+def _of_kinds(drawn: NDArray[np.float64], average: float) -> NDArray[np.float64]:
+    """[KINDS, …] → [1 + KINDS, …], the average customer's first."""
+    return np.concatenate([np.full((1, *drawn.shape[1:]), average), drawn])
 
 
 def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> pl.DataFrame:
@@ -175,7 +187,7 @@ def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> p
     extra = rng.integers(4, size=n)  # nothing, a colour, a style, a brand
     word = np.stack([rng.integers(len(w), size=n) for w in (COLOURS, STYLES, BRANDS)], 1)
 
-    sessions = _Sessions(when, user, search, category, extra, word)
+    sessions = _Sessions(when, user, anonymous, search, category, extra, word)
     columns: dict[str, list[Any]] = {name: [] for name in ("item_ids", "retrieval_scores", "labels", OPTIMUM)}
     chunk = 500
     with progress() as bar:
@@ -222,7 +234,9 @@ def _retrieve(
     score = world.demand[None, :] + rng.normal(0, 0.8, shape)
     in_category = world.category[None, :] == sessions.category[:, None]
     score += np.where(
-        sessions.search[:, None], 6.0 * in_category, 0.5 * world.category_affinity[sessions.user][:, world.category]
+        sessions.search[:, None],
+        6.0 * in_category,
+        0.5 * world.category_affinity[_kinds(world, sessions)][:, world.category],
     )
     score += np.where(sessions.search[:, None], 0.8 * _matches(world, sessions), 0)
     score[world.created[None, :] > sessions.when[:, None]] = -np.inf
@@ -230,6 +244,11 @@ def _retrieve(
     values = np.take_along_axis(score, top, 1)
     order = np.argsort(-values, axis=1, kind="stable")
     return np.take_along_axis(top, order, 1), np.take_along_axis(values, order, 1)
+
+
+def _kinds(world: _World, sessions: _Sessions) -> NDArray[np.int64]:
+    """[B] kind of customer; 0: anonymous."""
+    return np.where(sessions.anonymous, 0, world.kind[sessions.user])
 
 
 def _matches(world: _World, sessions: _Sessions) -> NDArray[np.bool_]:
@@ -243,14 +262,14 @@ def _matches(world: _World, sessions: _Sessions) -> NDArray[np.bool_]:
 
 def _utility(world: _World, items: NDArray[np.int64], sessions: _Sessions) -> NDArray[np.float64]:
     """[B, N]; see the top of this file."""
-    who = sessions.user[:, None]
+    who = _kinds(world, sessions)[:, None]
     after = world.interest[sessions.user, (sessions.when - START) // (7 * DAY_S)]
     fits = np.take_along_axis(_matches(world, sessions), items, 1)
     distance = np.abs(world.log_price[items] - world.budget[who])
     utility: NDArray[np.float64] = (
         world.brand_affinity[who, world.brand[items]]
         + world.category_affinity[who, world.category[items]]
-        + INTEREST * (world.category[items] == after[:, None])
+        + INTEREST * (world.category[items] == after[:, None]) * (who > 0)
         - PRICE * world.sensitivity[who] * distance
         + world.quality[items]
         + MATCH * (fits & sessions.search[:, None])

@@ -1,0 +1,108 @@
+"""Two steps over the whole catalogue, as a service takes them: retrieve some hundred items, let the ranker order them.
+
+Retrieval is the union of what the ranker's own states find and what item-to-item similarity finds. The similarity is
+given to the ranker as the retrieval score.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trirank_build.data.dataset import Dataset
+from trirank_build.evaluation.catalogue import (
+    TOP,
+    CatalogueTasks,
+    Found,
+    contender_scorer,
+    sample_negatives,
+    state_scorer,
+)
+from trirank_build.evaluation.contenders import item_knn
+from trirank_build.features.examples import Examples
+from trirank_build.features.fitting import Features
+from trirank_build.models.sequence import SequenceRanker
+
+EACH = 100
+"""Items that each of the two finds."""
+_CHUNK = 256
+
+
+def retrieve(
+    tasks: CatalogueTasks,
+    dataset: Dataset,
+    features: Features,
+    model: SequenceRanker,
+    *,
+    each: int = EACH,
+    drawn: int = 0,
+    seed: int = 0,
+) -> Examples:
+    """The tasks as requests: at most 2 · ``each`` retrieved candidates and ``drawn`` ones from the whole catalogue,
+    those of the highest retrieval score first. A model without states leaves retrieval to the similarity alone."""
+    if not model.has_states:
+        each *= 2
+    each = min(each, tasks.items)
+    scorers = [contender_scorer(item_knn(dataset, features))]
+    if model.has_states:
+        scorers.append(state_scorer(model, features))
+    examples = Examples(dataset, features, len(tasks), len(scorers) * each + drawn, missed=1)
+    rng = np.random.default_rng(seed)
+    for start in range(0, len(tasks), _CHUNK):
+        which = np.arange(start, min(start + _CHUNK, len(tasks)))
+        scores = [scorer(tasks, which) for scorer in scorers]
+        retrieval = scores[0].copy()
+        if tasks.exclude_seen:
+            place, seen = tasks.seen(which)
+            for values in (*scores, retrieval):
+                values[place, seen] = -np.inf
+        tops = [np.argpartition(-values, each - 1, axis=1)[:, :each] for values in scores]
+        tops.append(rng.integers(tasks.items, size=(len(which), drawn)))
+        _fill(examples, tasks, which, np.concatenate(tops, 1), retrieval)
+    return examples
+
+
+def sample(tasks: CatalogueTasks, dataset: Dataset, features: Features, negatives: int, seed: int) -> Examples:
+    """The tasks as requests: each choice among so many items that its user never met."""
+    examples = Examples(dataset, features, len(tasks), 1 + negatives, missed=1)
+    knn, rng = contender_scorer(item_knn(dataset, features)), np.random.default_rng(seed)
+    for start in range(0, len(tasks), _CHUNK):
+        which = np.arange(start, min(start + _CHUNK, len(tasks)))
+        others = sample_negatives(tasks, which, negatives, rng)
+        rows = np.concatenate([tasks.targets[which][:, None], others], 1)
+        _fill(examples, tasks, which, rows, knn(tasks, which))
+    return examples
+
+
+def _fill(
+    examples: Examples,
+    tasks: CatalogueTasks,
+    which: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    retrieval: NDArray[np.float32],
+) -> None:
+    """Candidates ``rows`` [B, N] of the tasks ``which``, each once, by falling retrieval score [B, M]."""
+    rows = np.sort(rows, axis=1)
+    twice = np.concatenate([np.zeros((len(which), 1), bool), rows[:, 1:] == rows[:, :-1]], 1)
+    values = np.where(twice, -np.inf, np.take_along_axis(retrieval, rows, 1))
+    order = np.argsort(-values, axis=1, kind="stable")
+    rows, values = np.take_along_axis(rows, order, 1), np.take_along_axis(values, order, 1)
+    there = ~np.isneginf(values)
+    hit = there & (rows == tasks.targets[which][:, None])
+    examples.users[which], examples.times[which] = tasks.users[which], tasks.times[which]
+    examples.rows[which] = np.where(there, rows, -1)
+    examples.scores[which] = np.where(there, values, np.nan)
+    examples.labels[which] = hit * tasks.gains[which][:, None]
+    examples.missed[which, 0] = ~hit.any(1) * tasks.gains[which]
+
+
+def rank_retrieved(scores: NDArray[np.float32], tasks: CatalogueTasks, examples: Examples) -> Found:
+    """Where ``scores`` [R, N] of the candidates put each task's choice; one that retrieval missed comes after all."""
+    valid = examples.rows >= 0
+    hit = (examples.labels > 0) & valid
+    own = np.where(hit, scores, -np.inf).max(1)
+    found = hit.any(1)
+    others = valid & ~hit
+    above = (others & (scores > own[:, None])).sum(1) + (others & (scores == own[:, None])).sum(1) / 2
+    order = np.argsort(np.where(valid, -scores, np.inf), axis=1, kind="stable")[:, :TOP]
+    return Found(np.where(found, above, tasks.items), np.take_along_axis(examples.rows, order, 1))

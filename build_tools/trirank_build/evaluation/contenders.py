@@ -1,0 +1,78 @@
+"""What the ranker is compared with: orders that need no training of their own, and the simple baselines."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trirank_build.baselines.content import Content
+from trirank_build.baselines.item_knn import ItemKnn
+from trirank_build.baselines.matrix_factorisation import MatrixFactorisation
+from trirank_build.baselines.popularity import popularity
+from trirank_build.data.dataset import Dataset
+from trirank_build.features.examples import Examples
+from trirank_build.features.fitting import Features
+
+HISTORY = 50
+"""Newest events that a baseline sees."""
+_CHUNK = 256
+
+
+class Contender(Protocol):
+    """Scores every item by what a user did."""
+
+    def scores(self, histories: NDArray[np.int32], /) -> NDArray[np.float32]:
+        """[B, L] item rows, newest last, -1 padded in front → [B, M]."""
+        ...
+
+
+class Popularity:
+    """Every user alike."""
+
+    def __init__(self, counts: NDArray[np.int64]) -> None:
+        self._counts = counts.astype(np.float32)
+
+    def scores(self, histories: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[B, L] → [B, M]"""
+        return np.broadcast_to(self._counts, (len(histories), len(self._counts)))
+
+
+def item_knn(dataset: Dataset, features: Features) -> ItemKnn:
+    """Item-to-item similarity, fitted on the training events."""
+    return ItemKnn(*_pairs(dataset, features))
+
+
+def contenders(dataset: Dataset, features: Features) -> dict[str, Contender]:
+    """Those that fit the dataset, by name."""
+    found: dict[str, Contender] = {}
+    if len(dataset.training_choices()):
+        found["popularity"] = Popularity(popularity(dataset.training_choices(), features.catalogue.ids))
+        found["item_knn"] = item_knn(dataset, features)
+        found["matrix_factorisation"] = MatrixFactorisation(*_pairs(dataset, features))
+    items = dataset.items
+    if (items["title"] != "").any() or items["attributes"].list.len().max():
+        found["content"] = Content(items)
+    return found
+
+
+def order_candidates(contender: Contender, examples: Examples) -> NDArray[np.float32]:
+    """[R, N] the contender's scores of the candidates of requests."""
+    scores = np.zeros(examples.rows.shape, np.float32)
+    for start in range(0, len(examples), _CHUNK):
+        which = np.arange(start, min(start + _CHUNK, len(examples)))
+        histories = examples.histories(which, HISTORY)
+        if isinstance(contender, Content):
+            of_all = contender.scores(histories, examples.queries[start : start + _CHUNK])
+        else:
+            of_all = contender.scores(histories)
+        scores[which] = np.take_along_axis(of_all, np.maximum(examples.rows[which], 0), 1)
+    return scores
+
+
+def _pairs(dataset: Dataset, features: Features) -> tuple[NDArray[np.int64], NDArray[np.int64], int, int]:
+    events = dataset.training_events()
+    users = np.unique(events["user_id"].to_numpy(), return_inverse=True)[1]
+    rows = features.catalogue.rows(events["item_id"].to_numpy()).astype(np.int64)
+    return users, rows, int(users.max(initial=-1)) + 1, len(features.catalogue)

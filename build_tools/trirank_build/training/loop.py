@@ -1,0 +1,252 @@
+"""Runs the phases of a training one after the other: deterministic with its seed, resumed at the very batch.
+
+All chance of a batch comes from (seed, phase, epoch, batch, rank), and the state that is saved holds weights,
+optimiser and place, so a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trirank_build.errors import BadCheckpoint, TrirankBuildError
+from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from trirank_build.progress import console, progress
+from trirank_build.recipe import PretrainingRecipe, TrainingRecipe
+from trirank_build.training.distributed import Ranks
+
+LAST = "last.safetensors"
+CLIP = 1.0
+"""Largest norm of a step's gradient."""
+FLOOR = 0.1
+"""Of the learning rate, where its decay ends."""
+
+
+class Phase(Protocol):
+    """One objective, trained until validation stops it."""
+
+    @property
+    def name(self) -> str:
+        """Of the phase, unique in its training."""
+        ...
+
+    @property
+    def settings(self) -> PretrainingRecipe | TrainingRecipe:
+        """The part of the recipe that says how."""
+        ...
+
+    @property
+    def step(self) -> nn.Module:
+        """From a batch's tensors to its loss; what of it needs gradients is trained."""
+        ...
+
+    @property
+    def decays(self) -> bool:
+        """Whether the learning rate falls."""
+        ...
+
+    def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+        """One epoch's batches, as numbers of examples; always as many."""
+        ...
+
+    def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
+        """The tensors of a batch, on the CPU."""
+        ...
+
+    def validate(self) -> float:
+        """NDCG@10 on the validation split."""
+        ...
+
+
+class Loop:
+    """A training of one model.
+
+    Args:
+        phases: name → what makes the phase, once the model has the best weights of the one before.
+        directory: for ``last.safetensors``, where it stands, and each phase's best weights, ``PHASE.safetensors``.
+        identity: of recipe and data; only a state with the same one is resumed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        phases: dict[str, Callable[[], Phase]],
+        *,
+        seed: int,
+        directory: Path,
+        identity: str,
+        ranks: Ranks,
+    ) -> None:
+        self.model, self.phases, self.seed, self.ranks = model, list(phases.items()), seed, ranks
+        self.directory, self.last, self.identity = directory, directory / LAST, identity
+        self.curve: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        """Spent before this process."""
+        self._started = time.monotonic()
+        self._phase = self._epoch = self._at = self._step = 0
+        self._total = 0.0
+
+    def run(self, report: Any = None) -> None:
+        """All phases; each ends with its best weights in the model. ``report(phase, epoch, ndcg)`` is called after
+        every epoch and may raise to stop."""
+        saved = self._find_place()
+        for number in range(self._phase, len(self.phases)):
+            self._phase = number
+            if number:
+                self._load_best(self.phases[number - 1][0])
+            name, make = self.phases[number]
+            phase = make()
+            phase.step.to(self.ranks.device)
+            self._run_phase(phase, None if saved is None else self._resume(phase, saved), report)
+            saved = None
+            self._epoch = self._at = self._step = 0
+        self._load_best(name)
+
+    def best(self, phase: str) -> Path:
+        """The file of a phase's best weights."""
+        return self.directory / f"{phase}.safetensors"
+
+    def _load_best(self, phase: str) -> None:
+        self.ranks.wait()
+        load_weights(self.model, load_checkpoint(self.best(phase))[0], self.best(phase))
+
+    def _run_phase(self, phase: Phase, state: dict[int, dict[str, Tensor]] | None, report: Any) -> None:
+        settings = phase.settings
+        step = self.ranks.parallel(phase.step)
+        trained = [parameter for parameter in phase.step.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        if state is not None:
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        per_epoch = len(phase.plan(np.random.default_rng(self.seed)))
+        total = settings.epochs * per_epoch
+        with progress() as bar:
+            task = bar.add_task(phase.name, total=total, completed=self._step, visible=self.ranks.leads)
+            while self._epoch < settings.epochs and not self._stalled(phase):
+                loss = self._run_epoch(phase, step, optimiser, total, lambda: bar.advance(task))
+                ndcg = self.ranks.agree(phase.validate() if self.ranks.leads else 0.0)
+                self._epoch, self._at, self._total = self._epoch + 1, 0, 0.0
+                point = {"phase": phase.name, "epoch": self._epoch, "loss": round(loss, 6),
+                         "valid_ndcg10": round(ndcg, 6)}  # fmt: skip
+                self.curve.append(point)
+                own = self._own(phase)
+                if self.ranks.leads:
+                    if max(own, key=lambda p: p["valid_ndcg10"]) is point:
+                        place = {"phase": phase.name, "epoch": self._epoch}
+                        save_checkpoint(self.best(phase.name), self.model.state_dict(), place)
+                    self._save(phase, optimiser)
+                bar.update(task, description=f"{phase.name}, epoch {self._epoch}: NDCG@10 {ndcg:.4f}")
+                if report is not None:
+                    report(phase.name, self._epoch, ndcg)
+            bar.update(task, total=self._step, completed=self._step)
+
+    def _own(self, phase: Phase) -> list[dict[str, Any]]:
+        return [point for point in self.curve if point["phase"] == phase.name]
+
+    def _stalled(self, phase: Phase) -> bool:
+        own = self._own(phase)
+        if not own:
+            return False
+        best = max(range(len(own)), key=lambda at: own[at]["valid_ndcg10"])
+        return len(own) - 1 - best >= phase.settings.patience
+
+    def _run_epoch(
+        self, phase: Phase, step: nn.Module, optimiser: torch.optim.Optimizer, total: int, done: Any
+    ) -> float:
+        """The rest of an epoch; gives the mean loss over the whole of it."""
+        settings, ranks = phase.settings, self.ranks
+        plan = phase.plan(np.random.default_rng((self.seed, self._phase, self._epoch)))
+        half = isinstance(settings, TrainingRecipe) and settings.precision == "bfloat16"
+        saved = time.monotonic()
+        phase.step.train()
+        while self._at < len(plan):
+            which = plan[self._at][ranks.rank :: ranks.world]
+            if not len(which):  # more ranks than examples are left; every rank must take the step
+                which = plan[self._at][:1]
+            place = (self.seed, self._phase, self._epoch, self._at, ranks.rank)
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+            rate = self._rate(phase, total)
+            tensors = {
+                name: tensor.to(ranks.device, non_blocking=True)
+                for name, tensor in phase.batch(np.sort(which), np.random.default_rng(place)).items()
+            }
+            with torch.autocast(ranks.device.type, torch.bfloat16) if half else nullcontext():
+                loss = step(**tensors)
+            if not torch.isfinite(loss):
+                raise TrirankBuildError(
+                    f"{phase.name}: the loss is {loss.item()} at epoch {self._epoch + 1}, batch {self._at + 1}, "
+                    f"learning rate {rate:.2g}; lower learning_rate. The last good checkpoint is kept."
+                )
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(phase.step.parameters(), CLIP)
+            optimiser.step()
+            self._step += 1
+            self._at += 1
+            self._total += float(loss.detach())
+            done()
+            minutes = settings.checkpoint_minutes if isinstance(settings, TrainingRecipe) else 5.0
+            if ranks.leads and time.monotonic() - saved > minutes * 60:
+                self._save(phase, optimiser)
+                saved = time.monotonic()
+        return float(ranks.mean(torch.tensor(self._total / len(plan), device=ranks.device)))
+
+    def _rate(self, phase: Phase, total: int) -> float:
+        """Warm-up, then a cosine down to FLOOR where the phase decays."""
+        settings = phase.settings
+        warm = min((self._step + 1) / max(settings.warmup_steps, 1), 1.0)
+        if not phase.decays:
+            return settings.learning_rate * warm
+        fall = (1 - FLOOR) / 2
+        return settings.learning_rate * warm * (1 - fall + fall * math.cos(math.pi * min(self._step / total, 1.0)))
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.seconds + time.monotonic() - self._started
+
+    def _save(self, phase: Phase, optimiser: torch.optim.Optimizer) -> None:
+        tensors = {f"step.{name}": tensor for name, tensor in phase.step.state_dict().items()}
+        for index, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
+        place = {
+            "identity": self.identity, "phase": self._phase, "epoch": self._epoch, "at": self._at,
+            "step": self._step, "total": self._total, "curve": self.curve, "seconds": self.elapsed(),
+        }  # fmt: skip
+        save_checkpoint(self.last, tensors, place)
+
+    def _find_place(self) -> dict[str, Tensor] | None:
+        """Take up the saved place, if there is one; gives what was saved."""
+        if not self.last.is_file():
+            return None
+        tensors, place = load_checkpoint(self.last)
+        if place.get("identity") != self.identity:
+            raise BadCheckpoint(f"{self.last} is of another recipe or dataset; choose another --out, or say --fresh")
+        self._phase, self._epoch, self._at = place["phase"], place["epoch"], place["at"]
+        self._step, self._total, self.curve = place["step"], place["total"], place["curve"]
+        self.seconds = place["seconds"]
+        if self.ranks.leads:
+            console.print(f"resuming {self.phases[self._phase][0]} at epoch {self._epoch + 1}, batch {self._at + 1}")
+        return tensors
+
+    def _resume(self, phase: Phase, saved: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """Put the saved weights back; gives the optimiser's state."""
+        own = {n.removeprefix("step."): t for n, t in saved.items() if n.startswith("step.")}
+        load_weights(phase.step, own, self.last)
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in saved.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".")
+                states.setdefault(int(index), {})[key] = tensor
+        return states

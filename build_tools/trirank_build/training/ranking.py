@@ -1,0 +1,121 @@
+"""The ranking phase: order the candidates of logged or retrieved requests by what came of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trirank_build.baselines.popularity import popularity
+from trirank_build.data.dataset import Dataset
+from trirank_build.errors import BadData
+from trirank_build.evaluation.cascade import retrieve
+from trirank_build.evaluation.catalogue import CatalogueTasks
+from trirank_build.evaluation.scoring import valid_ndcg
+from trirank_build.features.examples import Examples
+from trirank_build.features.fitting import Features
+from trirank_build.features.negatives import NegativeSampler
+from trirank_build.models.sequence import SequenceRanker
+from trirank_build.recipe import TrainingRecipe
+from trirank_build.training.losses import RANKING_LOSSES, TaskWeights, targets_of
+
+_FROZEN = {"nothing": (), "embeddings": ("embedding",), "encoder": ("embedding", "encoder", "position", "norm_memory",
+                                                                   "log_temperature")}  # fmt: skip
+
+RANKING = "ranking"
+FIT = 0.8
+"""Share of the held-out choices that the ranker learns from; the others say when to stop."""
+
+
+class RankingStep(nn.Module):
+    """The ranker's inputs with labels and valid [B, N], and log_q [B, N] where it is corrected → the loss."""
+
+    def __init__(self, model: nn.Module, recipe: TrainingRecipe, tasks: dict[str, float]) -> None:
+        super().__init__()
+        self.model, self.loss = model, RANKING_LOSSES[recipe.objective]
+        self.thresholds = tuple(tasks.values())
+        given = recipe.task_weights or {}
+        weights = None if given == "learned" else torch.tensor([float(dict(given).get(t, 1.0)) for t in tasks])
+        self.weights = TaskWeights(weights, len(tasks))
+
+    def forward(self, labels: Tensor, valid: Tensor, log_q: Tensor | None = None, **inputs: Tensor) -> Tensor:
+        scores = self.model(**inputs).float()
+        if log_q is not None:
+            scores = scores - log_q[..., None]
+        return self.weights(self.loss(scores, targets_of(labels, self.thresholds), valid))
+
+
+class Ranking:
+    """The phase, on these requests."""
+
+    def __init__(
+        self, model: SequenceRanker, recipe: TrainingRecipe, dataset: Dataset, train: Examples, valid: Examples
+    ) -> None:
+        self.name, self.settings, self.decays = RANKING, recipe, True
+        self.step = RankingStep(model, recipe, {task: dataset.description.tasks[task] for task in train.tasks})
+        for name, parameter in model.named_parameters():
+            if name.split(".")[0] in _FROZEN[recipe.freeze]:
+                parameter.requires_grad_(False)
+        self._model, self._train, self._valid = model, train, valid
+        self._teaching = np.flatnonzero((train.labels > 0).any(1))
+        if not len(self._teaching):
+            raise BadData("no training request has anything chosen among its candidates, so there is nothing to learn")
+        self._sampler = None
+        if recipe.random_negatives:
+            counts = popularity(dataset.training_choices(), train.ids)
+            self._sampler = NegativeSampler(recipe.negatives, counts, recipe.random_negatives)
+
+    def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+        """Requests with something chosen, in a new order."""
+        order, size = rng.permutation(self._teaching), self.settings.batch_size
+        return [order[at : at + size] for at in range(0, len(order), size)]
+
+    def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Packed requests."""
+        settings = self.settings
+        with_scores = bool(rng.random() >= settings.without_scores)
+        batch = self._train.sample(which, rng, settings.candidates, None if with_scores else self._sampler, with_scores)
+        tensors = {name: torch.from_numpy(array) for name, array in batch.packed.tensors().items()}
+        if settings.item_dropout:
+            hidden = torch.from_numpy(rng.random(batch.labels.shape) < settings.item_dropout)
+            tensors["candidates"][..., 0].masked_fill_(hidden, 0)
+        tensors |= {"labels": torch.from_numpy(batch.labels), "valid": torch.from_numpy(batch.valid)}
+        if settings.log_q and not with_scores and self._sampler is not None:
+            # What the list holds was put there; the others are corrected relative to an even draw.
+            relative = self._sampler.log_q(batch.rows) + np.float32(np.log(self._sampler.items))
+            drawn = np.arange(batch.rows.shape[1]) >= batch.listed
+            tensors["log_q"] = torch.from_numpy(np.where(drawn, relative, 0).astype(np.float32))
+        return tensors
+
+    def validate(self) -> float:
+        """NDCG@10 over the candidates of validation requests."""
+        return valid_ndcg(self._model, self._valid)
+
+
+def logged(
+    dataset: Dataset, features: Features, recipe: TrainingRecipe, seed: int, directory: Path
+) -> tuple[Examples, Examples]:
+    """The dataset's own requests: all of the training split, some of validation."""
+    train = Examples.read(dataset, "train", features, directory=directory)
+    return train, Examples.read(dataset, "valid", features, recipe.validation_requests, seed)
+
+
+def held_out(
+    dataset: Dataset, features: Features, model: SequenceRanker, recipe: TrainingRecipe, seed: int
+) -> tuple[Examples, Examples]:
+    """The validation split's choices, which pre-training has not seen, four fifths of them to learn from."""
+    tasks = CatalogueTasks.of(dataset, "valid", features)
+    if len(tasks) < 2:
+        raise BadData("fewer than two users chose anything in the validation split, too few to hold any out; "
+                      'say training.requests = "logged", or bring a longer log')  # fmt: skip
+    order = np.random.default_rng(seed).permutation(len(tasks))
+    cut = max(1, min(int(len(order) * FIT), len(order) - 1))
+    valid = np.sort(order[cut:][: recipe.validation_requests])
+    settings = {"drawn": recipe.random_negatives, "seed": seed}
+    return (
+        retrieve(tasks.take(np.sort(order[:cut])), dataset, features, model, **settings),
+        retrieve(tasks.take(valid), dataset, features, model),
+    )
