@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -29,13 +30,21 @@ class Figure(NamedTuple):
 def write(benchmark: str, figures: list[Figure], keep: bool = False) -> Path:
     """Write ``results/BENCHMARK.json``; with ``keep``, figures of other names stay as they were."""
     path = RESULTS / f"{benchmark}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)
+    with (WORK / "results.lock").open("w") as lock:  # parts of a benchmark may run at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _write(path, benchmark, figures, keep)
+    return path
+
+
+def _write(path: Path, benchmark: str, figures: list[Figure], keep: bool) -> None:
     new = {figure.name: figure._asdict() for figure in figures}
     if keep and path.is_file():
         new = {figure["name"]: figure for figure in json.loads(path.read_text())["figures"]} | new
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(
             {
@@ -49,7 +58,6 @@ def write(benchmark: str, figures: list[Figure], keep: bool = False) -> Path:
         )
         + "\n"
     )
-    return path
 
 
 def read(benchmark: str) -> dict[str, Figure]:

@@ -86,22 +86,50 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
     data: Data,
     target: Annotated[Path, typer.Option("--out", help="Run directory; a stopped run goes on.")],
+    start_from: Annotated[Path | None, typer.Option(help="A finished run whose weights are the first ones.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what is there.")] = False,
 ) -> None:
-    """Train a ranker."""
+    """Train a ranker; under torchrun, on as many processes as it starts."""
     from trirank_build.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     from trirank_build.data.dataset import Dataset
     from trirank_build.training.trainer import train as run_training
 
-    run = run_training(loaded, Dataset.load(data), target, fresh=fresh)
+    run = run_training(loaded, Dataset.load(data), target, start_from=start_from, fresh=fresh)
     title = f"{run.recipe.name}: {run.facts['parameters']:,} parameters"
     table = Table("phase", "epoch", "loss", "validation NDCG@10", title=title)
     for point in run.facts["curve"]:
         row = (str(point["epoch"]), f"{point['loss']:.4f}", f"{point['valid_ndcg10']:.4f}")
         table.add_row(point["phase"], *row)
     out.print(table)
+
+
+@app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one, with a [tuning.space].")],
+    data: Data,
+    target: Annotated[Path, typer.Option("--out", help="Folder of the search; a stopped one goes on.")],
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all; the recipe's number by default.")] = None,
+) -> None:
+    """Search a recipe's settings on the validation split."""
+    from trirank_build.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.training.tuning import BEST
+    from trirank_build.training.tuning import tune as search
+
+    study = search(loaded, Dataset.load(data), target, trials)
+    table = Table("trial", "state", "validation NDCG@10", *loaded.tuning.space, title=f"{loaded.name}: trials")
+    for trial in study.trials:
+        value = "" if trial.value is None else f"{trial.value:.4f}"
+        drawn = [trial.params.get(key) for key in loaded.tuning.space]
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in drawn]
+        table.add_row(str(trial.number), trial.state.name.lower(), value, *cells)
+    out.print(table)
+    if (target / BEST).is_file():
+        out.print(f"the best one's recipe: {target / BEST}")
 
 
 @app.command()

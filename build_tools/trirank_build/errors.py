@@ -3,6 +3,7 @@
 ├── BadRecipe          a recipe has an unknown key or a value out of range
 ├── BadCheckpoint      a checkpoint is damaged, unsafe, or of another model
 ├── BadModel           an ONNX graph or module breaks the contract
+├── Diverged           a loss is no number any more
 └── ServeError         the server cannot be found, started or reached
 
 The command prints the message on one line and exits with 1; a traceback is a defect.
@@ -27,6 +28,10 @@ class BadCheckpoint(TrirankBuildError):
 
 class BadModel(TrirankBuildError):
     """An ONNX graph or a module breaks the contract."""
+
+
+class Diverged(TrirankBuildError):
+    """A loss is no number any more; the last good checkpoint is kept."""
 
 
 class ServeError(TrirankBuildError):

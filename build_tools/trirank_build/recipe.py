@@ -198,11 +198,28 @@ class Recipe(_Section):
             raise ValueError('pretraining.objective = "masked_item" needs model.attention = "full"')
         if self.pretraining.objective == "next_item" and self.model.attention != "causal":
             raise ValueError('pretraining.objective = "next_item" needs model.attention = "causal"')
-        if self.training.requests == "held_out" and self.pretraining.objective == "none":
-            raise ValueError('training.requests = "held_out" needs pre-training; choose pretraining.objective')
         if not self.training.epochs and self.pretraining.objective == "none":
             raise ValueError("training.epochs = 0 and no pre-training leave nothing to learn")
         return self
+
+    def changed(self, changes: dict[str, Any]) -> Recipe:
+        """The same recipe with other values: dotted key → value.
+
+        Raises:
+            BadRecipe: a key is unknown, or its value is out of range.
+        """
+        raw = self.model_dump()
+        for key, value in changes.items():
+            section, _, name = key.rpartition(".")
+            place = raw.get(section, {}) if section else raw
+            if name not in place or not isinstance(place, dict):
+                known = [f"{s}.{n}" for s in ("features", "model", "pretraining", "training") for n in raw[s]]
+                raise BadRecipe(f"{key} is no key of a recipe; known: seed, {', '.join(known)}")
+            place[name] = value
+        try:
+            return Recipe.model_validate(raw)
+        except ValidationError as error:
+            raise BadRecipe(f"{changes}: " + _lines(error)) from None
 
     def policies_for(self, tasks: tuple[str, ...]) -> dict[str, Policy]:
         """The serving policies of a ranker with these tasks."""
@@ -237,8 +254,11 @@ def load_recipe(name: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {_words(e)}" for e in error.errors()]
-        raise BadRecipe(f"{path}: " + "; ".join(lines)) from None
+        raise BadRecipe(f"{path}: " + _lines(error)) from None
+
+
+def _lines(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {_words(e)}" for e in error.errors())
 
 
 def _words(error: object) -> str:

@@ -53,7 +53,8 @@ CONTEXT = (
     "weekday_cos",
 )
 INPUTS = (
-    "item", "brand", "category", "price", "attributes", "text", "behaviour", "time_gap", "retrieval", "dense", "context"
+    "item", "product", "brand", "category", "price", "attributes", "text", "behaviour", "time_gap", "retrieval",
+    "dense", "context",
 )  # fmt: skip
 """Groups of inputs that a recipe can leave out."""
 HISTORY_EXTRA = ("behaviour", "time_gap")

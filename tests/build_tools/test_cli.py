@@ -71,7 +71,22 @@ def test_training_shows_its_curve(line):
 
 def test_evaluation_compares(line):
     text = line[1]["evaluate"].stdout
-    for words in ("ranker", "retrieval", "popularity", "random", "NDCG@10", "MRR", "AUC", "95 % interval", "accuracy"):
+    for words in (
+        "ranker",
+        "retrieval",
+        "popularity",
+        "random",
+        "item_knn",
+        "content",
+        "NDCG@10",
+        "MRR",
+        "AUC",
+        "95 % interval",
+        "accuracy",
+        "coverage@10",
+        "users with",
+        "tail items",
+    ):
         assert words in text
 
 
@@ -88,7 +103,8 @@ def test_assemble_prints_the_release_and_promotes(line):
 def test_evaluation_as_json(line):
     folder, _ = line
     found = json.loads(trirank("evaluate", "--run", folder / "run", "--data", folder / "data", "--json").stdout)
-    assert set(found["table"]) == {"ranker", "retrieval", "popularity", "random"}
+    simple = {"popularity", "item_knn", "matrix_factorisation", "content"}
+    assert set(found["table"]) == {"ranker", "retrieval", "random"} | simple
     assert found["table"]["ranker"]["NDCG@10"]["low"] <= found["table"]["ranker"]["NDCG@10"]["value"]
 
 
@@ -110,12 +126,13 @@ def test_serve_and_rank(line, tmp_path):
         grpc = json.loads(addresses.read_text())["grpc"]
         table = trirank("rank", "--server", grpc, "--release", release).stdout
         assert "retrieval's order" in table
+        one, two = Dataset.load(folder / "data").items["item_id"].head(2)
         found = json.loads(
-            trirank("rank", "--server", grpc, "--item", 1, "--item", 2, "--item", 10**15, "--json").stdout
+            trirank("rank", "--server", grpc, "--item", one, "--item", two, "--item", 10**15, "--json").stdout
         )
         assert found["unknown"] == 1
-        assert {item["item_id"] for item in found["items"]} <= {1, 2}
-        error = trirank("rank", "--server", grpc, "--item", 1, "--top-k", 0, code=1).stderr
+        assert {item["item_id"] for item in found["items"]} <= {one, two}
+        error = trirank("rank", "--server", grpc, "--item", one, "--top-k", 0, code=1).stderr
         assert "top_k is 0; it goes from 1 to 1024" in error
     finally:
         server.send_signal(signal.SIGINT)

@@ -19,7 +19,7 @@ def case(seed, requests=30, n=25):
     valid = np.arange(n)[None, :] < rng.integers(2, n + 1, requests)[:, None]
     labels = np.where(valid, labels, 0).astype(np.float32)
     scores = rng.permuted(np.tile(np.arange(n, dtype=np.float32), (requests, 1)), axis=1)
-    missed = [[float(g) for g in rng.choice([1, 3], rng.integers(0, 3))] for _ in range(requests)]
+    missed = rng.choice([0, 0, 1, 3], (requests, 2)).astype(np.float32)
     return scores, labels, valid, missed
 
 
@@ -27,7 +27,7 @@ def by_library(measure, scores, labels, valid, missed):
     qrels, run = {}, {}
     for r in range(len(scores)):
         qrels[str(r)] = {str(i): int(labels[r, i]) for i in range(labels.shape[1]) if valid[r, i]}
-        qrels[str(r)] |= {f"m{i}": int(gain) for i, gain in enumerate(missed[r])}
+        qrels[str(r)] |= {f"m{i}": int(gain) for i, gain in enumerate(missed[r]) if gain}
         run[str(r)] = {str(i): float(scores[r, i]) for i in range(labels.shape[1]) if valid[r, i]}
     found = {int(m.query_id): m.value for m in ir_measures.iter_calc([measure], qrels, run)}
     return np.array([found[r] for r in range(len(scores))])
@@ -92,8 +92,8 @@ def test_ties_do_not_flatter():
 def test_what_retrieval_missed_counts_against_the_ranking():
     labels = np.array([[1, 0]], np.float32)
     gains = metrics.order_gains(np.array([[2, 1]], np.float32), labels, np.ones((1, 2), bool))
-    assert metrics.ndcg(gains, metrics.ideal_gains(labels, [[]]))[0] == 1
-    assert metrics.ndcg(gains, metrics.ideal_gains(labels, [[3.0]]))[0] < 0.5
+    assert metrics.ndcg(gains, metrics.ideal_gains(labels, np.zeros((1, 0), np.float32)))[0] == 1
+    assert metrics.ndcg(gains, metrics.ideal_gains(labels, np.array([[3.0]], np.float32)))[0] < 0.5
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_more():

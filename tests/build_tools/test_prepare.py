@@ -47,7 +47,7 @@ def test_a_behaviour_log(tmp_path, name):
     dataset = prepared(log(), tmp_path, name)
     assert dataset.description.timed
     assert list(dataset.description.tasks) == ["click", "cart", "purchase"]
-    assert set(dataset.requests["split"]) == {"train", "valid", "test"}
+    assert set(dataset.requests.collect()["split"]) == {"train", "valid", "test"}
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
@@ -146,7 +146,7 @@ def test_a_query_file_gives_events_their_search(tmp_path):
         {"user_id": [some["user_id"]], "query": ["red lamp"], "timestamp": [some["timestamp"] - 60]}
     ).write_csv(tmp_path / "q.csv")
     dataset = prepared(frame, tmp_path, queries=tmp_path / "q.csv")
-    searched = dataset.requests.filter(pl.col("query") == "red lamp")
+    searched = dataset.requests.collect().filter(pl.col("query") == "red lamp")
     assert searched["user_id"].unique().to_list() == [some["user_id"]]
     assert (searched["timestamp"] - some["timestamp"] + 60).max() <= 1800
 
@@ -208,13 +208,13 @@ def test_judged_search(tmp_path, encoding):
     dataset = judged(tmp_path, encoding)
     assert dataset.description.tasks == {"relevance": 0.0}
     assert dataset.items["title"].str.starts_with("Café lamp").all()
-    assert dataset.requests["labels"].explode().max() == 2
+    assert dataset.requests.collect()["labels"].explode().max() == 2
 
 
 def test_no_query_is_in_two_parts(tmp_path):
     dataset = judged(tmp_path)
-    assert dataset.requests.group_by("query").agg(pl.col("split").n_unique())["split"].max() == 1
-    assert dataset.requests["split"].n_unique() == 3
+    assert dataset.requests.collect().group_by("query").agg(pl.col("split").n_unique())["split"].max() == 1
+    assert dataset.requests.collect()["split"].n_unique() == 3
 
 
 def test_retrieval_for_training_has_not_seen_the_answer(tmp_path):
@@ -223,7 +223,7 @@ def test_retrieval_for_training_has_not_seen_the_answer(tmp_path):
     crowd = [f"{u} " + " ".join(map(str, rng.integers(1, 20, 8))) for u in range(1, 60)]
     (tmp_path / "S.txt").write_text("\n".join([*crowd, "900 500 501 502 503 504"]))
     dataset = prepare(str(tmp_path / "S.txt"), PrepareOptions())
-    own = dataset.requests.filter((pl.col("user_id") == 900) & (pl.col("split") == "train"))
+    own = dataset.requests.collect().filter((pl.col("user_id") == 900) & (pl.col("split") == "train"))
     assert own.height > 0
     for row in own.iter_rows(named=True):
         score = row["retrieval_scores"][row["labels"].index(3.0)]

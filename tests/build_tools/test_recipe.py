@@ -21,7 +21,7 @@ BAD = {
     "no name": ("seed = 1", "name: Field required"),
     "a bad name": ('name = "My Recipe"', "name: .*'My Recipe'"),
     "not a number": ('name = "x"\n[training]\nepochs = "many"', r"training\.epochs: .*'many'"),
-    "zero epochs": ('name = "x"\n[training]\nepochs = 0', r"training\.epochs: .*greater than 0"),
+    "zero epochs": ('name = "x"\n[training]\nepochs = 0', "epochs = 0 and no pre-training leave nothing to learn"),
     "negative rate": ('name = "x"\n[training]\nlearning_rate = -1.0', r"learning_rate: .*greater than 0"),
     "heads": ('name = "x"\n[model]\ndim = 30\nheads = 4', "heads = 4 does not divide dim = 30"),
     "unknown signal": ('name = "x"\n[policies.home]\nboosts = { SHINY = 1.0 }', "SHINY"),

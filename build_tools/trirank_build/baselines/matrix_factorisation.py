@@ -19,11 +19,11 @@ class MatrixFactorisation:
         chosen = sparse.csr_matrix((np.ones(len(rows), np.float32), (users, rows)), (n_users, n_items))
         chosen.data[:] = 1  # a pair counts once
         self._items = n_items
-        self._model = AlternatingLeastSquares(
-            factors=min(FACTORS, n_items - 1), regularization=REGULARISATION, alpha=CONFIDENCE,
-            iterations=ITERATIONS, random_state=0, calculate_training_loss=False,
-        )  # fmt: skip
         with threadpool_limits(1, "blas"):  # the library's own threads and those of BLAS get in each other's way
+            self._model = AlternatingLeastSquares(
+                factors=min(FACTORS, n_items), regularization=REGULARISATION, alpha=CONFIDENCE,
+                iterations=ITERATIONS, random_state=0,
+            )  # fmt: skip
             self._model.fit(chosen, show_progress=False)
 
     def scores(self, histories: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -24,10 +24,25 @@ def mean_interval(values: NDArray[np.float64], seed: int = 0) -> Interval:
     values = values[~np.isnan(values)]
     if not len(values):
         return Interval(float("nan"), float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, 100):
-        draws = rng.integers(len(values), size=(100, len(values)))
-        means[start : start + 100] = values[draws].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(_means(values[None], seed), [0.025, 0.975])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def ratio_interval(above: NDArray[np.float64], below: NDArray[np.float64], seed: int = 0) -> Interval:
+    """Ratio of the means of two rankings over the same requests; requests that are NaN in either take no part."""
+    both = np.stack([above, below])[:, ~(np.isnan(above) | np.isnan(below))]
+    if not both.shape[1]:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    means = _means(both, seed)
+    low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
+    return Interval(float(both[0].mean() / both[1].mean()), float(low), float(high))
+
+
+def _means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """[K, R] → [K, RESAMPLES] means of the same resampled requests."""
+    rng = np.random.default_rng(seed)
+    means = np.empty((len(values), RESAMPLES))
+    for start in range(0, RESAMPLES, 100):
+        draws = rng.integers(values.shape[1], size=(100, values.shape[1]))
+        means[:, start : start + 100] = values[:, draws].mean(2)
+    return means

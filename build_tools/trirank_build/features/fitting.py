@@ -62,8 +62,10 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
     tokenizer = _tokenizer(dataset, recipe.vocabulary if has_text else 2)
 
     prices, price_codes = _prices(items)
+    products = np.unique(items["product_id"].to_numpy(), return_inverse=True)[1]  # of use if variants share one
     columns: dict[str, NDArray[np.int64]] = {
         "item": _item_codes(counts),
+        **({"product": products + 1} if int(products.max(initial=0)) + 1 < len(products) else {}),
         "brand": _codes(items["brand"]),
         "category": _codes(items["category"]),
         "price": price_codes,
@@ -112,7 +114,7 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
         ids=items["item_id"].to_numpy(),
         fields=_with_no_item(fields.astype(np.int32), 0),
         dense=_with_no_item(static.astype(np.float32), 0),
-        products=_with_no_item(np.unique(items["product_id"].to_numpy(), return_inverse=True)[1].astype(np.int32), -1),
+        products=_with_no_item(products.astype(np.int32), -1),
         created_at=_with_no_item(items["created_at"].to_numpy(), 0),
         signals=_with_no_item(signals.astype(np.int32), 0),
         titles=_with_no_item(tokens, 0),

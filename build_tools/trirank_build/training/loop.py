@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trirank_build.errors import BadCheckpoint, TrirankBuildError
+from trirank_build.errors import BadCheckpoint, Diverged
 from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from trirank_build.progress import console, progress
 from trirank_build.recipe import PretrainingRecipe, TrainingRecipe
@@ -183,7 +183,7 @@ class Loop:
             with torch.autocast(ranks.device.type, torch.bfloat16) if half else nullcontext():
                 loss = step(**tensors)
             if not torch.isfinite(loss):
-                raise TrirankBuildError(
+                raise Diverged(
                     f"{phase.name}: the loss is {loss.item()} at epoch {self._epoch + 1}, batch {self._at + 1}, "
                     f"learning rate {rate:.2g}; lower learning_rate. The last good checkpoint is kept."
                 )

@@ -14,10 +14,11 @@ from typing import Any
 import tomli_w
 import torch
 
-from trirank_build.artefacts import atomic_directory, atomic_file
+from trirank_build.artefacts import atomic_directory, atomic_file, file_digest
 from trirank_build.data.dataset import Dataset
-from trirank_build.errors import BadCheckpoint
+from trirank_build.errors import BadCheckpoint, BadRecipe
 from trirank_build.features.fitting import Features, fit_features
+from trirank_build.models.checkpoint import load_checkpoint, load_weights
 from trirank_build.models.family import make_ranker
 from trirank_build.progress import working
 from trirank_build.recipe import Recipe
@@ -35,30 +36,47 @@ Report = Callable[[str, int, float], None]
 
 
 def train(
-    recipe: Recipe, dataset: Dataset, out: Path, *, fresh: bool = False, report: Report | None = None
+    recipe: Recipe,
+    dataset: Dataset,
+    out: Path,
+    *,
+    start_from: Path | None = None,
+    fresh: bool = False,
+    report: Report | None = None,
 ) -> TrainedRun:
     """Train, or go on where an earlier call with the same recipe and data stopped.
 
+    Args:
+        start_from: a finished run whose weights are the first ones; its features must be the same.
+
     Raises:
+        BadRecipe: held-out requests are asked for, and nothing was pre-trained.
         BadCheckpoint: ``out`` holds a run of another recipe or dataset, and ``fresh`` was not said.
         BadData: the dataset has nothing to learn from.
-        TrirankBuildError: the loss is not a number.
+        Diverged: the loss is not a number.
     """
-    identity = _identity(recipe, dataset)
+    first = None if start_from is None else TrainedRun.load(start_from)
+    if first is None and recipe.training.requests == "held_out" and recipe.pretraining.objective == "none":
+        raise BadRecipe(
+            'training.requests = "held_out" retrieves with pre-trained states; choose pretraining.objective, or start '
+            "from a run that was pre-trained (--start-from)"
+        )
+    identity = _identity(recipe, dataset, first)
     with ranks() as group:
         if group.leads:
             _prepare(out, recipe, dataset, identity, fresh)
         group.wait()
         if not (out / RUN).is_file():
-            _run(recipe, dataset, out, identity, group, report)
+            _run(recipe, dataset, out, identity, group, first, report)
         group.wait()
     return TrainedRun.load(out)
 
 
-def _identity(recipe: Recipe, dataset: Dataset) -> str:
+def _identity(recipe: Recipe, dataset: Dataset, first: TrainedRun | None) -> str:
     # What tuning would try, and how often a place is saved, change nothing of the weights.
     settings = recipe.model_dump_json(exclude={"tuning": True, "training": {"checkpoint_minutes"}})
-    return hashlib.sha256(f"{settings}\0{dataset.description.digest}".encode()).hexdigest()
+    weights = "" if first is None else file_digest(first.directory / BEST)
+    return hashlib.sha256(f"{settings}\0{dataset.description.digest}\0{weights}".encode()).hexdigest()
 
 
 def _prepare(out: Path, recipe: Recipe, dataset: Dataset, identity: str, fresh: bool) -> None:
@@ -82,10 +100,21 @@ def _prepare(out: Path, recipe: Recipe, dataset: Dataset, identity: str, fresh: 
         (scratch / "identity").write_text(identity)
 
 
-def _run(recipe: Recipe, dataset: Dataset, out: Path, identity: str, group: Ranks, report: Report | None) -> None:
+def _run(
+    recipe: Recipe,
+    dataset: Dataset,
+    out: Path,
+    identity: str,
+    group: Ranks,
+    first: TrainedRun | None,
+    report: Report | None,
+) -> None:
     features = Features.load(out / FEATURES)
     torch.manual_seed(recipe.seed)
     model = make_ranker(features.spec, recipe.model).to(group.device)
+    if first is not None:
+        _check_features(first, features)
+        load_weights(model, load_checkpoint(first.directory / BEST)[0], first.directory / BEST)
     unpacked = out / _EXAMPLES / str(group.rank)
 
     def pretraining() -> Phase:
@@ -99,6 +128,9 @@ def _run(recipe: Recipe, dataset: Dataset, out: Path, identity: str, group: Rank
         with working("unpacking requests"):
             return Ranking(model, settings, dataset, *logged(dataset, features, settings, seed, unpacked))
 
+    if not model.has_states and recipe.pretraining.objective != "none":
+        raise BadRecipe(f'model.architecture = "{recipe.model.architecture}" has no states to pre-train; say '
+                        'pretraining.objective = "none"')  # fmt: skip
     phases: dict[str, Callable[[], Phase]] = {}
     if recipe.pretraining.objective != "none":
         phases[recipe.pretraining.objective] = pretraining
@@ -120,3 +152,16 @@ def _run(recipe: Recipe, dataset: Dataset, out: Path, identity: str, group: Rank
             scratch.write_text(json.dumps(facts, indent=1) + "\n")
         loop.last.unlink()
         shutil.rmtree(out / _EXAMPLES, ignore_errors=True)
+
+
+def _check_features(first: TrainedRun, features: Features) -> None:
+    """Weights mean nothing to features with another vocabulary."""
+    old, new = first.features.spec, features.spec
+    for name in ("vocabulary_size", "item_fields", "tables", "history_length", "query_length", "tasks", "shape"):
+        if getattr(old, name) != getattr(new, name):
+            raise BadCheckpoint(
+                f"{first.directory} was trained with {name} {getattr(old, name)}, this dataset and recipe have "
+                f"{getattr(new, name)}; start from a run on the same dataset with the same [features]"
+            )
+    if not (first.features.catalogue.fields == features.catalogue.fields).all():
+        raise BadCheckpoint(f"{first.directory} numbers its items otherwise; start from a run on the same dataset")

@@ -1,0 +1,329 @@
+"""How well does it rank? Against published numbers and honest baselines; what each part is worth; what tables cost.
+
+    python benchmarks/quality.py [--list] [PART ...]
+
+Every part is a run of its own (all of them take about three hours on one core, so start several with different parts
+where there are more). Finished preparations and trainings in ``work/benchmarks`` are used again. The real data is
+looked for in ``../shared/data`` or in the folder that TRIRANK_DATA names.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from results import ROOT, WORK, Figure, write
+from trirank_build.baselines.lambdamart import LambdaMart
+from trirank_build.data.dataset import Dataset
+from trirank_build.data.options import PrepareOptions
+from trirank_build.data.prepare import prepare
+from trirank_build.data.sources.judged_search import place_of
+from trirank_build.evaluation.bootstrap import mean_interval, ratio_interval
+from trirank_build.evaluation.cascade import rank_retrieved, retrieve
+from trirank_build.evaluation.catalogue import CatalogueTasks, Found, rank_catalogue, state_scorer
+from trirank_build.evaluation.evaluate import evaluate, evaluate_catalogue
+from trirank_build.evaluation.scoring import score
+from trirank_build.evaluation.summary import Evaluation
+from trirank_build.features.examples import Examples
+from trirank_build.models.embeddings import embedding_bytes, make_embedding
+from trirank_build.recipe import ModelRecipe, load_recipe
+from trirank_build.training.ranking import held_out
+from trirank_build.training.run import TrainedRun
+from trirank_build.training.trainer import train
+
+DATA = Path(os.environ.get("TRIRANK_DATA", ROOT.parent / "shared" / "data"))
+SOURCES = {
+    "shop": "shop",
+    "beauty": DATA / "amazon" / "Beauty.txt",
+    "sports": DATA / "amazon" / "Sports_and_Outdoors.txt",
+    "games": DATA / "amazon" / "Video_Games.txt",
+    "home_depot": DATA / "home_depot" / "search_relevance.csv.gz",
+}
+UNTOUCHED_FROM = 0.9
+"""Of ``place_of``: no choice about Home Depot was ever made on queries from here on."""
+BEAUTY_SEEDS = (7, 8, 9)
+NEGATIVES, SAMPLING_SEED = 100, 0
+
+
+def dataset_of(name: str) -> Dataset:
+    """The prepared dataset."""
+    folder = WORK / "data" / name
+    if not folder.is_dir():
+        prepare(str(SOURCES[name]), PrepareOptions()).save(folder)
+    return Dataset.load(folder)
+
+
+def trained(
+    dataset: str, recipe: str, changes: dict[str, Any] | None = None, label: str = "", **more: Any
+) -> TrainedRun:
+    """A run of a shipped recipe, used again where it has finished."""
+    out = WORK / "quality" / f"{dataset}-{recipe}{label and '-' + label}"
+    return train(load_recipe(recipe).changed(changes or {}), dataset_of(dataset), out, **more)
+
+
+def figures_of(name: str, found: Evaluation, note: str = "") -> list[Figure]:
+    """NDCG@10 and recall@10 of every order, and the ranker above it."""
+    note = f"test split, {found.requests:,} requests{note}; 95 % bootstrap interval"
+    out = []
+    for order, row in found.table.items():
+        label = name if order == "ranker" else f"{name}_{order.replace(' ', '_').replace(chr(39) + 's', '')}"
+        out.append(Figure(f"{label}_ndcg10", *row["NDCG@10"], "NDCG@10", note))
+        out.append(Figure(f"{label}_recall10", *row["recall@10"], "recall@10", note))
+    for order, d in found.differences.items():
+        label = f"{name}_ndcg10_above_{order.replace(' ', '_').replace(chr(39) + 's', '')}"
+        out.append(Figure(label, d.value, d.low, d.high, "NDCG@10", f"paired difference, p = {d.p_value:.1e}; {note}"))
+    return out
+
+
+def seconds(name: str, run: TrainedRun) -> Figure:
+    """How long a run trained."""
+    took, threads = run.facts["seconds"], torch.get_num_threads()
+    return Figure(name, took, took, took, "s", f"{threads} thread(s), the machine's other cores at other work")
+
+
+def sequences(name: str) -> list[Figure]:
+    """Purchase sequences: leave-one-out, whole catalogue, what was bought before left out."""
+    dataset = dataset_of(name)
+    run = trained(name, "sequences")
+    model, features = run.model(), run.features
+    tasks = CatalogueTasks.of(dataset, "test", features)
+    others: dict[str, Found] = {}
+    for recipe in ("sasrec", "lstm"):
+        other = trained(name, recipe)
+        others[recipe] = rank_catalogue(tasks, state_scorer(other.model(), other.features))
+    candidates = retrieve(tasks, dataset, features, model)
+    trees = LambdaMart(*held_out(dataset, features, model, run.recipe.training, run.recipe.seed))
+    others["lambdamart"] = rank_retrieved(trees.score(candidates), tasks, candidates)
+    bst = trained(name, "bst").model()
+    found_by_similarity = retrieve(tasks, dataset, trained(name, "bst").features, bst)
+    others["bst"] = rank_retrieved(score(bst, found_by_similarity), tasks, found_by_similarity)
+    found = evaluate_catalogue(model, dataset, features, found=others)
+    return [*figures_of(name, found, ", whole catalogue"), seconds(f"{name}_train_s", run)]
+
+
+def beauty_seeds() -> list[Figure]:
+    """The ranker on Beauty with three seeds: median, smallest and largest."""
+    dataset, rows = dataset_of("beauty"), []
+    for seed in BEAUTY_SEEDS:
+        run = trained("beauty", "sequences") if seed == 7 else trained("beauty", "sequences", {"seed": seed}, str(seed))
+        found = evaluate_catalogue(run.model(), dataset, run.features, others={})
+        states = found.table["ranker's states alone"]
+        both = [row[metric].value for row in (found.table["ranker"], states) for metric in ("NDCG@10", "recall@10")]
+        rows.append(both)
+    names = ("beauty_ndcg10", "beauty_recall10", "beauty_states_ndcg10", "beauty_states_recall10")
+    values, note = np.array(rows), f"test split, whole catalogue; median and spread of {len(BEAUTY_SEEDS)} seeds"
+    return [
+        Figure(n, float(np.median(v)), float(v.min()), float(v.max()), n.rsplit("_", 1)[1], note)
+        for n, v in zip(names, values.T, strict=True)
+    ]
+
+
+def games_sampled() -> list[Figure]:
+    """The published protocol of SASRec: each choice among 100 sampled items."""
+    dataset, run = dataset_of("games"), trained("games", "sequences")
+    sasrec = trained("games", "sasrec")
+    tasks = CatalogueTasks.of(dataset, "test", run.features)
+    draw = {"negatives": NEGATIVES, "seed": SAMPLING_SEED}
+    other = {"sasrec": rank_catalogue(tasks, state_scorer(sasrec.model(), sasrec.features), **draw)}
+    found = evaluate_catalogue(run.model(), dataset, run.features, found=other, **draw)
+    return figures_of("games_sampled", found, f", {NEGATIVES} sampled items, seed {SAMPLING_SEED}")
+
+
+def home_depot() -> list[Figure]:
+    """Judged search, split by query."""
+    dataset, run = dataset_of("home_depot"), trained("home_depot", "judged_search")
+    parts = {split: Examples.read(dataset, split, run.features) for split in ("train", "valid", "test")}
+    trees = LambdaMart(parts["train"], parts["valid"])
+    found = evaluate(
+        run.model(), parts["test"], dataset, run.features, others={},
+        scored={"bm25": parts["test"].scores, "lambdamart": trees.score(parts["test"])},
+    )  # fmt: skip
+    out = figures_of("home_depot", found)
+    untouched = np.array([place_of(q, PrepareOptions().seed) >= UNTOUCHED_FROM for q in parts["test"].queries])
+    for other in ("bm25", "lambdamart"):
+        above = mean_interval((found.ndcg10["ranker"] - found.ndcg10[other])[untouched])
+        note = f"paired difference; the {untouched.sum()} test queries that no choice was ever made on"
+        out.append(Figure(f"home_depot_untouched_ndcg10_above_{other}", *above, "NDCG@10", note))
+    return [*out, seconds("home_depot_train_s", run)]
+
+
+def shop() -> list[Figure]:
+    """The synthetic shop, whose best possible order is known."""
+    dataset, run = dataset_of("shop"), trained("shop", "shop")
+    parts = {split: Examples.read(dataset, split, run.features) for split in ("train", "valid", "test")}
+    scored = {"lambdamart": LambdaMart(parts["train"], parts["valid"]).score(parts["test"])}
+    for kind in ("sasrec", "lstm", "bst"):
+        other = trained("shop", "shop", {"model.architecture": kind, "model.cross_blocks": 0}, kind)
+        scored[kind] = score(other.model(), parts["test"])
+    found = evaluate(run.model(), parts["test"], dataset, run.features, scored=scored)
+    ratio = ratio_interval(found.ndcg10["ranker"], found.ndcg10["optimum"])
+    note = f"test split, {found.requests:,} requests; paired 95 % bootstrap interval"
+    out = [*figures_of("shop", found), Figure("shop_ndcg10_of_optimum", *ratio, "ratio", note)]
+    known = parts["test"].known(np.arange(found.requests))
+    anonymous = parts["test"].users < 0
+    for label, kept in {
+        "anonymous": anonymous, "known_under_20_events": ~anonymous & (known < 20),
+        "known_from_20_events": ~anonymous & (known >= 20),
+    }.items():  # fmt: skip
+        part = ratio_interval(found.ndcg10["ranker"][kept], found.ndcg10["optimum"][kept])
+        out.append(
+            Figure(f"shop_ndcg10_of_optimum_{label}", *part, "ratio", f"{kept.sum():,} requests of the test split")
+        )
+    return [*out, seconds("shop_train_s", run)]
+
+
+SHORT = {"pretraining.epochs": 5, "pretraining.validation_users": 2_000, "training.epochs": 2}
+PRETRAINED = SHORT | {"training.epochs": 0}
+RANKED = SHORT | {"pretraining.objective": "none"}
+BEAUTY_PRETRAINING: dict[str, dict[str, Any]] = {
+    "without_item": {"features.without": ["item"]},
+    "without_attributes": {"features.without": ["attributes"]},
+    "masked_item": {"pretraining.objective": "masked_item", "model.attention": "full"},
+    "dot_product": {"model.similarity": "dot"},
+    "all_negatives": {"pretraining.negatives": "all"},
+    "popular_negatives": {"pretraining.negatives": "popularity"},
+    "popular_negatives_without_log_q": {"pretraining.negatives": "popularity", "pretraining.log_q": False},
+    "in_batch_negatives": {"pretraining.negatives": "in_batch"},
+    "in_batch_negatives_without_log_q": {"pretraining.negatives": "in_batch", "pretraining.log_q": False},
+}
+BEAUTY_RANKING: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "pointwise": {"training.objective": "pointwise"},
+    "lambda": {"training.objective": "lambda"},
+    "nothing_frozen": {"training.freeze": "nothing"},
+    "without_retrieval": {"features.without": ["retrieval"]},
+    "without_dense": {"features.without": ["dense"]},
+    "without_context": {"features.without": ["context"]},
+    "without_cross_attention": {"model.cross_blocks": 0},
+}
+NOT_PRETRAINED = {
+    "pretraining.objective": "none", "training.requests": "logged", "training.freeze": "nothing",
+    "training.random_negatives": 24, "training.without_scores": 0.5, "training.candidates": 24, "training.epochs": 3,
+}  # fmt: skip
+SHOP_CHANGES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    **{f"without_{name}": {"features.without": [name]} for name in (
+        "item", "product", "brand", "category", "price", "text", "behaviour", "time_gap", "retrieval", "dense",
+        "context")},
+    "pointwise": {"training.objective": "pointwise"},
+    "lambda": {"training.objective": "lambda"},
+    "learned_task_weights": {"training.task_weights": "learned"},
+    "next_item_first": {"pretraining.objective": "next_item", "pretraining.epochs": 5},
+}  # fmt: skip
+
+
+def ablation_beauty_pretraining(names: list[str]) -> list[Figure]:
+    """States alone after short pre-trainings, each with one thing changed."""
+    dataset, out = dataset_of("beauty"), []
+    for name in names:
+        changes = PRETRAINED | BEAUTY_PRETRAINING.get(name, {})
+        run = trained("beauty", "sequences", changes, "ablation-" + name)
+        tasks = CatalogueTasks.of(dataset, "test", run.features)
+        found = rank_catalogue(tasks, state_scorer(run.model(), run.features), top_k=0)
+        out.append(Figure(f"ablation_beauty_states_{name}", *mean_interval(found.ndcg()), "NDCG@10",
+                          "whole catalogue, states alone, short run; 95 % bootstrap interval"))  # fmt: skip
+    return out
+
+
+def ablation_beauty_ranking() -> list[Figure]:
+    """Both steps, the second one with one thing changed, after the same short pre-training."""
+    first = trained("beauty", "sequences", PRETRAINED, "ablation-pretrained")
+    runs = {}
+    for name, changes in BEAUTY_RANKING.items():
+        if name == "without_cross_attention":  # has fewer weights, so it cannot start from the others' pre-training
+            runs[name] = trained("beauty", "sequences", SHORT | changes, "ablation-" + name)
+        else:
+            runs[name] = trained(
+                "beauty", "sequences", RANKED | changes, "ablation-ranking-" + name, start_from=first.directory
+            )
+    runs["not_pretrained"] = trained("beauty", "sequences", SHORT | NOT_PRETRAINED, "ablation-not-pretrained")
+    dataset, out = dataset_of("beauty"), []
+    for name, run in runs.items():
+        model = run.model()
+        tasks = CatalogueTasks.of(dataset, "test", run.features)
+        examples = retrieve(tasks, dataset, run.features, model)
+        found = rank_retrieved(score(model, examples), tasks, examples)
+        out.append(Figure(f"ablation_beauty_{name}", *mean_interval(found.ndcg()), "NDCG@10",
+                          "whole catalogue, short run; 95 % bootstrap interval"))  # fmt: skip
+    return out
+
+
+def ablation_shop(names: list[str]) -> list[Figure]:
+    """The shop with one input or objective changed."""
+    dataset, out = dataset_of("shop"), []
+    for name in names:
+        run = trained("shop", "shop", SHOP_CHANGES[name], "" if name == "whole" else "ablation-" + name)
+        examples = Examples.read(dataset, "test", run.features)
+        found = evaluate(run.model(), examples, dataset, run.features, others={})
+        out.append(Figure(f"ablation_shop_{name}", *found.table["ranker"]["NDCG@10"], "NDCG@10",
+                          "test split; 95 % bootstrap interval"))  # fmt: skip
+    return out
+
+
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "low_rank": {"model.embedding": "low_rank", "model.embedding_rank": 16},
+    "quotient_remainder": {"model.embedding": "quotient_remainder", "model.embedding_rows": 2_048},
+}
+MANY_ITEMS, MANY_ROWS = 10_000_000, 65_536
+
+
+def embeddings() -> list[Figure]:
+    """Bytes of each kind of table for Beauty and for ten million items, and what it does to NDCG."""
+    dataset, out = dataset_of("beauty"), []
+    for name, changes in EMBEDDINGS.items():
+        label = "pretrained" if name == "plain" else "embedding-" + name
+        run = trained("beauty", "sequences", PRETRAINED | changes, "ablation-" + label)
+        model = run.model()
+        tasks = CatalogueTasks.of(dataset, "test", run.features)
+        found = rank_catalogue(tasks, state_scorer(model, run.features), top_k=0)
+        out.append(Figure(f"embedding_{name}_ndcg10", *mean_interval(found.ndcg()), "NDCG@10",
+                          "Beauty, states alone, short run; 95 % bootstrap interval"))  # fmt: skip
+        size = embedding_bytes(model.embedding)
+        out.append(Figure(f"embedding_{name}_bytes", size, size, size, "bytes", "Beauty, all tables"))
+        spec = run.features.spec
+        shift = MANY_ITEMS - spec.tables["item"][1]
+        tables = {n: (f, MANY_ITEMS) if n == "item" else (f + shift, s) for n, (f, s) in spec.tables.items()}
+        large = run.recipe.model.model_copy(update={"embedding_rows": MANY_ROWS})
+        many = _bytes_of(type(spec)(**{**vars(spec), "tables": tables}), large)
+        out.append(Figure(f"embedding_{name}_10m_bytes", many, many, many, "bytes",
+                          f"{MANY_ITEMS:,} items; quotient_remainder with {MANY_ROWS:,} remainders"))  # fmt: skip
+    return out
+
+
+def _bytes_of(spec: Any, recipe: ModelRecipe) -> int:
+    with torch.device("meta"):  # sizes alone
+        return embedding_bytes(make_embedding(spec, recipe))
+
+
+_PRE, _SHOP = ["pretrained", *BEAUTY_PRETRAINING], list(SHOP_CHANGES)
+PARTS: dict[str, Callable[[], list[Figure]]] = {
+    "beauty": partial(sequences, "beauty"),
+    "beauty_seeds": beauty_seeds,
+    "sports": partial(sequences, "sports"),
+    "games": partial(sequences, "games"),
+    "games_sampled": games_sampled,
+    "home_depot": home_depot,
+    "shop": shop,
+    "ablation_beauty_pretraining": partial(ablation_beauty_pretraining, _PRE),
+    "ablation_beauty_ranking": ablation_beauty_ranking,
+    "ablation_shop": partial(ablation_shop, _SHOP),
+    "embeddings": embeddings,
+}
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:] or list(PARTS)
+    if "--list" in wanted:
+        print("\n".join(PARTS))
+        sys.exit()
+    for part in wanted:
+        figures = PARTS[part]()
+        write("quality", figures, keep=True)
+        for figure in figures:
+            print(f"{figure.name:60} {figure.value:.4f}  [{figure.low:.4f}, {figure.high:.4f}]", flush=True)
