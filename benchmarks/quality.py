@@ -209,7 +209,7 @@ NOT_PRETRAINED = {
 SHOP_CHANGES: dict[str, dict[str, Any]] = {
     "whole": {},
     **{f"without_{name}": {"features.without": [name]} for name in (
-        "item", "product", "brand", "category", "price", "text", "behaviour", "time_gap", "retrieval", "dense",
+        "item", "brand", "category", "price", "text", "behaviour", "time_gap", "retrieval", "dense",
         "context")},
     "pointwise": {"training.objective": "pointwise"},
     "lambda": {"training.objective": "lambda"},

@@ -53,7 +53,7 @@ CONTEXT = (
     "weekday_cos",
 )
 INPUTS = (
-    "item", "product", "brand", "category", "price", "attributes", "text", "behaviour", "time_gap", "retrieval",
+    "item", "brand", "category", "price", "attributes", "text", "behaviour", "time_gap", "retrieval",
     "dense", "context",
 )  # fmt: skip
 """Groups of inputs that a recipe can leave out."""

@@ -35,7 +35,8 @@ class Bst(SequenceRanker):
         past = (events + extra)[:, None].expand(-1, count, -1, -1)
         x = torch.cat([past, items[:, :, None]], 2).flatten(0, 1) + self.position  # [B · N, L + 1, D]
         known = torch.cat([there(history), torch.ones_like(history[:, :1, 0], dtype=torch.bool)], 1)
-        mask = ((~known)[:, None, None, :].to(x.dtype) * MASKED).repeat_interleave(count, 0)
+        mask = (~known).to(x.dtype)[:, None, None, None, :] * MASKED  # [B, 1, 1, 1, L + 1]
+        mask = mask.expand(-1, count, -1, -1, -1).flatten(0, 1)  # [B · N, 1, 1, L + 1]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, None, mask)

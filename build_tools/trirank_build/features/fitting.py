@@ -62,10 +62,9 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
     tokenizer = _tokenizer(dataset, recipe.vocabulary if has_text else 2)
 
     prices, price_codes = _prices(items)
-    products = np.unique(items["product_id"].to_numpy(), return_inverse=True)[1]  # of use if variants share one
+    products = np.unique(items["product_id"].to_numpy(), return_inverse=True)[1]
     columns: dict[str, NDArray[np.int64]] = {
         "item": _item_codes(counts),
-        **({"product": products + 1} if int(products.max(initial=0)) + 1 < len(products) else {}),
         "brand": _codes(items["brand"]),
         "category": _codes(items["category"]),
         "price": price_codes,

@@ -45,9 +45,13 @@ class Sequences:
         nth = np.arange(len(of)) - np.repeat(np.cumsum(windows) - windows, windows)
         self._end = last[of] - nth * length
         self._start = np.maximum(self._end - length - 1, first[of])
-        if not len(of):
-            raise BadData("no user has two training events, so there is no next item to pre-train on; leave out "
-                          "[pretraining], or bring a longer log")  # fmt: skip
+        # A window in which nothing but the same item follows has nothing to teach.
+        changes = np.cumsum(np.append(0, self._rows[1:] != self._rows[:-1])) if len(user) else np.zeros(0, np.int64)
+        teaching = changes[self._end - 1] > changes[self._start]
+        self._start, self._end = self._start[teaching], self._end[teaching]
+        if not len(self._start):
+            raise BadData("no user chose two different items in the training split, so there is no next item to "
+                          'pre-train on; say pretraining.objective = "none", or bring a longer log')  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._start)

@@ -67,7 +67,7 @@ class ShopSize:
 
     products: int = 1_600
     users: int = 2_500
-    requests: int = 24_000
+    requests: int = 48_000
     candidates: int = 50
 
 

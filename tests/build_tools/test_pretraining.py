@@ -1,0 +1,243 @@
+"""Pre-training on sequences: what came next, what is hidden, where negatives come from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from trirank_build.data.dataset import Dataset
+from trirank_build.data.options import PrepareOptions
+from trirank_build.data.prepare import prepare
+from trirank_build.errors import BadCheckpoint, BadData, BadRecipe
+from trirank_build.evaluation.catalogue import CatalogueTasks, rank_catalogue, state_scorer
+from trirank_build.evaluation.contenders import contenders
+from trirank_build.evaluation.evaluate import evaluate_catalogue
+from trirank_build.features.fitting import fit_features
+from trirank_build.features.negatives import NegativeSampler
+from trirank_build.features.sequences import Sequences
+from trirank_build.models.checkpoint import load_checkpoint
+from trirank_build.models.family import make_ranker
+from trirank_build.recipe import Recipe
+from trirank_build.training.pretraining import Pretraining
+from trirank_build.training.trainer import train
+
+ITEMS, USERS = 60, 400
+RECIPE = {
+    "name": "chains",
+    "features": {"history_length": 8},
+    "model": {"dim": 16, "heads": 2, "encoder_blocks": 1, "ffn": 32, "dropout": 0.0},
+    "pretraining": {"objective": "next_item", "epochs": 8, "batch_size": 32, "learning_rate": 5e-3},
+    "training": {"epochs": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory) -> Dataset:
+    """Everyone goes from item i to i + 1, round and round, so the next item is known; attributes say odd or even."""
+    folder, rng = tmp_path_factory.mktemp("chains"), np.random.default_rng(0)
+    lines = []
+    for user in range(1, USERS + 1):
+        start, length = rng.integers(ITEMS), rng.integers(5, 14)
+        lines.append(" ".join(str(n) for n in [user, *(1 + (start + np.arange(length)) % ITEMS)]))
+    (folder / "chains.txt").write_text("\n".join(lines))
+    return Dataset.load(prepare(str(folder / "chains.txt"), PrepareOptions()).save(folder / "data"))
+
+
+def recipe(**sections):
+    return Recipe.model_validate({**RECIPE, **{n: {**RECIPE.get(n, {}), **v} for n, v in sections.items()}})
+
+
+@pytest.fixture(scope="module")
+def features(chains, tmp_path_factory):
+    return fit_features(chains, recipe().features, tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(chains, tmp_path_factory):
+    return train(recipe(), chains, tmp_path_factory.mktemp("pretrained") / "run")
+
+
+def ndcg(run, dataset, split="test"):
+    tasks = CatalogueTasks.of(dataset, split, run.features)
+    return rank_catalogue(tasks, state_scorer(run.model(), run.features)).ndcg().mean()
+
+
+def test_every_event_but_a_users_first_is_the_next_one_once(chains, features):
+    sequences = Sequences(chains, features)
+    batch = sequences.batch(np.arange(len(sequences)))
+    events = chains.training_events()
+    assert (batch.following >= 0).sum() == len(events) - events["user_id"].n_unique()
+    found = features.catalogue.item_ids(batch.following[batch.following >= 0])
+    before = features.catalogue.item_ids(batch.rows[batch.following >= 0])
+    assert (found == before % ITEMS + 1).all()
+
+
+def test_long_sequences_are_cut_and_overlap_by_one(chains, features):
+    sequences = Sequences(chains, features)
+    batch = sequences.batch(np.arange(len(sequences)))
+    assert batch.rows.shape[1] == features.spec.history_length
+    assert len(sequences) > chains.training_events()["user_id"].n_unique()
+
+
+def test_an_epoch_holds_every_window_once(chains, features, rng):
+    sequences = Sequences(chains, features)
+    plan = sequences.plan(rng, 32)
+    assert sorted(np.concatenate(plan).tolist()) == list(range(len(sequences)))
+
+
+def test_the_next_item_is_learned(pretrained, chains):
+    assert ndcg(pretrained, chains) > 0.9
+
+
+def test_masked_items_are_learned(chains, tmp_path):
+    masked = recipe(model={"attention": "full"}, pretraining={"objective": "masked_item", "epochs": 15})
+    assert ndcg(train(masked, chains, tmp_path / "run"), chains) > 0.7
+
+
+@pytest.mark.parametrize("architecture", ["sasrec", "lstm"])
+def test_the_baselines_learn_it_too(architecture, chains, tmp_path):
+    run = train(recipe(model={"architecture": architecture}, pretraining={"epochs": 15}), chains, tmp_path / "run")
+    assert ndcg(run, chains) > 0.8
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "popularity", "in_batch"])
+def test_sampled_negatives_teach_it_too(negatives, chains, tmp_path):
+    run = train(
+        recipe(pretraining={"negatives": negatives, "negative_samples": 30, "epochs": 12}), chains, tmp_path / "run"
+    )
+    assert ndcg(run, chains) > 0.7
+
+
+def test_all_negatives_are_the_softmax_over_the_catalogue(chains, features):
+    """The chunked loss against the plain one."""
+    torch.manual_seed(0)
+    model = make_ranker(features.spec, recipe().model)
+    phase = Pretraining(model, recipe().pretraining, chains, features, 0)
+    tensors = phase.batch(np.arange(16), np.random.default_rng(0))
+    loss = phase.step(**tensors)
+    states = model.states(tensors["history"]).flatten(0, 1)[tensors["at"]]
+    logits = model.logits(states, model.item_vectors(tensors["others"]))
+    plain = torch.nn.functional.cross_entropy(logits, tensors["chosen_row"])
+    torch.testing.assert_close(loss, plain)
+
+
+def test_the_ranking_step_starts_where_pre_training_ended(pretrained, chains, tmp_path):
+    """On held-out choices, among retrieved candidates, with the encoder frozen."""
+    second = recipe(
+        pretraining={"objective": "none"},
+        training={"requests": "held_out", "epochs": 2, "freeze": "encoder", "candidates": 20},
+    )
+    run = train(second, chains, tmp_path / "run", start_from=pretrained.directory)
+    before, after = (load_checkpoint(r.directory / "best.safetensors")[0] for r in (pretrained, run))
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert not moved & {"embedding", "encoder", "position", "norm_memory", "log_temperature"}
+    assert {"cross", "head", "dense_head"} <= moved
+    found = evaluate_catalogue(run.model(), chains, run.features, others={})
+    assert found.table["ranker"]["NDCG@10"].value > 0.9
+
+
+def test_held_out_choices_need_states(chains, tmp_path):
+    with pytest.raises(BadRecipe, match="choose pretraining.objective, or start from a run"):
+        train(
+            recipe(pretraining={"objective": "none"}, training={"requests": "held_out", "epochs": 1}),
+            chains,
+            tmp_path / "run",
+        )
+
+
+def test_bst_has_no_states_to_pre_train(chains, tmp_path):
+    with pytest.raises(BadRecipe, match='"bst" has no states to pre-train'):
+        train(recipe(model={"architecture": "bst"}), chains, tmp_path / "run")
+
+
+def test_a_vocabulary_that_does_not_fit_the_checkpoint(pretrained, chains, tmp_path):
+    (tmp_path / "other.txt").write_text("\n".join(f"{u} 1 2 3 4 5 {u + 5}" for u in range(1, 30)))
+    other = Dataset.load(prepare(str(tmp_path / "other.txt"), PrepareOptions()).save(tmp_path / "data"))
+    with pytest.raises(BadCheckpoint, match=r"trained with vocabulary_size \d+, this dataset and recipe have \d+"):
+        train(recipe(), other, tmp_path / "run", start_from=pretrained.directory)
+
+
+def test_other_features_do_not_fit_either(pretrained, chains, tmp_path):
+    with pytest.raises(BadCheckpoint, match="trained with history_length 8, this dataset and recipe have 9"):
+        train(recipe(features={"history_length": 9}), chains, tmp_path / "run", start_from=pretrained.directory)
+
+
+def test_another_architecture_does_not_fit(pretrained, chains, tmp_path):
+    with pytest.raises(BadCheckpoint, match="does not fit the model"):
+        train(recipe(model={"dim": 32}), chains, tmp_path / "run", start_from=pretrained.directory)
+
+
+def test_an_item_left_out_of_the_inputs_is_not_seen(chains, tmp_path):
+    """Here the id is all there is; without it every item looks alike."""
+    run = train(recipe(features={"without": ["item"]}, pretraining={"epochs": 1}), chains, tmp_path / "run")
+    assert ndcg(run, chains) < 0.2
+
+
+# Negatives.
+
+
+def test_uniform_negatives_are_even(rng):
+    drawn = NegativeSampler("uniform", np.array([1000, 1, 1, 1]), 8_000).draw(rng, np.array([0], np.int32))
+    assert np.bincount(drawn.rows) / 8_000 == pytest.approx(np.full(4, 0.25), abs=0.03)
+
+
+def test_popular_negatives_follow_the_flattened_counts(rng):
+    counts = np.array([81, 16, 1])
+    drawn = NegativeSampler("popularity", counts, 20_000).draw(rng, np.array([0], np.int32))
+    share = counts**0.75 / (counts**0.75).sum()
+    assert np.bincount(drawn.rows) / 20_000 == pytest.approx(share, abs=0.02)
+    assert np.exp(drawn.log_q) == pytest.approx(share[drawn.rows], rel=1e-5)
+
+
+def test_in_batch_negatives_are_the_other_choices(rng):
+    drawn = NegativeSampler("in_batch", np.array([5, 1, 3, 9]), 7).draw(rng, np.array([[3, -1], [1, 3]], np.int32))
+    assert sorted(drawn.rows.tolist()) == [1, 3]
+    assert np.exp(drawn.log_q) == pytest.approx(np.array([1, 9]) / 18, rel=1e-5)
+
+
+def test_all_negatives_are_all(rng):
+    assert NegativeSampler("all", np.array([5, 1, 3]), 7).draw(rng, np.array([0], np.int32)).rows.tolist() == [0, 1, 2]
+
+
+def test_every_request_has_its_own(rng):
+    rows = NegativeSampler("uniform", np.ones(1000), 20).draw_each(rng, 4, np.zeros((4, 1), np.int32))
+    assert rows.shape == (4, 20)
+    assert len(np.unique(rows, axis=0)) == 4
+
+
+# Data there is too little of.
+
+
+def few(lines, folder):
+    (folder / "few.txt").write_text("\n".join(lines))
+    return Dataset.load(prepare(str(folder / "few.txt"), PrepareOptions()).save(folder / "data"))
+
+
+def test_a_single_user_is_enough_to_train(tmp_path):
+    dataset = few(["1 5 6 7 8 9"], tmp_path)
+    assert np.isfinite(ndcg(train(recipe(pretraining={"epochs": 1}), dataset, tmp_path / "run"), dataset))
+
+
+def test_a_single_item_has_no_next_one(tmp_path):
+    with pytest.raises(BadData, match="no user chose two different items"):
+        train(recipe(), few(["1 5 5 5 5", "2 5 5 5"], tmp_path), tmp_path / "run")
+
+
+def test_users_with_one_event_have_no_next_item(tmp_path):
+    with pytest.raises(BadData):
+        train(recipe(), few(["1 5", "2 6", "3 7"], tmp_path), tmp_path / "run")
+
+
+def test_the_simple_baselines_know_the_chain_less_well(pretrained, chains):
+    found = evaluate_catalogue(pretrained.model(), chains, pretrained.features)
+    assert set(contenders(chains, pretrained.features)) == {"popularity", "item_knn", "matrix_factorisation"}
+    for name in ("popularity", "matrix_factorisation"):
+        assert found.differences[name].low > 0, name
+    assert found.differences["item_knn"].value >= 0  # which also goes by what is bought together
+
+
+def test_sampled_negatives_flatter(pretrained, chains):
+    whole = evaluate_catalogue(pretrained.model(), chains, pretrained.features, others={})
+    sampled = evaluate_catalogue(pretrained.model(), chains, pretrained.features, others={}, negatives=5)
+    assert sampled.table["ranker"]["Hit@10"].value == 1  # six candidates, ten places
+    assert sampled.table["ranker"]["NDCG@10"].value >= whole.table["ranker"]["NDCG@10"].value - 0.05
