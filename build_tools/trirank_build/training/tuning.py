@@ -85,8 +85,8 @@ def _trial(study: optuna.Study, recipe: Recipe, dataset: Dataset, out: Path) -> 
     try:
         run = train(recipe.changed(_draw(trial, recipe)), dataset, folder, report=report)
     except (optuna.TrialPruned, Diverged) as error:
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         trial.set_user_attr("why", str(error) or "below the median")
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         shutil.rmtree(folder, ignore_errors=True)
         return
     last = run.facts["curve"][-1]["phase"]
