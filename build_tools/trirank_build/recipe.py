@@ -129,7 +129,8 @@ class TrainingRecipe(_Section):
     negatives: Literal["uniform", "popularity", "in_batch"] = "uniform"
     """Where further negatives come from."""
     random_negatives: Annotated[int, Field(ge=0)] = 0
-    """Further negatives, added in the batches that go without retrieval scores."""
+    """Further negatives, added in the batches that go without retrieval scores. Of held-out requests: also the number
+    of drawn items among which each choice is to be found a second time."""
     log_q: bool = False
     """Whether their logits are corrected for how likely they were."""
     without_scores: Share = 0.1

@@ -29,25 +29,17 @@ _CHUNK = 256
 
 
 def retrieve(
-    tasks: CatalogueTasks,
-    dataset: Dataset,
-    features: Features,
-    model: SequenceRanker,
-    *,
-    each: int = EACH,
-    drawn: int = 0,
-    seed: int = 0,
+    tasks: CatalogueTasks, dataset: Dataset, features: Features, model: SequenceRanker, each: int = EACH
 ) -> Examples:
-    """The tasks as requests: at most 2 · ``each`` retrieved candidates and ``drawn`` ones from the whole catalogue,
-    those of the highest retrieval score first. A model without states leaves retrieval to the similarity alone."""
+    """The tasks as requests: at most 2 · ``each`` retrieved candidates, those of the highest retrieval score first. A
+    model without states leaves retrieval to the similarity alone."""
     if not model.has_states:
         each *= 2
     each = min(each, tasks.items)
     scorers = [contender_scorer(item_knn(dataset, features))]
     if model.has_states:
         scorers.append(state_scorer(model, features))
-    examples = Examples(dataset, features, len(tasks), len(scorers) * each + drawn, missed=1)
-    rng = np.random.default_rng(seed)
+    examples = Examples(dataset, features, len(tasks), len(scorers) * each, missed=1)
     for start in range(0, len(tasks), _CHUNK):
         which = np.arange(start, min(start + _CHUNK, len(tasks)))
         scores = [scorer(tasks, which) for scorer in scorers]
@@ -57,7 +49,6 @@ def retrieve(
             for values in (*scores, retrieval):
                 values[place, seen] = -np.inf
         tops = [np.argpartition(-values, each - 1, axis=1)[:, :each] for values in scores]
-        tops.append(rng.integers(tasks.items, size=(len(which), drawn)))
         _fill(examples, tasks, which, np.concatenate(tops, 1), retrieval)
     return examples
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,20 @@ class Examples:
             if directory is None:
                 examples.queries += part["query"].to_list()
         return examples
+
+    def joined(self, other: Examples) -> Examples:
+        """These requests and those of ``other``, which must be of the same dataset."""
+        both = copy.copy(self)
+        for name, fill in (("rows", -1), ("scores", np.nan), ("labels", 0), ("missed", 0)):
+            one, two = getattr(self, name), getattr(other, name)
+            width = max(one.shape[1], two.shape[1])
+            parts = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in (one, two)]
+            setattr(both, name, np.concatenate(parts))
+        for name in ("users", "times", "_query", "_trigrams"):
+            setattr(both, name, np.concatenate([getattr(self, name), getattr(other, name)]))
+        both.queries = self.queries + other.queries
+        both.optimum = None
+        return both
 
     def _fill(self, at: slice, part: pl.DataFrame) -> None:
         lengths = part["item_ids"].list.len().to_numpy().astype(np.int64)

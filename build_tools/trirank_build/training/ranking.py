@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
-from trirank_build.evaluation.cascade import retrieve
+from trirank_build.evaluation.cascade import retrieve, sample
 from trirank_build.evaluation.catalogue import CatalogueTasks
 from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.examples import Examples
@@ -106,7 +106,8 @@ def logged(
 def held_out(
     dataset: Dataset, features: Features, model: SequenceRanker, recipe: TrainingRecipe, seed: int
 ) -> tuple[Examples, Examples]:
-    """The validation split's choices, which pre-training has not seen, four fifths of them to learn from."""
+    """The validation split's choices, which pre-training has not seen, four fifths of them to learn from: among what
+    was retrieved, and once more among drawn items, since other services' retrieval finds other candidates."""
     tasks = CatalogueTasks.of(dataset, "valid", features)
     if len(tasks) < 2:
         raise BadData("fewer than two users chose anything in the validation split, too few to hold any out; "
@@ -114,8 +115,8 @@ def held_out(
     order = np.random.default_rng(seed).permutation(len(tasks))
     cut = max(1, min(int(len(order) * FIT), len(order) - 1))
     valid = np.sort(order[cut:][: recipe.validation_requests])
-    settings = {"drawn": recipe.random_negatives, "seed": seed}
-    return (
-        retrieve(tasks.take(np.sort(order[:cut])), dataset, features, model, **settings),
-        retrieve(tasks.take(valid), dataset, features, model),
-    )
+    held = tasks.take(np.sort(order[:cut]))
+    train = retrieve(held, dataset, features, model)
+    if recipe.random_negatives:
+        train = train.joined(sample(held, dataset, features, recipe.random_negatives, seed))
+    return train, retrieve(tasks.take(valid), dataset, features, model)
