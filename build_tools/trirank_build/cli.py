@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -97,6 +98,8 @@ def train(
     from trirank_build.training.trainer import train as run_training
 
     run = run_training(loaded, Dataset.load(data), target, start_from=start_from, fresh=fresh)
+    if int(os.environ.get("RANK", "0")):  # torchrun's other processes have nothing to add
+        return
     title = f"{run.recipe.name}: {run.facts['parameters']:,} parameters"
     table = Table("phase", "epoch", "loss", "validation NDCG@10", title=title)
     for point in run.facts["curve"]:

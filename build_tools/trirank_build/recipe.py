@@ -141,9 +141,9 @@ class TrainingRecipe(_Section):
     """What of a pre-trained ranker stays as it is; ``encoder`` keeps the embeddings and the user's encoder."""
     validation_requests: PositiveInt = 5_000
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision, where the device has it."""
+    """bfloat16: mixed precision in both phases, where the device has it."""
     checkpoint_minutes: Positive = 5.0
-    """At most so much work is lost when a run is killed."""
+    """At most so much work is lost when a run is killed, in either phase."""
 
 
 class TuningRange(_Section):

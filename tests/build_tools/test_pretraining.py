@@ -94,6 +94,12 @@ def test_masked_items_are_learned(chains, tmp_path):
     assert ndcg(train(masked, chains, tmp_path / "run"), chains) > 0.7
 
 
+@pytest.mark.parametrize("negatives", ["all", "uniform"])
+def test_in_half_precision_too(negatives, chains, tmp_path):
+    half = recipe(pretraining={"epochs": 10, "negatives": negatives}, training={"precision": "bfloat16"})
+    assert ndcg(train(half, chains, tmp_path / "run"), chains) > 0.8
+
+
 @pytest.mark.parametrize("architecture", ["sasrec", "lstm"])
 def test_the_baselines_learn_it_too(architecture, chains, tmp_path):
     run = train(recipe(model={"architecture": architecture}, pretraining={"epochs": 15}), chains, tmp_path / "run")

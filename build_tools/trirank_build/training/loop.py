@@ -74,6 +74,8 @@ class Loop:
         phases: name → what makes the phase, once the model has the best weights of the one before.
         directory: for ``last.safetensors``, where it stands, and each phase's best weights, ``PHASE.safetensors``.
         identity: of recipe and data; only a state with the same one is resumed.
+        half: mixed precision, bfloat16.
+        checkpoint_minutes: at most so much work is lost when the run is killed.
     """
 
     def __init__(
@@ -85,8 +87,11 @@ class Loop:
         directory: Path,
         identity: str,
         ranks: Ranks,
+        half: bool = False,
+        checkpoint_minutes: float = 5.0,
     ) -> None:
         self.model, self.phases, self.seed, self.ranks = model, list(phases.items()), seed, ranks
+        self.half, self.checkpoint_minutes = half, checkpoint_minutes
         self.directory, self.last, self.identity = directory, directory / LAST, identity
         self.curve: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -164,9 +169,8 @@ class Loop:
         self, phase: Phase, step: nn.Module, optimiser: torch.optim.Optimizer, total: int, done: Any
     ) -> float:
         """The rest of an epoch; gives the mean loss over the whole of it."""
-        settings, ranks = phase.settings, self.ranks
+        ranks = self.ranks
         plan = phase.plan(np.random.default_rng((self.seed, self._phase, self._epoch)))
-        half = isinstance(settings, TrainingRecipe) and settings.precision == "bfloat16"
         saved = time.monotonic()
         phase.step.train()
         while self._at < len(plan):
@@ -180,7 +184,7 @@ class Loop:
                 name: tensor.to(ranks.device, non_blocking=True)
                 for name, tensor in phase.batch(np.sort(which), np.random.default_rng(place)).items()
             }
-            with torch.autocast(ranks.device.type, torch.bfloat16) if half else nullcontext():
+            with torch.autocast(ranks.device.type, torch.bfloat16) if self.half else nullcontext():
                 loss = step(**tensors)
             if not torch.isfinite(loss):
                 raise Diverged(
@@ -197,8 +201,7 @@ class Loop:
             self._at += 1
             self._total += float(loss.detach())
             done()
-            minutes = settings.checkpoint_minutes if isinstance(settings, TrainingRecipe) else 5.0
-            if ranks.leads and time.monotonic() - saved > minutes * 60:
+            if ranks.leads and time.monotonic() - saved > self.checkpoint_minutes * 60:
                 self._save(phase, optimiser)
                 saved = time.monotonic()
         return float(ranks.mean(torch.tensor(self._total / len(plan), device=ranks.device)))

@@ -136,7 +136,10 @@ def _run(
         phases[recipe.pretraining.objective] = pretraining
     if recipe.training.epochs:
         phases[RANKING] = ranking
-    loop = Loop(model, phases, seed=recipe.seed, directory=out, identity=identity, ranks=group)
+    loop = Loop(
+        model, phases, seed=recipe.seed, directory=out, identity=identity, ranks=group,
+        half=recipe.training.precision == "bfloat16", checkpoint_minutes=recipe.training.checkpoint_minutes,
+    )  # fmt: skip
     loop.run(report)
     if group.leads:
         facts: dict[str, Any] = {
