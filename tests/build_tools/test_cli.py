@@ -108,6 +108,32 @@ def test_evaluation_as_json(line):
     assert found["table"]["ranker"]["NDCG@10"]["low"] <= found["table"]["ranker"]["NDCG@10"]["value"]
 
 
+@pytest.mark.parametrize("protocol", ["catalogue", "sampled"])
+def test_other_protocols_and_the_report(protocol, line, tmp_path):
+    folder, _ = line
+    report = tmp_path / "report.html"
+    text = trirank("evaluate", "--run", folder / "run", "--data", folder / "data", "--protocol", protocol,
+                   "--negatives", 20, "--html", report).stdout  # fmt: skip
+    assert {"catalogue": "next choice among all items", "sampled": "among 20 sampled items"}[protocol] in text
+    assert "states alone" in text
+    assert report.read_text().count("<svg") == 2
+
+
+def test_another_dataset_is_refused(line, world):
+    folder, _ = line
+    error = trirank("evaluate", "--run", folder / "run", "--data", world.data, code=1).stderr
+    assert "give the one it was trained on" in error
+
+
+def test_tuning_shows_its_trials(line, tmp_path):
+    folder, _ = line
+    (tmp_path / "search.toml").write_text(RECIPE + '\n[tuning.space]\n"model.dropout" = [0.0, 0.3]\n')
+    text = trirank("tune", tmp_path / "search.toml", "--data", folder / "data", "--out", tmp_path / "out", "--trials", 1
+                   ).stdout  # fmt: skip
+    assert re.search(r"0\s+│\s+complete\s+│\s+0\.\d+\s+│\s+0\.?\d*", text)
+    assert "best.toml" in text
+
+
 @pytest.mark.e2e
 def test_serve_and_rank(line, tmp_path):
     import signal
@@ -147,6 +173,8 @@ def test_serve_and_rank(line, tmp_path):
         (("train", "shop", "--data", "nowhere", "--out", "y"), "run `trirank data prepare SOURCE --out nowhere`"),
         (("evaluate", "--run", "nowhere", "--data", "x"), "no finished training run"),
         (("evaluate", "--run", "x", "--data", "x", "--split", "dev"), "--split dev is none of train, valid, test"),
+        (("evaluate", "--run", "x", "--data", "x", "--protocol", "luck"), "is none of requests, catalogue, sampled"),
+        (("tune", "shop", "--data", "nowhere", "--out", "y"), "run `trirank data prepare SOURCE --out nowhere`"),
         (("serve", "nowhere"), "nowhere is no release"),
         (("rank", "--server", "127.0.0.1:9"), "give candidates with --item"),
         (("rank", "--server", "127.0.0.1:9", "--item", "1"), "127.0.0.1:9, after"),

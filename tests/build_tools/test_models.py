@@ -119,6 +119,15 @@ def test_what_pre_training_teaches_is_what_is_served(attention, rng):
         torch.testing.assert_close(scores[..., task], logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_empty_history_ranks_by_the_rest(name, rng):
+    model, given = disturbed(ranker(**VARIANTS[name])), inputs(rng)
+    given["history"].zero_()
+    scores = model(**given)
+    assert torch.isfinite(scores).all()
+    assert scores.std(dim=1).min() > 0
+
+
 def test_cosine_does_not_care_how_long_a_vector_is(rng):
     model = ranker()
     states, items = torch.randn(2, 4, 16), torch.randn(2, 7, 16)

@@ -284,3 +284,15 @@ def test_a_damaged_parquet_file(tmp_path):
 def test_the_real_data(real_data, source, counts):
     dataset = prepare(str(real_data / source), PrepareOptions(max_train=500, max_eval=200))
     assert {name: dataset.description.counts[name] for name in counts} == counts
+
+
+@pytest.mark.parametrize("where", ["an event", "a request"])
+def test_an_id_out_of_range_is_named(where, shop, tmp_path):
+    events, requests = shop.events, shop.requests
+    if where == "an event":
+        events = events.with_columns(item_id=pl.when(pl.int_range(pl.len()) == 7).then(99_999).otherwise("item_id"))
+    else:
+        requests = requests.with_columns(item_ids=pl.col("item_ids").list.concat([99_999]))
+    with pytest.raises(BadData, match=f"{where} has the item 99999, which is none of the {shop.items.height} items"):
+        Dataset(shop.items, events, requests, shop.description).save(tmp_path / "data")
+    assert not (tmp_path / "data").exists()

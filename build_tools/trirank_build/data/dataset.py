@@ -143,8 +143,28 @@ class Dataset:
         train = self.requests.filter(pl.col("split") == "train")
         return train.select(pl.col("item_ids").explode()).collect().to_series().to_numpy()
 
+    def check_ids(self) -> None:
+        """Hold events and candidates to the item table.
+
+        Raises:
+            BadData: an id is out of range: it is none of the items'.
+        """
+        candidates = self.requests.select(pl.col("item_ids").explode().alias("item_id"))
+        for name, ids in (("an event", self.events.lazy().select("item_id")), ("a request", candidates)):
+            unknown = ids.unique().filter(~pl.col("item_id").is_in(self.items["item_id"].implode())).head(1).collect()
+            if unknown.height:
+                raise BadData(
+                    f"{name} has the item {unknown.item()}, which is none of the {self.items.height:,} items; add it "
+                    "to the item table, or leave it out"
+                )
+
     def save(self, directory: Path) -> Path:
-        """Write whole or not at all; gives the directory."""
+        """Write whole or not at all; gives the directory.
+
+        Raises:
+            BadData: an event or a request has an item that the item table lacks.
+        """
+        self.check_ids()
         with atomic_directory(directory) as scratch:
             digests = {}
             for name, schema in (("items", ITEMS), ("events", EVENTS), ("requests", REQUESTS)):
