@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from results import ROOT, WORK, Figure, write
-from trirank_build.baselines.lambdamart import LambdaMart
 from trirank_build.data.dataset import Dataset
 from trirank_build.data.options import PrepareOptions
 from trirank_build.data.prepare import prepare
@@ -27,6 +26,7 @@ from trirank_build.data.sources.judged_search import place_of
 from trirank_build.evaluation.bootstrap import mean_interval, ratio_interval
 from trirank_build.evaluation.cascade import rank_retrieved, retrieve
 from trirank_build.evaluation.catalogue import CatalogueTasks, Found, rank_catalogue, state_scorer
+from trirank_build.evaluation.contenders import lambdamart
 from trirank_build.evaluation.evaluate import evaluate, evaluate_catalogue
 from trirank_build.evaluation.scoring import score
 from trirank_build.evaluation.summary import Evaluation
@@ -111,8 +111,8 @@ def sequences(name: str) -> list[Figure]:
         other = trained(name, recipe)
         others[recipe] = rank_catalogue(tasks, state_scorer(other.model(), other.features))
     candidates = retrieve(tasks, dataset, features, model)
-    trees = LambdaMart(*held_out(dataset, features, model, run.recipe.training, run.recipe.seed))
-    others["lambdamart"] = rank_retrieved(trees.score(candidates), tasks, candidates)
+    learnt_from = held_out(dataset, features, model, run.recipe.training, run.recipe.seed)
+    others["lambdamart"] = rank_retrieved(lambdamart(*learnt_from, candidates), tasks, candidates)
     bst = trained(name, "bst").model()
     found_by_similarity = retrieve(tasks, dataset, trained(name, "bst").features, bst)
     others["bst"] = rank_retrieved(score(bst, found_by_similarity), tasks, found_by_similarity)
@@ -152,10 +152,10 @@ def home_depot() -> list[Figure]:
     """Judged search, split by query."""
     dataset, run = dataset_of("home_depot"), trained("home_depot", "judged_search")
     parts = {split: Examples.read(dataset, split, run.features) for split in ("train", "valid", "test")}
-    trees = LambdaMart(parts["train"], parts["valid"])
+    trees = lambdamart(parts["train"], parts["valid"], parts["test"])
     found = evaluate(
         run.model(), parts["test"], dataset, run.features, others={},
-        scored={"bm25": parts["test"].scores, "lambdamart": trees.score(parts["test"])},
+        scored={"bm25": parts["test"].scores, "lambdamart": trees},
     )  # fmt: skip
     out = figures_of("home_depot", found)
     untouched = np.array([place_of(q, PrepareOptions().seed) >= UNTOUCHED_FROM for q in parts["test"].queries])
@@ -170,7 +170,7 @@ def shop() -> list[Figure]:
     """The synthetic shop, whose best possible order is known."""
     dataset, run = dataset_of("shop"), trained("shop", "shop")
     parts = {split: Examples.read(dataset, split, run.features) for split in ("train", "valid", "test")}
-    scored = {"lambdamart": LambdaMart(parts["train"], parts["valid"]).score(parts["test"])}
+    scored = {"lambdamart": lambdamart(parts["train"], parts["valid"], parts["test"])}
     for kind in ("sasrec", "lstm", "bst"):
         other = trained("shop", "shop", {"model.architecture": kind, "model.cross_blocks": 0}, kind)
         scored[kind] = score(other.model(), parts["test"])

@@ -13,7 +13,6 @@ from scipy import stats
 from trirank_backend.features import Packer
 from trirank_build.baselines.content import Content
 from trirank_build.baselines.item_knn import ItemKnn
-from trirank_build.baselines.lambdamart import LambdaMart
 from trirank_build.baselines.matrix_factorisation import MatrixFactorisation
 from trirank_build.data.dataset import Dataset
 from trirank_build.data.options import PrepareOptions
@@ -22,7 +21,7 @@ from trirank_build.errors import BadData
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.bootstrap import mean_interval, ratio_interval
 from trirank_build.evaluation.catalogue import CatalogueTasks, contender_scorer, rank_catalogue
-from trirank_build.evaluation.contenders import Popularity, contenders, order_candidates
+from trirank_build.evaluation.contenders import Popularity, contenders, lambdamart, order_candidates
 from trirank_build.evaluation.evaluate import evaluate, evaluate_catalogue
 from trirank_build.evaluation.report import write_report
 from trirank_build.features.examples import Examples
@@ -115,7 +114,7 @@ def test_equal_scores_do_not_fall_back_on_retrieval(examples, dataset, trained):
 
 def test_lambdamart_learns_the_shop(dataset, trained, examples, found):
     parts = [Examples.read(dataset, split, trained.features) for split in ("train", "valid")]
-    scores = LambdaMart(*parts).score(examples)
+    scores = lambdamart(*parts, examples)
     valid = examples.rows >= 0
     ndcg = metrics.ndcg(
         metrics.order_gains(scores, examples.labels, valid), metrics.ideal_gains(examples.labels, examples.missed)

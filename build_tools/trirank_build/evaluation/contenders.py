@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from trirank_build.baselines.content import Content
 from trirank_build.baselines.item_knn import ItemKnn
+from trirank_build.baselines.lambdamart import LambdaMart, Lists
 from trirank_build.baselines.matrix_factorisation import MatrixFactorisation
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
@@ -17,6 +18,8 @@ from trirank_build.features.fitting import Features
 
 HISTORY = 50
 """Newest events that a baseline sees."""
+MAX_REQUESTS = 20_000
+"""Requests that LambdaMART is fitted on; they are all in memory."""
 _CHUNK = 256
 
 
@@ -69,6 +72,31 @@ def order_candidates(contender: Contender, examples: Examples) -> NDArray[np.flo
             of_all = contender.scores(histories)
         scores[which] = np.take_along_axis(of_all, np.maximum(examples.rows[which], 0), 1)
     return scores
+
+
+def lambdamart(train: Examples, valid: Examples, examples: Examples, seed: int = 0) -> NDArray[np.float32]:
+    """[R, N] scores of ``examples`` by trees over what the ranker's dense and context inputs say, fitted on at most
+    MAX_REQUESTS training requests."""
+    kept = np.sort(np.random.default_rng(seed).permutation(len(train))[:MAX_REQUESTS])
+    trees = LambdaMart(_lists(train, kept), _lists(valid, np.arange(len(valid))))
+    scores = np.zeros(examples.rows.shape, np.float32)
+    for start in range(0, len(examples), _CHUNK):
+        which = np.arange(start, min(start + _CHUNK, len(examples)))
+        part = np.zeros((len(which), scores.shape[1]), np.float32)
+        part[examples.rows[which] >= 0] = trees.scores(_lists(examples, which).values)
+        scores[which] = part
+    return scores
+
+
+def _lists(examples: Examples, which: NDArray[np.int64]) -> Lists:
+    parts = []
+    for start in range(0, len(which), _CHUNK):
+        batch = examples.whole(which[start : start + _CHUNK])
+        packed, valid = batch.packed, batch.valid
+        context = np.broadcast_to(packed.context[:, None], (*valid.shape, packed.context.shape[1]))
+        values = np.concatenate([packed.dense, context], -1)[valid]
+        parts.append(Lists(values, batch.labels[valid], valid.sum(1)))
+    return Lists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _pairs(dataset: Dataset, features: Features) -> tuple[NDArray[np.int64], NDArray[np.int64], int, int]:
