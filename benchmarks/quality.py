@@ -100,22 +100,23 @@ def seconds(name: str, run: TrainedRun) -> Figure:
     return Figure(name, took, took, took, "s", f"{threads} thread(s), the machine's other cores at other work")
 
 
-def sequences(name: str) -> list[Figure]:
-    """Purchase sequences: leave-one-out, whole catalogue, what was bought before left out."""
+def sequences(name: str, baselines: tuple[str, ...]) -> list[Figure]:
+    """Purchase sequences: leave-one-out, whole catalogue, what was bought before left out; neural baselines by name."""
     dataset = dataset_of(name)
     run = trained(name, "sequences")
     model, features = run.model(), run.features
     tasks = CatalogueTasks.of(dataset, "test", features)
     others: dict[str, Found] = {}
-    for recipe in ("sasrec", "lstm"):
+    for recipe in set(baselines) - {"bst"}:
         other = trained(name, recipe)
         others[recipe] = rank_catalogue(tasks, state_scorer(other.model(), other.features))
     candidates = retrieve(tasks, dataset, features, model)
     learnt_from = held_out(dataset, features, model, run.recipe.training, run.recipe.seed)
     others["lambdamart"] = rank_retrieved(lambdamart(*learnt_from, candidates), tasks, candidates)
-    bst = trained(name, "bst").model()
-    found_by_similarity = retrieve(tasks, dataset, trained(name, "bst").features, bst)
-    others["bst"] = rank_retrieved(score(bst, found_by_similarity), tasks, found_by_similarity)
+    if "bst" in baselines:  # has no states, so it orders what similarity finds
+        bst = trained(name, "bst")
+        by_similarity = retrieve(tasks, dataset, bst.features, bst.model())
+        others["bst"] = rank_retrieved(score(bst.model(), by_similarity), tasks, by_similarity)
     found = evaluate_catalogue(model, dataset, features, found=others)
     return [*figures_of(name, found, ", whole catalogue"), seconds(f"{name}_train_s", run)]
 
@@ -172,7 +173,10 @@ def shop() -> list[Figure]:
     parts = {split: Examples.read(dataset, split, run.features) for split in ("train", "valid", "test")}
     scored = {"lambdamart": lambdamart(parts["train"], parts["valid"], parts["test"])}
     for kind in ("sasrec", "lstm", "bst"):
-        other = trained("shop", "shop", {"model.architecture": kind, "model.cross_blocks": 0}, kind)
+        changes: dict[str, Any] = {"model.architecture": kind}
+        if kind == "bst":  # reads the history once for every candidate
+            changes["training.candidates"] = 10
+        other = trained("shop", "shop", changes, kind)
         scored[kind] = score(other.model(), parts["test"])
     found = evaluate(run.model(), parts["test"], dataset, run.features, scored=scored)
     ratio = ratio_interval(found.ndcg10["ranker"], found.ndcg10["optimum"])
@@ -212,8 +216,6 @@ BEAUTY_RANKING: dict[str, dict[str, Any]] = {
     "nothing_frozen": {"training.freeze": "nothing"},
     "without_retrieval": {"features.without": ["retrieval"]},
     "without_dense": {"features.without": ["dense"]},
-    "without_context": {"features.without": ["context"]},
-    "without_cross_attention": {"model.cross_blocks": 0},
 }
 NOT_PRETRAINED = {
     "pretraining.objective": "none", "training.requests": "logged", "training.freeze": "nothing",
@@ -249,12 +251,9 @@ def ablation_beauty_ranking() -> list[Figure]:
     first = trained("beauty", "sequences", PRETRAINED, "ablation-pretrained")
     runs = {}
     for name, changes in BEAUTY_RANKING.items():
-        if name == "without_cross_attention":  # has fewer weights, so it cannot start from the others' pre-training
-            runs[name] = trained("beauty", "sequences", SHORT | changes, "ablation-" + name)
-        else:
-            runs[name] = trained(
-                "beauty", "sequences", RANKED | changes, "ablation-ranking-" + name, start_from=first.directory
-            )
+        runs[name] = trained(
+            "beauty", "sequences", RANKED | changes, "ablation-ranking-" + name, start_from=first.directory
+        )
     runs["not_pretrained"] = trained("beauty", "sequences", SHORT | NOT_PRETRAINED, "ablation-not-pretrained")
     dataset, out = dataset_of("beauty"), []
     for name, run in runs.items():
@@ -318,10 +317,10 @@ def _bytes_of(spec: Any, recipe: ModelRecipe) -> int:
 
 _PRE, _SHOP = ["pretrained", *BEAUTY_PRETRAINING], list(SHOP_CHANGES)
 PARTS: dict[str, Callable[[], list[Figure]]] = {
-    "beauty": partial(sequences, "beauty"),
+    "beauty": partial(sequences, "beauty", ("sasrec", "lstm", "bst")),
     "beauty_seeds": beauty_seeds,
-    "sports": partial(sequences, "sports"),
-    "games": partial(sequences, "games"),
+    "sports": partial(sequences, "sports", ("sasrec",)),
+    "games": partial(sequences, "games", ("sasrec",)),
     "games_sampled": games_sampled,
     "home_depot": home_depot,
     "shop": shop,
