@@ -12,7 +12,7 @@ from scipy import stats
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.evaluation import metrics
-from trirank_build.evaluation.bootstrap import Interval, mean_interval
+from trirank_build.evaluation.bootstrap import Interval, mean_interval, mean_intervals
 from trirank_build.features.fitting import Features
 
 RANKER = "ranker"
@@ -92,22 +92,26 @@ def summarise(
     """Put everything together; ``orders`` holds RANKER, and OPTIMUM where it is known."""
     counts = popularity(dataset.training_choices(), features.catalogue.ids)
     fields = features.catalogue.fields[:, 1:]  # without the item's own id, which nothing shares
-    table = {}
+    columns: dict[tuple[str, str], NDArray[np.float64]] = {}
     for name, order in orders.items():
-        per_request = order.metrics | {
-            "diversity@10": metrics.diversity(order.top, fields), "novelty@10": metrics.novelty(order.top, counts),
-        }  # fmt: skip
-        table[name] = {metric: mean_interval(values) for metric, values in per_request.items()}
+        columns |= {(name, metric): values for metric, values in order.metrics.items()}
+        columns[name, "diversity@10"] = metrics.diversity(order.top, fields)
+        columns[name, "novelty@10"] = metrics.novelty(order.top, counts)
+    table: dict[str, dict[str, Interval]] = {name: {} for name in orders}
+    for (name, metric), interval in zip(columns, mean_intervals(np.stack(list(columns.values()))), strict=True):
+        table[name][metric] = interval
+    for name, order in orders.items():
         share = metrics.coverage(order.top, len(features.catalogue))
         table[name]["coverage@10"] = Interval(share, share, share)
     ndcg = {name: order.metrics["NDCG@10"] for name, order in orders.items()}
+    every = np.stack(list(ndcg.values()))
     return Evaluation(
         protocol=protocol,
         requests=len(asked.targets),
         table=table,
         differences={n: _difference(ndcg[RANKER] - ndcg[n]) for n in orders if n not in (RANKER, "optimum")},
         slices={
-            name: (int(kept.sum()), {order: mean_interval(values[kept]) for order, values in ndcg.items()})
+            name: (int(kept.sum()), dict(zip(ndcg, mean_intervals(every[:, kept]), strict=True)))
             for name, kept in _slices(asked, dataset, features, counts).items()
             if kept.any()
         },
