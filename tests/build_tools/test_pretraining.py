@@ -8,10 +8,12 @@ import torch
 from trirank_build.data.dataset import Dataset
 from trirank_build.data.options import PrepareOptions
 from trirank_build.data.prepare import prepare
-from trirank_build.errors import BadCheckpoint, BadData, BadRecipe
+from trirank_build.errors import BadCheckpoint, BadData, BadRecipe, Diverged
 from trirank_build.evaluation.catalogue import CatalogueTasks, rank_catalogue, state_scorer
 from trirank_build.evaluation.contenders import contenders
 from trirank_build.evaluation.evaluate import evaluate_catalogue
+from trirank_build.evaluation.scoring import score
+from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import fit_features
 from trirank_build.features.negatives import NegativeSampler
 from trirank_build.features.sequences import Sequences
@@ -177,6 +179,22 @@ def test_an_item_left_out_of_the_inputs_is_not_seen(chains, tmp_path):
     """Here the id is all there is; without it every item looks alike."""
     run = train(recipe(features={"without": ["item"]}, pretraining={"epochs": 1}), chains, tmp_path / "run")
     assert ndcg(run, chains) < 0.2
+
+
+def test_weights_that_are_no_numbers_are_no_perfect_ranker(pretrained, chains, tmp_path):
+    """NaN is above nothing and below nothing. Validation tells, before such weights pass for the best ones."""
+    with pytest.raises(Diverged, match="no number"):
+        train(recipe(pretraining={"learning_rate": 1e38, "batch_size": 10_000}), chains, tmp_path / "run")
+    assert not (tmp_path / "run" / "next_item.safetensors").is_file()
+    model = pretrained.model()
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    tasks = CatalogueTasks.of(chains, "test", pretrained.features)
+    with pytest.raises(Diverged, match="lower learning_rate"):
+        rank_catalogue(tasks, state_scorer(model, pretrained.features))
+    examples = Examples.read(chains, "test", pretrained.features)
+    with pytest.raises(Diverged, match="lower learning_rate"):
+        score(model, examples)
 
 
 # Negatives.

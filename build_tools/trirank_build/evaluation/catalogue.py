@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trirank.contract import Behaviour
 
 from trirank_build.data.dataset import GAINS, Dataset
+from trirank_build.errors import Diverged
 from trirank_build.evaluation.contenders import HISTORY, Contender
 from trirank_build.features.examples import HistoryIndex
 from trirank_build.features.fitting import Features
@@ -134,6 +135,9 @@ def rank_catalogue(
 
     Args:
         top_k: best items to keep of each task; 0 saves a third of the time.
+
+    Raises:
+        Diverged: scores are no numbers.
     """
     ranks, tops = np.zeros(len(tasks)), np.zeros((len(tasks), 0 if negatives else min(top_k, tasks.items)), np.int32)
     rng = np.random.default_rng(seed)
@@ -142,6 +146,8 @@ def rank_catalogue(
         scores = scorer(tasks, which).astype(np.float32, copy=True)
         at, targets = np.arange(len(which)), tasks.targets[which]
         own = scores[at, targets].copy()
+        if not np.isfinite(own).all():  # NaN is above nothing and below nothing, so it would look like a perfect rank
+            raise Diverged("the ranker scores items with what is no number; lower learning_rate and train again")
         if negatives is not None:
             others = sample_negatives(tasks, which, negatives, rng)
             against = scores[at[:, None], others]

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from trirank_build.errors import Diverged
 from trirank_build.evaluation import metrics
 from trirank_build.features.examples import Examples
 
@@ -14,7 +15,11 @@ _BATCH = 256
 
 
 def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
-    """[R, N] the mean over tasks of the ranker's scores, as the default policy weighs them."""
+    """[R, N] the mean over tasks of the ranker's scores, as the default policy weighs them.
+
+    Raises:
+        Diverged: scores are no numbers.
+    """
     model.eval()
     device = next(model.parameters()).device
     parts = []
@@ -24,7 +29,10 @@ def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
             packed = examples.whole(which).packed
             tensors = {name: torch.from_numpy(array).to(device) for name, array in packed.tensors().items()}
             parts.append(model(**tensors).mean(-1).cpu().numpy())
-    return np.concatenate(parts)
+    scores = np.concatenate(parts)
+    if not np.isfinite(scores).all():
+        raise Diverged("the ranker scores candidates with what is no number; lower learning_rate and train again")
+    return scores
 
 
 def valid_ndcg(model: nn.Module, examples: Examples) -> float:
