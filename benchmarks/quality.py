@@ -219,10 +219,6 @@ BEAUTY_RANKING: dict[str, dict[str, Any]] = {
     "without_retrieval": {"features.without": ["retrieval"]},
     "without_dense": {"features.without": ["dense"]},
 }
-NOT_PRETRAINED = {
-    "pretraining.objective": "none", "training.requests": "logged", "training.freeze": "nothing",
-    "training.random_negatives": 24, "training.without_scores": 0.5, "training.candidates": 24, "training.epochs": 3,
-}  # fmt: skip
 SHOP_CHANGES: dict[str, dict[str, Any]] = {
     "whole": {},
     **{f"without_{name}": {"features.without": [name]} for name in (
@@ -256,7 +252,6 @@ def ablation_beauty_ranking() -> list[Figure]:
         runs[name] = trained(
             "beauty", "sequences", RANKED | changes, "ablation-ranking-" + name, start_from=first.directory
         )
-    runs["not_pretrained"] = trained("beauty", "sequences", SHORT | NOT_PRETRAINED, "ablation-not-pretrained")
     dataset, out = dataset_of("beauty"), []
     for name, run in runs.items():
         model = run.model()

@@ -1,5 +1,5 @@
 // A search service in another language: KServe v2 as JSON over HTTP, with nothing but Node's own fetch.
-//   node client/examples/rank.mjs 127.0.0.1:8000 "garden hose" 1379 2424 2209
+//   node client/examples/rank.mjs 127.0.0.1:8000 "coffee grinder" 2309 748 506
 const [address, query, ...ids] = process.argv.slice(2);
 
 const tensor = (name, datatype, data) => ({ name, datatype, shape: [1, data.length], data });
