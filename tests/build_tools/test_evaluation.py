@@ -69,7 +69,8 @@ def test_differences_are_paired(found):
         assert difference.value == pytest.approx(values.mean())
         assert difference.p_value == pytest.approx(stats.ttest_rel(
             found.ndcg10["ranker"], found.ndcg10[name], nan_policy="omit").pvalue)  # fmt: skip
-        assert (difference.low > 0 or difference.high < 0) == (difference.p_value < 0.05) or difference.p_value > 0.01
+        if difference.p_value < 0.01 or difference.p_value > 0.2:  # near 0.05 the two may disagree
+            assert (difference.low > 0 or difference.high < 0) == (difference.p_value < 0.01)
 
 
 def test_slices_by_user_part_the_requests(found):

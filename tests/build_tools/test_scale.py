@@ -101,7 +101,7 @@ print(len(examples), anonymous, sum(f.stat().st_size for f in (folder / "unpacke
     assert found[30][0] == 30 * found[1][0]
     more_on_disk, more_in_memory = found[30][2] - found[1][2], found[30][1] - found[1][1]
     assert more_on_disk > 20
-    assert more_in_memory < more_on_disk
+    assert more_in_memory < more_on_disk / 2, (more_in_memory, more_on_disk)
 
 
 def test_torchrun_trains_one_ranker_with_two_processes(recipe_file, world, tmp_path):
