@@ -31,7 +31,7 @@ class ItemKnn:
         self._prior = (1e-6 * counts / max(counts.max(), 1)).astype(np.float32)
         self._n_items = n_items
 
-    def scores(self, histories: NDArray[np.int32]) -> NDArray[np.float32]:
+    def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
         """[B, M] how alike each item is to the history.
 
         Args:

@@ -26,7 +26,7 @@ class MatrixFactorisation:
             )  # fmt: skip
             self._model.fit(chosen, show_progress=False)
 
-    def scores(self, histories: NDArray[np.int32]) -> NDArray[np.float32]:
+    def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
         """[B, L] item rows, -1 padded → [B, M]."""
         request, place = np.nonzero(histories >= 0)
         ones = np.ones(len(request), np.float32)

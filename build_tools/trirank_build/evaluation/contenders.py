@@ -24,10 +24,10 @@ _CHUNK = 256
 
 
 class Contender(Protocol):
-    """Scores every item by what a user did."""
+    """Scores every item by what a user did, or asks for."""
 
-    def scores(self, histories: NDArray[np.int32], /) -> NDArray[np.float32]:
-        """[B, L] item rows, newest last, -1 padded in front → [B, M]."""
+    def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None, /) -> NDArray[np.float32]:
+        """[B, L] item rows, newest last, -1 padded in front, and [B] queries → [B, M]; most need no query."""
         ...
 
 
@@ -37,7 +37,7 @@ class Popularity:
     def __init__(self, counts: NDArray[np.int64]) -> None:
         self._counts = counts.astype(np.float32)
 
-    def scores(self, histories: NDArray[np.int32]) -> NDArray[np.float32]:
+    def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
         """[B, L] → [B, M]"""
         return np.broadcast_to(self._counts, (len(histories), len(self._counts)))
 
@@ -66,10 +66,7 @@ def order_candidates(contender: Contender, examples: Examples) -> NDArray[np.flo
     for start in range(0, len(examples), _CHUNK):
         which = np.arange(start, min(start + _CHUNK, len(examples)))
         histories = examples.histories(which, HISTORY)
-        if isinstance(contender, Content):
-            of_all = contender.scores(histories, examples.queries[start : start + _CHUNK])
-        else:
-            of_all = contender.scores(histories)
+        of_all = contender.scores(histories, examples.queries[start : start + _CHUNK])
         scores[which] = np.take_along_axis(of_all, np.maximum(examples.rows[which], 0), 1)
     return scores
 
