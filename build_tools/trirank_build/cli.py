@@ -136,6 +136,100 @@ def tune(
 
 
 @app.command()
+def compress(
+    recipe: Annotated[str, typer.Argument(help="Compression recipe file, or the name of a shipped one.")],
+    run: Run,
+    data: Data,
+    target: Annotated[Path, typer.Option("--out", help="Folder of the chain; a stopped one goes on.")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Take steps whose settings changed again.")] = False,
+    search: Annotated[bool, typer.Option("--search", help="Look for the best chain; RECIPE is where it starts.")] = False,
+    trials: Annotated[int, typer.Option(min=2, help="For --search: chains to try.")] = 20,
+    latency_ms: Annotated[float | None, typer.Option(min=0, help="For --search: most ms at 200 candidates.")] = None,
+    size_mb: Annotated[float | None, typer.Option(min=0, help="For --search: most MB of the graph.")] = None,
+    min_ndcg_ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, help="For --search: least share of the dense NDCG@10.")
+    ] = None,
+) -> None:
+    """Make a trained ranker smaller and faster, step by step."""
+    from trirank_build.compression.recipe import load_compression_recipe
+
+    loaded = load_compression_recipe(recipe)
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.training.run import TrainedRun
+
+    dense, dataset = TrainedRun.load(run), Dataset.load(data)
+    if search:
+        from trirank_build.compression.search import Target
+        from trirank_build.compression.search import search as look
+
+        found = look(loaded, dense, dataset, target, Target(latency_ms, size_mb, min_ndcg_ratio), trials)
+        table = Table("trial", "ms at 200", "MB", "validation NDCG@10", "of dense", "on the front", title="chains tried")
+        for tried in found.tried:
+            row = (f"{tried.latency_ms:.3f}", f"{tried.size_mb:.3f}", f"{tried.ndcg10:.4f}", f"{tried.ndcg_ratio:.4f}")
+            table.add_row(str(tried.number), *row, "yes" if tried in found.front else "")
+        out.print(table)
+        out.print(f"Pareto front: {found.plot}; the chosen chain's recipe: {found.recipe}")
+        return
+    if (latency_ms, size_mb, min_ndcg_ratio) != (None, None, None):
+        raise BadRecipe("--latency-ms, --size-mb and --min-ndcg-ratio say what --search looks for; say --search too")
+    from trirank_build.compression.chain import LINK
+    from trirank_build.compression.chain import compress as run_chain
+
+    done = run_chain(loaded, dense, dataset, target, fresh=fresh)
+    table = Table("step", "parameters", "MB of checkpoint", "validation NDCG@10", "of dense", title=loaded.name)
+    first = done.report[0]["valid_ndcg10"]
+    for line in done.report:
+        ndcg = line["valid_ndcg10"]
+        size = f"{line['bytes'] / 1e6:.3f}"
+        table.add_row(line["step"], f"{line['parameters']:,}", size, f"{ndcg:.4f}", f"{ndcg / first:.4f}")
+    out.print(table)
+    out.print(f"the compressed ranker: {target / LINK}")
+
+
+@app.command()
+def gate(
+    run: Run,
+    data: Data,
+    onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
+    engine: Annotated[str | None, typer.Option(help="What runs it; by default what runs it fastest here.")] = None,
+    requests: Annotated[int, typer.Option(min=10, help="Held-out requests.")] = 1_000,
+    split: Annotated[str, typer.Option(help="valid or test.")] = "test",
+    live: Annotated[bool, typer.Option(help="Whether to ask a live ensemble too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Prove that the ranking survived, from the dense ranker to the live ensemble; exit status 1 if it did not."""
+    from trirank_backend.scoring import ENGINES, available_engines
+
+    if split not in ("valid", "test"):
+        raise BadRecipe(f"--split {split} is not held out; say valid or test")
+    if engine is not None and engine not in ENGINES:
+        raise BadRecipe(f"--engine {engine} is none of {', '.join(ENGINES)}")
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.engines.latency import fastest_engine
+    from trirank_build.export.onnx import check_onnx
+    from trirank_build.gate.report import write_report
+    from trirank_build.gate.verdict import run_gate
+    from trirank_build.training.run import TrainedRun
+
+    trained = TrainedRun.load(run)
+    check_onnx(onnx, trained.features.spec)
+    if engine is None:
+        engine, _ = fastest_engine(onnx, trained.features.spec, available_engines())
+    report = run_gate(trained, Dataset.load(data), onnx, engine, split=split, requests=requests, live=live)
+    path = write_report(report, onnx)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        from trirank_build.presentation import gate_table
+
+        out.print(gate_table(report))
+        out.print(f"report: {path} and {path.with_suffix('.html')}")
+    if not report.passed:
+        errors.print(f"[red]failed:[/red] {_escaped('; '.join(report.failures))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
 def evaluate(
     run: Run,
     data: Data,
@@ -247,6 +341,12 @@ def assemble(
     runtime: Annotated[str, typer.Option(help="python or tensorrt.")] = "python",
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="For tensorrt: a plan, once for each.")] = None,
     ranker_instances: Annotated[int, typer.Option(min=1, help="For python: rankers at work at a time.")] = 1,
+    engine: Annotated[
+        str | None, typer.Option(help="For python: what runs the graph; by default the gate's, else the fastest here.")
+    ] = None,
+    allow_failing_gate: Annotated[
+        bool, typer.Option("--allow-failing-gate", help="Take a graph that failed the gate; the manifest says so.")
+    ] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Point `current` at it.")] = False,
 ) -> None:
     """Make a release: a model repository with all that it needs."""
@@ -264,6 +364,8 @@ def assemble(
             runtime=runtime,
             plans=plan,
             instances=Instances(ranker=ranker_instances),
+            engine=engine,
+            allow_failing_gate=allow_failing_gate,
         )
     if any(engine["flavour"] != "tensorrt" for engine in release.load_manifest(made)["engines"]):
         errors.print(

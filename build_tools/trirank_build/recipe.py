@@ -220,7 +220,7 @@ class Recipe(_Section):
         try:
             return Recipe.model_validate(raw)
         except ValidationError as error:
-            raise BadRecipe(f"{changes}: " + _lines(error)) from None
+            raise BadRecipe(f"{changes}: " + error_lines(error)) from None
 
     def policies_for(self, tasks: tuple[str, ...]) -> dict[str, Policy]:
         """The serving policies of a ranker with these tasks."""
@@ -255,10 +255,11 @@ def load_recipe(name: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise BadRecipe(f"{path}: " + _lines(error)) from None
+        raise BadRecipe(f"{path}: " + error_lines(error)) from None
 
 
-def _lines(error: ValidationError) -> str:
+def error_lines(error: ValidationError) -> str:
+    """What is wrong with each key, in one line."""
     return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {_words(e)}" for e in error.errors())
 
 

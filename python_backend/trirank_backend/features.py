@@ -98,6 +98,8 @@ class FeatureSpec:
         timed: whether timestamps are times; if not they only order events.
         embed_text: whether the ranker sees the query's tokens (and items have title fields); if not, text only
             counts through how well query and title match.
+        folded: rows of the catalogue, the one for "no item" included, where the ranker has one vector a row instead
+            of summing those of its fields; the packed field of an item is then its row + 1. 0: not folded.
     """
 
     history_length: int
@@ -110,6 +112,7 @@ class FeatureSpec:
     without: tuple[str, ...] = ()
     dense: tuple[str, ...] = field(default=DENSE)
     context: tuple[str, ...] = field(default=CONTEXT)
+    folded: int = 0
 
     @property
     def vocabulary_size(self) -> int:
@@ -119,11 +122,12 @@ class FeatureSpec:
     @property
     def shape(self) -> PackedShape:
         """Sizes of the packed tensors."""
+        item_fields = 1 if self.folded else len(self.item_fields)
         return PackedShape(
             history_length=self.history_length,
-            history_fields=len(self.item_fields) + len(HISTORY_EXTRA),
+            history_fields=item_fields + len(HISTORY_EXTRA),
             query_length=self.query_length,
-            item_fields=len(self.item_fields),
+            item_fields=item_fields,
             dense=len(self.dense),
             context=len(self.context),
             tasks=len(self.tasks),
@@ -206,7 +210,7 @@ class Packer:
     def __init__(self, spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32]) -> None:
         self.spec = spec
         self.catalogue = catalogue
-        self._token_idf = token_idf
+        self.token_idf = token_idf
         fields = spec.item_fields
         self._brand, self._category = fields.index("brand"), fields.index("category")
         self._behaviour_first = spec.tables["behaviour"][0]
@@ -222,6 +226,8 @@ class Packer:
             gaps = np.minimum(np.log2(1 + minutes), TIME_GAPS - 1).astype(np.int32)
         past = self.catalogue.fields[batch.history_rows]  # [B, L, F]
         dense, signals = self._dense(batch, candidates, past)
+        if self.spec.folded:  # fields that the recipe leaves out are left out of the folded vectors
+            candidates, past = self.items(batch.rows), self.items(batch.history_rows)
         history = self._events(past, batch.history_rows, batch.history_behaviours, gaps)
         query = batch.query if self.spec.embed_text else np.zeros_like(batch.query)
         context = self._context(batch)
@@ -233,14 +239,17 @@ class Packer:
         return Packed(history, query, candidates, dense, context, signals)
 
     def items(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
-        """[..., F] the fields of items as the ranker sees them."""
+        """[..., F] the fields of items as the ranker sees them; folded: [..., 1] their rows + 1, 0 for none."""
+        if self.spec.folded:
+            return (rows + 1)[..., None].astype(np.int32, copy=False)
         fields = self.catalogue.fields[rows]
         fields[..., self._hidden[1]] = 0
         return fields
 
     def history(self, rows: NDArray[np.int32], behaviours: NDArray[np.int32]) -> NDArray[np.int32]:
         """[B, L, F+2] a history as the ranker sees it, of any length, seen from no particular moment."""
-        history = self._events(self.catalogue.fields[rows], rows, behaviours, None)
+        items = self.items(rows) if self.spec.folded else self.catalogue.fields[rows]
+        history = self._events(items, rows, behaviours, None)
         history[..., self._hidden[0]] = 0
         return history
 
@@ -316,7 +325,7 @@ class Packer:
         words = np.where(real, query, -1).T[:, :, None]  # [Q, B, 1]
         equal = np.ascontiguousarray(titles.transpose(2, 0, 1))[:, None] == words  # [T, Q, B, N]
         in_title, in_query = equal.any(0), equal.any(1)  # [Q, B, N], [T, B, N]
-        weight = np.where(real, self._token_idf[query], 0)  # [B, Q]
+        weight = np.where(real, self.token_idf[query], 0)  # [B, Q]
         tokens = real.sum(1)  # [B]
         length = np.count_nonzero(titles, axis=2)  # [B, N]
         pairs = (equal[:-1, :-1] & equal[1:, 1:]).any(0).sum(0)
@@ -351,14 +360,15 @@ class Packer:
 def _hidden(spec: FeatureSpec) -> tuple[list[int], list[int], list[int], list[int]]:
     """Columns of history, candidates, dense and context that ``spec.without`` names."""
     without = set(spec.without)
+    item_fields = ("row",) if spec.folded else spec.item_fields
     fields = [
         at
-        for at, name in enumerate(spec.item_fields)
+        for at, name in enumerate(item_fields)
         if name in without
         or (name.startswith("attribute_") and "attributes" in without)
         or (name.startswith("title_") and "text" in without)
     ]
-    extra = [len(spec.item_fields) + at for at, name in enumerate(HISTORY_EXTRA) if name in without]
+    extra = [len(item_fields) + at for at, name in enumerate(HISTORY_EXTRA) if name in without]
     retrieval = range(DENSE.index("has_retrieval_score"), DENSE.index("retrieval_rank") + 1)
     groups = {
         "retrieval": retrieval,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import logging
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxslim
 import torch
 from torch import nn
 from trirank import contract
@@ -18,6 +20,7 @@ from trirank_backend.features import FeatureSpec
 
 from trirank_build.artefacts import atomic_file
 from trirank_build.errors import BadModel
+from trirank_build.export.operators import TENSORRT_OPERATORS
 from trirank_build.export.parity import Parity, check_parity, sample_inputs
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
 
@@ -46,7 +49,7 @@ def export(module: nn.Module, spec: FeatureSpec, path: Path) -> Parity:
                 warnings.simplefilter("ignore")  # the exporter's own deprecations
                 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
                 program = torch.onnx.export(
-                    module,
+                    _exported(module),
                     kwargs=inputs,
                     dynamo=True,
                     dynamic_shapes=shapes,
@@ -57,7 +60,9 @@ def export(module: nn.Module, spec: FeatureSpec, path: Path) -> Parity:
                     external_data=False,
                 )
             assert program is not None
-            program.save(str(scratch), external_data=False)
+            # Drops what the exporter notes about every node (half of a small file) and constants that are there twice.
+            # ONNX Runtime's own optimiser would turn INT8 weights back into floats; neither makes the graph faster.
+            onnx.save(onnxslim.slim(program.model_proto), str(scratch))
         except Exception as error:  # the exporter raises many kinds
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BadModel(
@@ -68,17 +73,30 @@ def export(module: nn.Module, spec: FeatureSpec, path: Path) -> Parity:
         return check_parity(module, scratch, spec)
 
 
+def _exported(module: nn.Module) -> nn.Module:
+    """The module in the form that is written: quantised layers hold INT8 there."""
+    copied = copy.deepcopy(module)
+    for name, part in module.named_modules():
+        if hasattr(part, "exported"):
+            parent, _, last = name.rpartition(".")
+            setattr(copied.get_submodule(parent), last, part.exported())
+    return copied
+
+
 def check_onnx(path: Path, spec: FeatureSpec) -> onnx.ModelProto:
     """Hold a graph to the contract.
 
     Raises:
-        BadModel: it is truncated, or a tensor's name, type or shape differs.
+        BadModel: it is truncated, of an older opset, or a tensor's name, type or shape differs.
     """
     try:
         model = onnx.load(str(path))
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's and onnx's exceptions share no base
         raise BadModel(f"{path} is no whole ONNX graph ({str(error).strip().splitlines()[0]}); export again") from error
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    if opset < OPSET:
+        raise BadModel(f"{path} is of opset {opset}; trirank takes {OPSET} and later, export again")
     for kind, values, specs in (
         ("input", model.graph.input, contract.ranker_inputs(spec.shape)),
         ("output", model.graph.output, contract.ranker_outputs(spec.shape)),
@@ -95,6 +113,12 @@ def check_onnx(path: Path, spec: FeatureSpec) -> onnx.ModelProto:
                     f"{dims}; the contract says {tensor.dtype} {[-1, *tensor.shape]} (-1: dynamic)"
                 )
     return model
+
+
+def beyond_tensorrt(model: onnx.ModelProto) -> list[str]:
+    """Operators of a graph that TensorRT's parser does not take, by name; a CPU engine may run them all the same."""
+    used = {f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node}
+    return sorted(used - TENSORRT_OPERATORS)
 
 
 def parse_arguments(text: str, spec: FeatureSpec) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from trirank import History, RankRequest
 from trirank.contract import ANONYMOUS_USER
 from trirank_backend.features import Packed, RequestBatch
 from trirank_backend.text import query_trigrams
@@ -78,6 +79,7 @@ class Batch:
         labels: [B, N] float32 gains; 0 where padded.
         valid: [B, N] bool.
         rows: [B, N] int32 catalogue rows.
+        scores: [B, N] float32 retrieval scores; NaN: none.
         listed: how many of the N come from the request's own list; further negatives follow.
     """
 
@@ -85,6 +87,7 @@ class Batch:
     labels: NDArray[np.float32]
     valid: NDArray[np.bool_]
     rows: NDArray[np.int32]
+    scores: NDArray[np.float32]
     listed: int
 
 
@@ -188,6 +191,14 @@ class Examples:
         both.optimum = None
         return both
 
+    def seen_by(self, features: Features) -> Examples:
+        """The same requests as other features of the same catalogue pack them."""
+        if features is self._features:
+            return self
+        other = copy.copy(self)
+        other._features = features
+        return other
+
     def _fill(self, at: slice, part: pl.DataFrame) -> None:
         lengths = part["item_ids"].list.len().to_numpy().astype(np.int64)
         there = np.arange(self.rows.shape[1])[None, :] < lengths[:, None]
@@ -239,7 +250,29 @@ class Examples:
                 history_timestamps=past[2],
             )
         )
-        return Batch(packed, labels, rows >= 0, rows, listed)
+        return Batch(packed, labels, rows >= 0, rows, scores, listed)
+
+    def request(self, at: int, scenario: str) -> RankRequest:
+        """A request of those in memory as a client would send it, for all its candidates back, with its history."""
+        given = self.rows[at] >= 0
+        length = self._features.spec.history_length
+        rows, behaviours, times = (a[0] for a in self._history.before(self.users[[at]], self.times[[at]], length))
+        there, scores = rows >= 0, self.scores[at, given]
+        past = None
+        if there.any():
+            past = History(
+                item_ids=self.ids[rows[there]], behaviours=behaviours[there], timestamps=times[there]
+            )  # fmt: skip
+        return RankRequest(
+            item_ids=self.ids[self.rows[at, given]],
+            user_id=None if self.users[at] == ANONYMOUS_USER else int(self.users[at]),
+            query=self.queries[at],
+            scenario=scenario,
+            top_k=int(given.sum()),
+            retrieval_scores=None if np.isnan(scores).any() else scores,
+            history=past,
+            timestamp=int(self.times[at]),
+        )
 
     def whole(self, which: NDArray[np.int64]) -> Batch:
         """All candidates of the requests ``which`` [B], as they would be served."""

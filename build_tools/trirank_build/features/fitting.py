@@ -6,7 +6,7 @@ brands, categories, attributes) are known of every item before anybody meets it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class Features:
     def load(cls, directory: Path) -> Features:
         """Read a ``features`` folder."""
         return cls(*load_packer(directory))
+
+    def changed(self, **changes: Any) -> Features:
+        """The same catalogue and tokeniser under a specification with other values."""
+        return Features(Packer(replace(self.spec, **changes), self.catalogue, self.packer.token_idf), self.text)
 
 
 def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Features:

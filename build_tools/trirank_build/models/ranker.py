@@ -61,6 +61,21 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
 
+class Head(nn.Sequential):
+    """Scores [B, N, T] of x [B, N, D] beside its product with the context's state [B, 1, D]: Linear, GELU, Linear."""
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:  # type: ignore[override]
+        first, activation, last = self
+        if isinstance(first, nn.Linear):
+            # x V + (x · state) W is x (V + state · W): one product of D for every candidate instead of one of 2 D.
+            dim = x.shape[-1]
+            hidden = x @ (first.weight[:, :dim] + first.weight[:, dim:] * state).transpose(1, 2) + first.bias
+        else:
+            hidden = first(torch.cat([x, x * state], -1))
+        scores: Tensor = last(activation(hidden))
+        return scores
+
+
 class SharedContextRanker(SequenceRanker):
     """history [B, L, F+2], query [B, Q], candidates [B, N, F], dense [B, N, Dn], context [B, C] → scores [B, N, T].
 
@@ -74,6 +89,7 @@ class SharedContextRanker(SequenceRanker):
     def __init__(self, spec: FeatureSpec, recipe: ModelRecipe) -> None:
         super().__init__(spec, recipe)
         shape, dim = spec.shape, recipe.dim
+        self.dim = dim
         self.causal = recipe.attention == "causal"
         self.position = nn.Parameter(torch.randn(shape.history_length + shape.query_length, dim) * STD)
         self.mask = nn.Parameter(torch.randn(dim) * STD)
@@ -86,7 +102,7 @@ class SharedContextRanker(SequenceRanker):
         self.cross = nn.ModuleList(Block(recipe, 0.0) for _ in range(recipe.cross_blocks))
         self.norm_out = nn.LayerNorm(dim)
         last = nn.Linear(dim, shape.tasks)
-        self.head = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), last)
+        self.head = Head(nn.Linear(2 * dim, dim), nn.GELU(), last)
         self.dense_head = nn.Linear(shape.dense, shape.tasks)
         self.affinity = nn.Parameter(torch.ones(shape.tasks))
         for layer in (last, self.dense_head):  # a pre-trained ranker starts from its affinity alone
@@ -129,17 +145,19 @@ class SharedContextRanker(SequenceRanker):
         return self.states(history, nothing)[:, -1]
 
     def forward(self, history: Tensor, query: Tensor, candidates: Tensor, dense: Tensor, context: Tensor) -> Tensor:
-        memory, mask = self.encode(history, query, context)
+        return self.rank(*self.encode(history, query, context), history, candidates, dense)
+
+    def rank(self, memory: Tensor, mask: Tensor, history: Tensor, candidates: Tensor, dense: Tensor) -> Tensor:
+        """Scores [B, N, T] from what ``encode`` made of the request."""
         items = self.item_vectors(candidates)
         if self.causal:  # the state after the newest event, and none without one
             known = there(history)[:, -1:].to(memory.dtype)  # [B, 1]
             state = memory[:, self.history_length - 1] * known
         else:
             state = memory[:, -1]
-        affinity = self.logits(state[:, None], items).transpose(1, 2)  # [B, N, 1]
+        affinity = self.affinities(state, items)[..., None]  # [B, N, 1]
         x = self.norm_candidate(items) + self.dense(dense)  # [B, N, D]
         for block in self.cross:
             x = block(x, memory, mask)
-        x = self.norm_out(x)
-        both = torch.cat([x, x * memory[:, -1:]], -1)  # [B, N, 2D]
-        return self.head(both) + self.dense_head(dense) + affinity * self.affinity
+        scores: Tensor = self.head(self.norm_out(x), memory[:, -1:])
+        return scores + self.dense_head(dense) + affinity * self.affinity

@@ -20,6 +20,7 @@ from trirank_build.recipe import ModelRecipe
 
 TEMPERATURE = 20.0
 """What cosines are multiplied with at the start; learned from there."""
+_EPSILON = 1e-6
 
 
 class SequenceRanker(nn.Module):
@@ -33,9 +34,12 @@ class SequenceRanker(nn.Module):
 
     def __init__(self, spec: FeatureSpec, recipe: ModelRecipe) -> None:
         super().__init__()
+        self.spec = spec
         self.history_length, self.tasks = spec.history_length, len(spec.tasks)
-        self.fields = len(spec.item_fields)
+        self.fields = spec.shape.item_fields
         self.embedding = make_embedding(spec, recipe)
+        self.folded: nn.Module | None = None
+        """Rows of whole items, once their fields were folded together (trirank_build.compression.fold)."""
         self.dropout = nn.Dropout(recipe.dropout)
         self.cosine = recipe.similarity == "cosine"
         self.prior = nn.Linear(recipe.dim, 1, bias=False)
@@ -46,14 +50,13 @@ class SequenceRanker(nn.Module):
         )
 
     def item_vectors(self, fields: Tensor) -> Tensor:
-        """Items by their fields [..., F] → [..., D]."""
-        vectors: Tensor = self.embedding(fields).sum(-2)
+        """Items by their fields [..., F], or folded by their row [..., 1] → [..., D]."""
+        vectors: Tensor = self.embedding(fields).sum(-2) if self.folded is None else self.folded(fields[..., 0])
         return vectors
 
     def event_vectors(self, history: Tensor) -> tuple[Tensor, Tensor]:
         """Items [B, L, D], and behaviours with time gaps [B, L, D], of a history [B, L, F+2]."""
-        vectors = self.embedding(history)  # [B, L, F+2, D]
-        return vectors[:, :, : self.fields].sum(2), vectors[:, :, self.fields :].sum(2)
+        return self.item_vectors(history[:, :, : self.fields]), self.embedding(history[:, :, self.fields :]).sum(2)
 
     def states(self, history: Tensor, masked: Tensor | None = None) -> Tensor:
         """What each event leads one to expect: [B, L, F+2] → [B, L, D], or [B, L+1, D] with ``masked`` [B, L], whose
@@ -78,6 +81,17 @@ class SequenceRanker(nn.Module):
         states, items, prior = self.comparable(states, items)
         return states @ items.transpose(-1, -2) + prior[..., None, :]
 
+    def affinities(self, state: Tensor, items: Tensor) -> Tensor:
+        """[B, D] and [B, N, D] → [B, N], ``logits`` of one state, in the cheaper way for few states and many items: the
+        items are not scaled but the products are."""
+        if self.cosine:
+            state = unit(state) * self.log_temperature.exp()
+        both = torch.stack([state, self.prior.weight.expand_as(state)], -1)  # [B, D, 2]
+        product, prior = (items @ both).unbind(-1)
+        if self.cosine:
+            product = product * torch.rsqrt((items * items).sum(-1) + _EPSILON)
+        return product + prior
+
     def pairs(self, states: Tensor, items: Tensor) -> Tensor:
         """[..., D] and [..., D] → [...], each state against its own item."""
         states, items, prior = self.comparable(states, items)
@@ -91,7 +105,7 @@ def there(history: Tensor) -> Tensor:
 
 def unit(vectors: Tensor) -> Tensor:
     """Scaled to length one; safe where all is zero, and plain enough for every runtime."""
-    return vectors * torch.rsqrt((vectors * vectors).sum(-1, keepdim=True) + 1e-6)
+    return vectors * torch.rsqrt((vectors * vectors).sum(-1, keepdim=True) + _EPSILON)
 
 
 assert HISTORY_EXTRA == ("behaviour", "time_gap"), "event_vectors counts on these two"

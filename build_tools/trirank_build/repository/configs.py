@@ -35,11 +35,16 @@ class Instances:
 
 
 def model_configs(
-    shape: PackedShape, runtime: str, instances: Instances, plans: dict[str, str] | None = None
+    shape: PackedShape,
+    runtime: str,
+    instances: Instances,
+    plans: dict[str, str] | None = None,
+    engine: str = "onnxruntime",
 ) -> dict[str, str]:
     """Model name → text of its config.pbtxt.
 
     Args:
+        engine: for ``python``: one of trirank_backend.scoring.ENGINES.
         plans: for ``tensorrt``: compute capability ("8.6") → plan file, one optimisation profile a bucket in each.
 
     Raises:
@@ -56,6 +61,7 @@ def model_configs(
     rerank = _python(contract.RERANK, (*scores, *between, *forwarded), answer, instances.rerank)
     if runtime == "python":
         ranker = _python(contract.RANKER, packed, scores, instances.ranker, ragged=False)
+        ranker.parameters["engine"].string_value = engine
     else:
         ranker = _tensorrt(packed, scores, plans or {})
     configs = {config.name: config for config in (preprocess, ranker, rerank, _ensemble(preprocess, ranker, rerank))}

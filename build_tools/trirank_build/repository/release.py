@@ -18,17 +18,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx
 import polars as pl
 from trirank import contract
 from trirank_backend.histories import Events, SqliteUserStore
 from trirank_backend.policies import check_policy, save_policies
+from trirank_backend.scoring import exact_engines
 from trirank_backend.stages import FEATURES
 
 from trirank_build.artefacts import atomic_file, combined_digest, file_digest, tree_digests
 from trirank_build.data.dataset import Dataset
+from trirank_build.engines.latency import fastest_engine
 from trirank_build.engines.plan import PlanManifest, load_plan_manifest
 from trirank_build.errors import BadData, BadModel
-from trirank_build.export.onnx import check_onnx
+from trirank_build.export.onnx import beyond_tensorrt, check_onnx
 from trirank_build.export.parity import Parity
 from trirank_build.repository.configs import Instances, model_configs
 from trirank_build.training.run import TrainedRun
@@ -42,7 +45,7 @@ MODELS, MANIFEST, ITEMS, REQUESTS, CURRENT = (
 )
 TEMPLATES = Path(__file__).parent.parent / "model_repository"
 _RECORDED = 8
-_PACKAGES = ("trirank", "torch", "onnx", "onnxruntime", "numpy", "tokenizers")
+_PACKAGES = ("trirank", "torch", "onnx", "onnxruntime", "openvino", "numpy", "tokenizers")
 
 
 def assemble(
@@ -54,11 +57,18 @@ def assemble(
     runtime: str = "python",
     plans: list[Path] | None = None,
     instances: Instances | None = None,
+    engine: str | None = None,
+    allow_failing_gate: bool = False,
 ) -> Path:
     """Write a release below ``out`` under its digest, or find it there already; gives its directory.
 
+    Args:
+        engine: what runs the graph with the runtime ``python``; None: the gate's, else the fastest that is exact.
+        allow_failing_gate: take a graph whose gate failed, or a compressed one that went through none. The manifest
+            says so.
+
     Raises:
-        BadModel: the graph or a plan does not fit the contract, the features or its report.
+        BadModel: the graph or a plan does not fit the contract, the features or its report, or its gate failed.
         BadData: the dataset is another one than the run was trained on.
     """
     trained_on, given = run.facts["dataset"]["digest"], dataset.description.digest
@@ -69,12 +79,15 @@ def assemble(
     spec = run.features.spec
     check_onnx(onnx_path, spec)
     parity = _parity_of(onnx_path)
+    gate = _gate_of(onnx_path, run, allow_failing_gate)
+    if engine is None:
+        engine = gate["engine"] if gate else fastest_engine(onnx_path, spec, exact_engines())[0]
     plan_files = _checked_plans(plans or [], onnx_path, runtime)
     policies = run.recipe.policies_for(spec.tasks)
     for name, policy in policies.items():
         check_policy(name, policy, spec.tasks)
     capabilities = {m.compute_capability: f"{m.sm}.plan" for _, m in plan_files}
-    configs = model_configs(spec.shape, runtime, instances or Instances(), capabilities)
+    configs = model_configs(spec.shape, runtime, instances or Instances(), capabilities, engine)
 
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".assembling.", dir=out) as folder:
@@ -103,6 +116,10 @@ def assemble(
             "runtime": runtime,
             "onnx": file_digest(onnx_path),
             "parity": parity,
+            "engine": engine if runtime == "python" else None,
+            "gate": gate,
+            "failing_gate_allowed": allow_failing_gate,
+            "compression": run.facts.get("compression"),
             "engines": [manifest.to_json() for _, manifest in plan_files],
             "recipe": run.recipe.model_dump(mode="json"),
             "curve": run.facts["curve"],
@@ -146,9 +163,38 @@ def parity_path(onnx_path: Path) -> Path:
 
 def write_parity(onnx_path: Path, parity: Parity, module: str) -> None:
     """Leave the export's report beside its graph; `assemble` takes no graph without one."""
-    report = {"onnx": file_digest(onnx_path), "module": module, **parity.to_json()}
+    beyond = beyond_tensorrt(onnx.load(str(onnx_path)))
+    report = {"onnx": file_digest(onnx_path), "module": module, "beyond_tensorrt": beyond, **parity.to_json()}
     with atomic_file(parity_path(onnx_path)) as scratch:
         scratch.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def gate_path(onnx_path: Path) -> Path:
+    """Where `trirank gate` leaves its report."""
+    return onnx_path.with_suffix(".gate.json")
+
+
+def _gate_of(onnx_path: Path, run: TrainedRun, allow_failing: bool) -> dict[str, Any] | None:
+    """The gate's report on this very graph; None where there is none and none is needed.
+
+    Raises:
+        BadModel: it failed, or it is missing and the ranker is compressed.
+    """
+    path, allow = gate_path(onnx_path), "or say --allow-failing-gate"
+    report: dict[str, Any] | None = None
+    if path.is_file():
+        try:
+            read: dict[str, Any] = json.loads(path.read_text())
+            report = read if read["onnx"] == file_digest(onnx_path) else None
+        except (ValueError, KeyError) as error:
+            raise BadModel(f"{path} is no report of the gate ({error}); run `trirank gate` again") from error
+    if allow_failing:
+        return report
+    if report is None and run.facts.get("compression"):
+        raise BadModel(f"{onnx_path} is compressed and has no report of the gate; run `trirank gate` on it, {allow}")
+    if report is not None and not report["passed"]:
+        raise BadModel(f"{onnx_path} did not pass the gate: {'; '.join(report['failures'])}. Compress less, {allow}")
+    return report
 
 
 def _parity_of(onnx_path: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from trirank_build.errors import BadCheckpoint, Diverged
 from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from trirank_build.progress import console, progress
-from trirank_build.recipe import PretrainingRecipe, TrainingRecipe
 from trirank_build.training.distributed import Ranks
 
 LAST = "last.safetensors"
@@ -29,6 +28,21 @@ CLIP = 1.0
 """Largest norm of a step's gradient."""
 FLOOR = 0.1
 """Of the learning rate, where its decay ends."""
+
+
+class Schedule(Protocol):
+    """What a phase's part of the recipe says about its steps."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
 
 
 class Phase(Protocol):
@@ -40,7 +54,7 @@ class Phase(Protocol):
         ...
 
     @property
-    def settings(self) -> PretrainingRecipe | TrainingRecipe:
+    def settings(self) -> Schedule:
         """The part of the recipe that says how."""
         ...
 

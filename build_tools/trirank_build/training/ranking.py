@@ -15,7 +15,7 @@ from trirank_build.errors import BadData
 from trirank_build.evaluation.cascade import retrieve, sample
 from trirank_build.evaluation.catalogue import CatalogueTasks
 from trirank_build.evaluation.scoring import valid_ndcg
-from trirank_build.features.examples import Examples
+from trirank_build.features.examples import Batch, Examples
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
 from trirank_build.models.sequence import SequenceRanker
@@ -43,8 +43,10 @@ class RankingStep(nn.Module):
 
     def forward(self, labels: Tensor, valid: Tensor, log_q: Tensor | None = None, **inputs: Tensor) -> Tensor:
         scores = self.model(**inputs).float()
-        if log_q is not None:
-            scores = scores - log_q[..., None]
+        return self.judge(scores if log_q is None else scores - log_q[..., None], labels, valid)
+
+    def judge(self, scores: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        """The loss of scores [B, N, T]."""
         return self.weights(self.loss(scores, targets_of(labels, self.thresholds), valid))
 
 
@@ -52,7 +54,7 @@ class Ranking:
     """The phase, on these requests."""
 
     def __init__(
-        self, model: SequenceRanker, recipe: TrainingRecipe, dataset: Dataset, train: Examples, valid: Examples
+        self, model: nn.Module, recipe: TrainingRecipe, dataset: Dataset, train: Examples, valid: Examples
     ) -> None:
         self.name, self.settings, self.decays = RANKING, recipe, True
         self.step = RankingStep(model, recipe, {task: dataset.description.tasks[task] for task in train.tasks})
@@ -73,11 +75,17 @@ class Ranking:
         order, size = rng.permutation(self._teaching), self.settings.batch_size
         return [order[at : at + size] for at in range(0, len(order), size)]
 
+    def draw(self, which: NDArray[np.int64], rng: np.random.Generator) -> tuple[Batch, bool]:
+        """Requests with a sample of their candidates, and whether they go with retrieval scores."""
+        settings = self.settings
+        with_scores = bool(rng.random() >= settings.without_scores)
+        sampler = None if with_scores else self._sampler
+        return self._train.sample(which, rng, settings.candidates, sampler, with_scores), with_scores
+
     def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         """Packed requests."""
         settings = self.settings
-        with_scores = bool(rng.random() >= settings.without_scores)
-        batch = self._train.sample(which, rng, settings.candidates, None if with_scores else self._sampler, with_scores)
+        batch, with_scores = self.draw(which, rng)
         tensors = {name: torch.from_numpy(array) for name, array in batch.packed.tensors().items()}
         if settings.item_dropout:
             hidden = torch.from_numpy(rng.random(batch.labels.shape) < settings.item_dropout)

@@ -6,6 +6,8 @@
 ``PHASE.safetensors``   the best weights of a phase, while later ones go on; what pre-training gave is kept
 ``best.safetensors``    the weights of the last phase's best epoch
 ``run.json``            what it was trained on, and the curve
+
+A step of `trirank compress` leaves a directory of the same form, whose checkpoint also says what form the ranker has.
 """
 
 from __future__ import annotations
@@ -66,7 +68,39 @@ class TrainedRun:
 
     def model(self) -> SequenceRanker:
         """The ranker with its best weights, in evaluation mode."""
-        model = make_ranker(self.features.spec, self.recipe.model)
+        # The kinds of steps open runs themselves (teachers, members of an ensemble), so they cannot be imported above.
+        from trirank_build.compression.recipe import rebuild
+
         path = self.directory / BEST
-        load_weights(model, load_checkpoint(path)[0], path)
+        tensors, description = load_checkpoint(path)
+        model = make_ranker(self.features.spec, self.recipe.model)
+        for kind, decisions in description.get("compression", ()):
+            model = rebuild(kind, model, decisions)  # type: ignore[assignment]  # an ensemble only scores
+        load_weights(model, tensors, path)
         return model.eval()
+
+
+def check_features(first: TrainedRun, features: Features) -> None:
+    """Hold a run's features against others: its weights mean nothing to another vocabulary.
+
+    Raises:
+        BadCheckpoint: they differ.
+    """
+    old, new = first.features.spec, features.spec
+    for name in (
+        "vocabulary_size",
+        "item_fields",
+        "tables",
+        "history_length",
+        "query_length",
+        "tasks",
+        "folded",
+        "shape",
+    ):
+        if getattr(old, name) != getattr(new, name):
+            raise BadCheckpoint(
+                f"{first.directory} was trained with {name} {getattr(old, name)}, this dataset and recipe have "
+                f"{getattr(new, name)}; start from a run on the same dataset with the same [features]"
+            )
+    if not (first.features.catalogue.fields == features.catalogue.fields).all():
+        raise BadCheckpoint(f"{first.directory} numbers its items otherwise; start from a run on the same dataset")

@@ -26,7 +26,7 @@ from trirank_build.training.distributed import Ranks, ranks
 from trirank_build.training.loop import Loop, Phase
 from trirank_build.training.pretraining import Pretraining
 from trirank_build.training.ranking import RANKING, Ranking, held_out, logged
-from trirank_build.training.run import BEST, FEATURES, RECIPE, RUN, TrainedRun
+from trirank_build.training.run import BEST, FEATURES, RECIPE, RUN, TrainedRun, check_features
 
 _EXAMPLES = "examples"
 """Folder of the unpacked requests while training lasts."""
@@ -113,7 +113,7 @@ def _run(
     torch.manual_seed(recipe.seed)
     model = make_ranker(features.spec, recipe.model).to(group.device)
     if first is not None:
-        _check_features(first, features)
+        check_features(first, features)
         load_weights(model, load_checkpoint(first.directory / BEST)[0], first.directory / BEST)
     unpacked = out / _EXAMPLES / str(group.rank)
 
@@ -155,16 +155,3 @@ def _run(
             scratch.write_text(json.dumps(facts, indent=1) + "\n")
         loop.last.unlink()
         shutil.rmtree(out / _EXAMPLES, ignore_errors=True)
-
-
-def _check_features(first: TrainedRun, features: Features) -> None:
-    """Weights mean nothing to features with another vocabulary."""
-    old, new = first.features.spec, features.spec
-    for name in ("vocabulary_size", "item_fields", "tables", "history_length", "query_length", "tasks", "shape"):
-        if getattr(old, name) != getattr(new, name):
-            raise BadCheckpoint(
-                f"{first.directory} was trained with {name} {getattr(old, name)}, this dataset and recipe have "
-                f"{getattr(new, name)}; start from a run on the same dataset with the same [features]"
-            )
-    if not (first.features.catalogue.fields == features.catalogue.fields).all():
-        raise BadCheckpoint(f"{first.directory} numbers its items otherwise; start from a run on the same dataset")

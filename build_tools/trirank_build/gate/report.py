@@ -1,0 +1,50 @@
+"""The gate's report, as JSON for `assemble` and as one HTML file that loads nothing from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jinja2
+
+from trirank_build.artefacts import atomic_file
+from trirank_build.gate.verdict import Report
+from trirank_build.repository.release import gate_path
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Gate</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .7rem; border-bottom: 1px solid #ddd }
+td { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left }
+tr.failed { background: #fbeaea } .failed b { color: #a00 } .passed b { color: #070 } small { color: #777 }
+</style></head><body>
+<h1>Gate</h1>
+<p class="{{ 'passed' if report.passed else 'failed' }}"><b>{{ 'Passed' if report.passed else 'Failed' }}</b>:
+{{ "{:,}".format(report.facts.requests) }} requests of the {{ report.facts.split }} split,
+engine {{ report.facts.engine }}, graph {{ report.facts.onnx[:12] }}.</p>
+{% if report.failures %}<ul>{% for failure in report.failures %}<li>{{ failure }}</li>{% endfor %}</ul>{% endif %}
+<table><tr><th>stage</th><th>NDCG@10</th><th>of the dense ranker's</th><th>Kendall's tau</th><th>overlap of best
+ten</th> <th>largest difference</th><th>ms at {{ report.facts.candidates_of_latency }}</th><th>MB</th></tr> {% for row
+in report.rows %}<tr class="{{ 'failed' if row.failures }}"><td>{{ row.stage }}</td> <td>{{
+"%.4f"|format(row.ndcg10.value) }} <small>{{ "%.4f"|format(row.ndcg10.low) }} – {{ "%.4f"|format(row.ndcg10.high) }}
+</small></td><td>{{ "%.4f"|format(row.ndcg_ratio.value) }} <small>{{ "%.4f"|format(row.ndcg_ratio.low) }} – {{
+"%.4f"|format(row.ndcg_ratio.high) }}</small></td><td>{{ "%.4f"|format(row.kendall_tau) }}</td> <td>{{
+"%.4f"|format(row.overlap) }}</td><td>{{ "" if row.difference is none else "%.1e"|format(row.difference) }}</td>
+<td>{{ "%.3f"|format(row.latency_ms) }}</td><td>{{ "%.3f"|format(row.size_mb) }}</td></tr>{% endfor %}</table> <p>Tau
+and overlap are against the dense ranker's order. The difference is the largest one of a score from the stage before,
+as a share of the scores' standard deviation, where both compute the same. Latencies are medians on one thread of the
+machine that ran the gate; the ensemble's is of whole calls with the requests above.</p> <h2>Thresholds</h2><table>{%
+for name, limit in report.thresholds %} <tr><td>{{ name }}</td><td>{{ "–" if limit is none else limit }}</td></tr>{%
+endfor %}</table> </body></html>
+"""
+
+
+def write_report(report: Report, onnx_path: Path) -> Path:
+    """Leave the report beside the graph, where `assemble` looks for it, and as HTML beside that; gives the JSON."""
+    path = gate_path(onnx_path)
+    page = jinja2.Environment(autoescape=True).from_string(_TEMPLATE).render(report=report)
+    with atomic_file(path.with_suffix(".html")) as scratch:
+        scratch.write_text(page)
+    with atomic_file(path) as scratch:
+        scratch.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    return path
