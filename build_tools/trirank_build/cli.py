@@ -142,7 +142,9 @@ def compress(
     data: Data,
     target: Annotated[Path, typer.Option("--out", help="Folder of the chain; a stopped one goes on.")],
     fresh: Annotated[bool, typer.Option("--fresh", help="Take steps whose settings changed again.")] = False,
-    search: Annotated[bool, typer.Option("--search", help="Look for the best chain; RECIPE is where it starts.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for the best chain; RECIPE is where it starts.")
+    ] = False,
     trials: Annotated[int, typer.Option(min=2, help="For --search: chains to try.")] = 20,
     latency_ms: Annotated[float | None, typer.Option(min=0, help="For --search: most ms at 200 candidates.")] = None,
     size_mb: Annotated[float | None, typer.Option(min=0, help="For --search: most MB of the graph.")] = None,
@@ -163,7 +165,9 @@ def compress(
         from trirank_build.compression.search import search as look
 
         found = look(loaded, dense, dataset, target, Target(latency_ms, size_mb, min_ndcg_ratio), trials)
-        table = Table("trial", "ms at 200", "MB", "validation NDCG@10", "of dense", "on the front", title="chains tried")
+        table = Table(
+            "trial", "ms at 200", "MB", "validation NDCG@10", "of dense", "on the front", title="chains tried"
+        )
         for tried in found.tried:
             row = (f"{tried.latency_ms:.3f}", f"{tried.size_mb:.3f}", f"{tried.ndcg10:.4f}", f"{tried.ndcg_ratio:.4f}")
             table.add_row(str(tried.number), *row, "yes" if tried in found.front else "")

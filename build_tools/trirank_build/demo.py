@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trirank import RankClient, RankRequest
 from trirank_backend.errors import BackendError
+from trirank_backend.scoring import available_engines
 
 from trirank_build.artefacts import file_digest
 from trirank_build.errors import TrirankBuildError
@@ -18,7 +19,7 @@ TOP_K = 10
 
 
 def main() -> None:
-    """Prepare, train, export, assemble, serve, ask, stop. What is there already is used again."""
+    """Prepare, train, compress, export, gate, assemble, serve, ask, stop. What is there already is used again."""
     try:
         release = build(WORK)
         show(release)
@@ -30,30 +31,42 @@ def main() -> None:
 def build(work: Path) -> Path:
     """The demo's release."""
     with working("loading libraries"):
+        from trirank_build.compression.chain import compress
+        from trirank_build.compression.recipe import load_compression_recipe
         from trirank_build.data.dataset import Dataset
         from trirank_build.data.options import PrepareOptions
         from trirank_build.data.prepare import SHOP, prepare
+        from trirank_build.engines.latency import fastest_engine
         from trirank_build.export.onnx import export
+        from trirank_build.gate.report import write_report
+        from trirank_build.gate.verdict import run_gate
+        from trirank_build.presentation import gate_table
         from trirank_build.recipe import load_recipe
-        from trirank_build.repository.release import assemble, parity_path, promote, write_parity
+        from trirank_build.repository.release import assemble, gate_path, promote, write_parity
+        from trirank_build.training.run import BEST
         from trirank_build.training.trainer import train
 
     data, onnx_path = work / "data", work / "ranker.onnx"
     if not (data / "dataset.json").is_file():
         prepare(SHOP, PrepareOptions()).save(data)
     dataset = Dataset.load(data)
-    run = train(load_recipe("shop"), dataset, work / "run")
-    weights = file_digest(run.directory / "best.safetensors")
+    dense = train(load_recipe("shop"), dataset, work / "run")
+    run = compress(load_compression_recipe("shop"), dense, dataset, work / "compression").last
+    weights = file_digest(run.directory / BEST)
     marker = work / "exported"
-    if not (parity_path(onnx_path).is_file() and marker.is_file() and marker.read_text() == weights):
+    if not (gate_path(onnx_path).is_file() and marker.is_file() and marker.read_text() == weights):
         with working("exporting to ONNX and checking parity"):
             module = run.model()
             write_parity(onnx_path, export(module, run.features.spec, onnx_path), type(module).__name__)
+        engine, _ = fastest_engine(onnx_path, run.features.spec, available_engines())
+        report = run_gate(run, dataset, onnx_path, engine)
+        write_report(report, onnx_path)
+        out.print(gate_table(report))
         marker.write_text(weights)
     with working("assembling the release"):
         release = assemble(run, dataset, onnx_path, work / "releases")
     promote(release)
-    out.print(f"release {release}, validation NDCG@10 {max(p['valid_ndcg10'] for p in run.facts['curve']):.4f}")
+    out.print(f"release {release}, gate's report {gate_path(onnx_path).with_suffix('.html')}")
     return release
 
 

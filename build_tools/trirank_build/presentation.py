@@ -10,6 +10,7 @@ from rich.table import Table
 from trirank import RankRequest, RankResponse, Reason
 
 from trirank_build.evaluation.summary import Evaluation
+from trirank_build.gate.verdict import Report
 from trirank_build.repository.release import ITEMS
 
 _WORDS = {
@@ -65,6 +66,21 @@ def evaluation_tables(found: Evaluation, split: str) -> list[Table]:
     for name, (count, by_order) in found.slices.items():
         slices.add_row(name, f"{count:,}", *(f"{by_order[order].value:.4f}" for order in found.table))
     return [orders, above, slices]
+
+
+def gate_table(report: Report) -> Table:
+    """Every stage of the gate."""
+    verdict = "passed" if report.passed else "failed"
+    columns = ("NDCG@10", "of dense", "95 % interval", "tau", "best ten", "difference", "ms at 200", "MB", "")
+    table = Table("stage", *columns, title=f"gate: {verdict}")
+    for row in report.rows:
+        ratio = row.ndcg_ratio
+        table.add_row(
+            row.stage, f"{row.ndcg10.value:.4f}", f"{ratio.value:.4f}", f"{ratio.low:.4f} to {ratio.high:.4f}",
+            f"{row.kendall_tau:.3f}", f"{row.overlap:.3f}", "" if row.difference is None else f"{row.difference:.1e}",
+            f"{row.latency_ms:.3f}", f"{row.size_mb:.3f}", "failed" if row.failures else "",
+        )  # fmt: skip
+    return table
 
 
 def _items(release: Path | None) -> dict[int, dict[str, Any]]:

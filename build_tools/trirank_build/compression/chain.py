@@ -27,6 +27,7 @@ from trirank_build.compression.step import Context, FineTuning, Requests, StepSe
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, BadRecipe
 from trirank_build.evaluation.scoring import valid_ndcg
+from trirank_build.features.fitting import Features
 from trirank_build.models.checkpoint import load_checkpoint, save_checkpoint
 from trirank_build.progress import working
 from trirank_build.training.run import BEST, FEATURES, RECIPE, RUN, TrainedRun
@@ -88,20 +89,22 @@ def compress(
     return Compressed(dense.directory, folders, [_report(name, run) for name, run in runs.items()])
 
 
-def check_chain(recipe: CompressionRecipe, dense: TrainedRun) -> nn.Module:
-    """Take all steps on the form of the ranker alone; gives the form at the end, with weights that mean nothing.
+def check_chain(recipe: CompressionRecipe, dense: TrainedRun) -> tuple[nn.Module, Features]:
+    """Take all steps on the form of the ranker alone; gives the form at the end, with weights that mean nothing, and
+    what it sees.
 
     Raises:
         BadRecipe: a step does not fit the ranker that it would find.
         BadCheckpoint, BadData: a step names a run or a dataset that does not fit.
     """
     model: nn.Module = dense.model()
+    features = dense.features
     for number, step in enumerate(recipe.steps, 1):
         try:
-            model = KINDS[step.kind].check(model, step, dense.features)
+            model, features = KINDS[step.kind].check(model, step, features)
         except BadRecipe as error:  # noqa: PERF203  # a handful of steps
             raise BadRecipe(f"{recipe.name}: step {number} ({step.kind}): {error}") from None
-    return model
+    return model.eval(), features
 
 
 def _identities(recipe: CompressionRecipe, dense: TrainedRun, dataset: Dataset) -> list[str]:

@@ -32,7 +32,7 @@ class Settings(StepSettings):
     """Sizes of a fresh student; None: the ranker as it is, of an ensemble its first member."""
 
 
-def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module:
+def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""
     if isinstance(settings.teacher, Path):
         check_features(TrainedRun.load(settings.teacher), features)
@@ -41,7 +41,7 @@ def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module
                         "fresh students")  # fmt: skip
     if not settings.training.epochs:
         raise BadRecipe("distil.training.epochs = 0 teaches nothing")
-    return rebuild(model, _decide(settings))
+    return rebuild(model, _decide(settings)), features
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:

@@ -34,7 +34,7 @@ class Settings(StepSettings):
         return self
 
 
-def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module:
+def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""
     shared_context(model, "factorise")
     if not (found := _matrices(model, settings.matrices)):
@@ -46,7 +46,7 @@ def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module
         if settings.budget * whole < smallest:
             raise BadRecipe(f"factorise.budget = {settings.budget:g} leaves no matrix a rank of 1; say at least "
                             f"{smallest / whole:.3f}")  # fmt: skip
-    return rebuild(model, _decide(model, settings)[0])
+    return rebuild(model, _decide(model, settings)[0]), features
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:

@@ -31,12 +31,12 @@ class Settings(StepSettings):
     kind: Literal["fold"] = "fold"
 
 
-def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module:
+def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""
     ranker = shared_context(model, "fold")
     if ranker.folded is not None:
         raise BadRecipe("the chain folds twice; once is enough")
-    return rebuild(model, _decide(ranker, features))
+    return rebuild(model, _decide(ranker, features)), _features(features)
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:
@@ -56,8 +56,12 @@ def run(work: Work, settings: Settings, context: Context) -> None:
         ranker.folded.weight.copy_(items)
         ranker.embedding.table.weight[1:].copy_(rest)
     work.decisions.append((settings.kind, decisions))
-    work.features = work.features.changed(folded=len(fields))
+    work.features = _features(work.features)
     context.finetune(work, settings.training, "finetuning")
+
+
+def _features(features: Features) -> Features:
+    return features.changed(folded=len(features.catalogue) + 1)
 
 
 def rebuild(model: nn.Module, decisions: Decisions) -> nn.Module:

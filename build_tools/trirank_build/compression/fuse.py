@@ -49,14 +49,15 @@ class Settings(StepSettings):
         return self
 
 
-def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module:
+def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""
     if isinstance(model, Ensemble):
         raise BadRecipe("fuse does not fit an ensemble of ensembles; distil the first one before")
     if settings.mode == "soup":
-        return model
+        return model, features
     others = [_member(run, features) for run in settings.runs]
-    return Ensemble([model, *others] if others else [copy.deepcopy(model) for _ in range(settings.members)])
+    members = [model, *others] if others else [copy.deepcopy(model) for _ in range(settings.members)]
+    return Ensemble(members), features
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:

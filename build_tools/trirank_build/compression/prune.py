@@ -54,7 +54,7 @@ class Settings(StepSettings):
     sparsity: Literal["none", "2:4"] = "none"
 
 
-def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module:
+def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""
     ranker = shared_context(model, "prune")
     for name, attention in _attentions(ranker).items():
@@ -77,7 +77,8 @@ def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module
         raise BadRecipe('prune.sparsity = "2:4" finds no linear layer whose inputs are a multiple of 4')
     start = _start(ranker)
     zeros = {name: torch.zeros(size) for name, size in start.items()}
-    return rebuild(ranker, _decide(ranker, settings, settings.rounds, zeros, start))
+    rebuilt = rebuild(ranker, _decide(ranker, settings, settings.rounds, zeros, start))
+    return rebuilt, _features(features, settings)
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:
@@ -95,8 +96,8 @@ def run(work: Work, settings: Settings, context: Context) -> None:
         decisions: Decisions = json.loads(place.read_text())
         work.model = rebuild(ranker, decisions)
         work.decisions.append((settings.kind, decisions))
-        if number == settings.rounds and settings.history_length is not None:
-            work.features = work.features.changed(history_length=settings.history_length)
+        if number == settings.rounds:
+            work.features = _features(work.features, settings)
         context.finetune(work, settings.training, f"round-{number}")
 
 
@@ -146,6 +147,11 @@ class Sparse(nn.Linear):
     def dense_weight(self) -> Tensor:
         """[out, in] with its zeros."""
         return self.weight * self.kept
+
+
+def _features(features: Features, settings: Settings) -> Features:
+    length = settings.history_length
+    return features if length is None else features.changed(history_length=length)
 
 
 def _attentions(ranker: SharedContextRanker) -> dict[str, Attention]:

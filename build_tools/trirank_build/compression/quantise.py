@@ -76,14 +76,14 @@ class Settings(StepSettings):
         return self
 
 
-def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module:
+def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""
     shared_context(model, "quantise")
     if unknown := set(settings.skip) - set(_linears(model)):
         raise BadRecipe(f"quantise.skip names {sorted(unknown)}; the layers are {', '.join(_linears(model))}")
     if settings.calibration_data is not None:
         _calibration_examples(settings.calibration_data, features)
-    return rebuild(model, _decide(model, settings))
+    return rebuild(model, _decide(model, settings)), features
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:

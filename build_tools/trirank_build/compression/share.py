@@ -42,7 +42,7 @@ class Settings(StepSettings):
         return self
 
 
-def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module:
+def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""
     ranker = shared_context(model, "share")
     if settings.blocks:
@@ -58,7 +58,7 @@ def check(model: nn.Module, settings: Settings, features: Features) -> nn.Module
             if table.embedding_dim % settings.groups:
                 raise BadRecipe(f"share.groups = {settings.groups} does not divide the width {table.embedding_dim} of "
                                 f"{name}")  # fmt: skip
-    return rebuild(model, _decide(model, settings))
+    return rebuild(model, _decide(model, settings)), features
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:

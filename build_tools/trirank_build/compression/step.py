@@ -151,9 +151,9 @@ class Step(Protocol):
     def Settings(self) -> type[StepSettings]:
         """The step's section in the recipe."""
 
-    def check(self, model: nn.Module, settings: Any, features: Features) -> nn.Module:
-        """Give a module the form that it will have after the step, whatever its weights; so a whole chain is checked
-        before anything is trained.
+    def check(self, model: nn.Module, settings: Any, features: Features) -> tuple[nn.Module, Features]:
+        """Give a module the form that it will have after the step, whatever its weights, and what it will see; so a
+        whole chain is checked before anything is trained.
 
         Raises:
             BadRecipe: the step cannot be taken from a module of this form; the message says why.

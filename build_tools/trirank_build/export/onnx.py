@@ -33,6 +33,17 @@ def export(module: nn.Module, spec: FeatureSpec, path: Path) -> Parity:
     Raises:
         BadModel: the module does not take or give what the contract says, or the graph differs from it.
     """
+    with atomic_file(path) as scratch:
+        write_graph(module, spec, scratch)
+        return check_parity(module, scratch, spec)
+
+
+def write_graph(module: nn.Module, spec: FeatureSpec, path: Path) -> None:
+    """Write the graph, held to the contract but not to the module.
+
+    Raises:
+        BadModel: the module does not take or give what the contract says, or cannot be exported.
+    """
     module = module.eval()
     inputs = {
         name: torch.from_numpy(array) for name, array in sample_inputs(spec, 2, 64, np.random.default_rng(0)).items()
@@ -43,34 +54,32 @@ def export(module: nn.Module, spec: FeatureSpec, path: Path) -> Parity:
         tensor.name: {0: batch} | ({1: candidates} if tensor.shape[0] < 0 else {})
         for tensor in contract.ranker_inputs(spec.shape)
     }
-    with atomic_file(path) as scratch:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the exporter's own deprecations
-                logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-                program = torch.onnx.export(
-                    _exported(module),
-                    kwargs=inputs,
-                    dynamo=True,
-                    dynamic_shapes=shapes,
-                    input_names=list(inputs),
-                    output_names=["scores"],
-                    opset_version=OPSET,
-                    verbose=False,
-                    external_data=False,
-                )
-            assert program is not None
-            # Drops what the exporter notes about every node (half of a small file) and constants that are there twice.
-            # ONNX Runtime's own optimiser would turn INT8 weights back into floats; neither makes the graph faster.
-            onnx.save(onnxslim.slim(program.model_proto), str(scratch))
-        except Exception as error:  # the exporter raises many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BadModel(
-                f"{type(module).__name__} cannot be exported: {reason}; forward must work for any batch and any "
-                "number of candidates, without branches on values"
-            ) from error
-        check_onnx(scratch, spec)
-        return check_parity(module, scratch, spec)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+            program = torch.onnx.export(
+                _exported(module),
+                kwargs=inputs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=list(inputs),
+                output_names=["scores"],
+                opset_version=OPSET,
+                verbose=False,
+                external_data=False,
+            )
+        assert program is not None
+        # Drops what the exporter notes about every node (half of a small file) and constants that are there twice.
+        # ONNX Runtime's own optimiser would turn INT8 weights back into floats; neither makes the graph faster.
+        onnx.save(onnxslim.slim(program.model_proto), str(path))
+    except Exception as error:  # the exporter raises many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadModel(
+            f"{type(module).__name__} cannot be exported: {reason}; forward must work for any batch and any "
+            "number of candidates, without branches on values"
+        ) from error
+    check_onnx(path, spec)
 
 
 def _exported(module: nn.Module) -> nn.Module:
