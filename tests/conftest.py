@@ -61,7 +61,9 @@ def world(shop, recipe, tmp_path_factory) -> World:
     run = train(recipe, dataset, folder / "run")
     onnx = folder / "ranker.onnx"
     write_parity(onnx, export(run.model(), run.features.spec, onnx), "SharedContextRanker")
-    return World(folder / "data", folder / "run", onnx, assemble(run, dataset, onnx, folder / "releases"))
+    return World(
+        folder / "data", folder / "run", onnx, assemble(run, dataset, onnx, folder / "releases", engine="onnxruntime")
+    )
 
 
 @pytest.fixture(scope="session")

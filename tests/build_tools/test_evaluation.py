@@ -131,7 +131,7 @@ def test_new_items_are_ranked_by_their_content(dataset, trained):
     packer = trained.features.packer
     assert not packer.catalogue.fields[:-1][np.array(new), packer.spec.item_fields.index("item")].any()
     # All candidates without their ids: the whole catalogue as if it were new.
-    blind = Packer(replace(packer.spec, without=("item",)), packer.catalogue, packer._token_idf)
+    blind = Packer(replace(packer.spec, without=("item",)), packer.catalogue, packer.token_idf)
     examples = Examples.read(dataset, "test", Features(blind, trained.features.text))
     assert not examples.whole(np.arange(5)).packed.candidates[..., 0].any()
     found = evaluate(trained.model(), examples, dataset, trained.features, others={})

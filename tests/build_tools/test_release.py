@@ -29,8 +29,8 @@ def test_the_manifest_has_the_digest_of_every_file(world):
 
 
 def test_the_same_parts_give_the_same_release(world, trained, dataset, tmp_path):
-    assert assemble(trained, dataset, world.onnx, world.release.parent) == world.release
-    assert assemble(trained, dataset, world.onnx, tmp_path).name == world.release.name
+    assert assemble(trained, dataset, world.onnx, world.release.parent, engine="onnxruntime") == world.release
+    assert assemble(trained, dataset, world.onnx, tmp_path, engine="onnxruntime").name == world.release.name
     assert [path.name for path in tmp_path.iterdir()] == [world.release.name]
 
 

@@ -83,7 +83,11 @@ def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.
         raise BadRecipe(f"quantise.skip names {sorted(unknown)}; the layers are {', '.join(_linears(model))}")
     if settings.calibration_data is not None:
         _calibration_examples(settings.calibration_data, features)
-    return rebuild(model, _decide(model, settings)), features
+    decisions = _decide(model, settings)
+    if not decisions["linears"] and not decisions["tables"]:
+        raise BadRecipe(f"quantise finds nothing: embeddings = false, and no linear layer that is not skipped has "
+                        f"{NARROWEST} inputs and outputs")  # fmt: skip
+    return rebuild(model, decisions), features
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:
@@ -249,6 +253,8 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]], settings: 
     ``minmax`` takes the largest value, ``entropy`` the cut whose histogram diverges least from the whole one,
     ``percentile`` the value that so many are below; histograms are ONNX Runtime's own."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+    if not layers:  # tables alone need no calibration
+        return
     method = "entropy" if settings.calibration == "entropy" else "percentile"
     collector = HistogramCollector(method, True, _BINS, 128, settings.percentile, "same")
     largest = dict.fromkeys(layers, 0.0)

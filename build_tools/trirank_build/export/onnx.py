@@ -72,7 +72,10 @@ def write_graph(module: nn.Module, spec: FeatureSpec, path: Path) -> None:
         assert program is not None
         # Drops what the exporter notes about every node (half of a small file) and constants that are there twice.
         # ONNX Runtime's own optimiser would turn INT8 weights back into floats; neither makes the graph faster.
-        onnx.save(onnxslim.slim(program.model_proto), str(path))
+        written = onnxslim.slim(program.model_proto)
+        del written.graph.input[:]  # without those that the module does not use, which Triton sends all the same
+        written.graph.input.extend(program.model_proto.graph.input)
+        onnx.save(written, str(path))
     except Exception as error:  # the exporter raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadModel(
