@@ -46,6 +46,7 @@ loadtest: install
 bench: install
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/tables.py
 
 # Writes the figures' tables into the documents again.

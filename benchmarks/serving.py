@@ -22,10 +22,10 @@ import psutil
 from results import ROOT, Figure, write
 from trirank import RankClient, RankRequest
 from trirank import contract as c
-from trirank_backend.scoring import OnnxRanker
+from trirank_backend.scoring import load_ranker
 from trirank_backend.stages import Preprocess, Rerank, Tensors
 from trirank_build.demo import build
-from trirank_build.repository.release import REQUESTS
+from trirank_build.repository.release import REQUESTS, load_manifest
 from trirank_build.serving.server import TritonServer
 
 CANDIDATES = 200
@@ -72,7 +72,8 @@ class InProcess:
 
     def __init__(self, release: Path) -> None:
         self.preprocess = Preprocess.load(release)
-        self.ranker = OnnxRanker(release / "models" / c.RANKER / "1" / "model.onnx")
+        graph = release / "models" / c.RANKER / "1" / "model.onnx"
+        self.ranker = load_ranker(graph, load_manifest(release)["engine"])
         self.rerank = Rerank.load(release)
 
     def __call__(self, tensors: Tensors) -> Tensors:

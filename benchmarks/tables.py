@@ -223,7 +223,52 @@ def hops() -> str:
     return "\n".join(lines)
 
 
+COMPRESSED = {"chain": "**chain `sequences`**", "control": "control, small from scratch"}
+COLUMNS = (
+    "",
+    "engine",
+    "p50 ms at 200",
+    "at 1,000",
+    "faster at 200",
+    "at 1,000",
+    "MB",
+    "smaller",
+    "NDCG@10",
+    "of reference",
+)
+
+
+def compression() -> str:
+    """Every kind of step alone, the chain, the control."""
+    found = read("compression")
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    names = [name.removesuffix("_p50_ms_200") for name in found if name.endswith("_p50_ms_200")]
+    for name in sorted(names, key=lambda name: (name == "control", name == "chain")):
+        ratio = found[f"{name}_ndcg_ratio"]
+        cells = [
+            COMPRESSED.get(name, name.replace("_", " ")),
+            found[f"{name}_p50_ms_200"].note.split(",")[0],
+            *(f"{found[f'{name}_p50_ms_{size}'].value:.2f}" for size in (200, 1000)),
+            *(f"{found[f'{name}_speedup_p50_{size}'].value:.2f}" for size in (200, 1000)),
+            f"{found[f'{name}_mb'].value:.2f}", f"{found[f'{name}_size_ratio'].value:.1f}",
+            f"{found[f'{name}_ndcg10'].value:.4f}", f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    fast, many, ratio = (found[name] for name in ("speedup_p50_200", "speedup_p50_1000", "ndcg_ratio"))
+    above = found["chain_ndcg10_above_control"]
+    verdict = "better than" if above.low > 0 else "worse than" if above.high < 0 else "as well, within the noise, as"
+    return "\n".join([
+        *lines,
+        "",
+        f"The chain is {fast.value:.2f} ({fast.low:.2f} to {fast.high:.2f}) times faster at 200 candidates, "
+        f"{many.value:.2f} ({many.low:.2f} to {many.high:.2f}) at 1,000, and {found['size_ratio'].value:.1f} times "
+        f"smaller, with {ratio.value:.1%} ({ratio.low:.1%} to {ratio.high:.1%}) of the reference's NDCG@10. It ranks "
+        f"{verdict} the control ({above.value:+.4f}, {above.low:+.4f} to {above.high:+.4f} NDCG@10).",
+    ])  # fmt: skip
+
+
 TABLES = {
+    "compression": compression,
     "published": published,
     "orders": orders,
     "ablations": ablations,

@@ -134,6 +134,69 @@ def test_tuning_shows_its_trials(line, tmp_path):
     assert "best.toml" in text
 
 
+CHAIN = """
+name = "chain"
+[training]
+epochs = 0
+[[steps]]
+kind = "prune"
+ffn = 0.25
+[[steps]]
+kind = "fold"
+[gate]
+min_ndcg_ratio = 0.5
+min_ndcg_ratio_low = 0.3
+min_kendall_tau = 0.2
+min_overlap = 0.2
+"""
+
+
+def test_compress_export_gate_assemble(line, tmp_path):
+    folder, _ = line
+    (tmp_path / "chain.toml").write_text(CHAIN)
+    of_run = ("--run", tmp_path / "out" / "compressed", "--data", folder / "data")
+    onnx = tmp_path / "small.onnx"
+    text = trirank("compress", tmp_path / "chain.toml", "--run", folder / "run", "--data", folder / "data", "--out",
+                   tmp_path / "out").stdout  # fmt: skip
+    for step in ("dense", "1-prune", "2-fold"):
+        assert re.search(rf"{step}\s+│\s+[\d,]+\s+│\s+[\d.]+\s+│\s+0\.\d+\s+│\s+[\d.]+", text)
+    trirank("export", *of_run[:2], "--out", onnx)
+    refused = trirank("assemble", *of_run, "--onnx", onnx, "--out", tmp_path / "releases", code=1).stderr
+    assert "run `trirank gate` on it" in refused
+    passed = trirank("gate", *of_run, "--onnx", onnx, "--requests", 50, "--no-live").stdout
+    assert "gate: passed" in passed
+    assert onnx.with_suffix(".gate.html").is_file()
+    trirank("assemble", *of_run, "--onnx", onnx, "--out", tmp_path / "releases")
+    strict = (
+        (tmp_path / "out" / "compression.toml").read_text().replace("min_kendall_tau = 0.2", "min_kendall_tau = 1.0")
+    )
+    (tmp_path / "out" / "compression.toml").write_text(strict)
+    failed = trirank("gate", *of_run, "--onnx", onnx, "--requests", 50, "--no-live", code=1)
+    assert "failed: 1-prune: Kendall's tau is" in failed.stderr.replace("\n", " ")
+    refused = trirank("assemble", *of_run, "--onnx", onnx, "--out", tmp_path / "releases", code=1).stderr
+    assert "did not pass the gate: 1-prune" in refused
+    trirank("assemble", *of_run, "--onnx", onnx, "--out", tmp_path / "releases", "--allow-failing-gate")
+
+
+def test_search_by_command(line, tmp_path):
+    folder, _ = line
+    (tmp_path / "chain.toml").write_text(CHAIN)
+    command = ("compress", tmp_path / "chain.toml", "--run", folder / "run", "--data", folder / "data", "--out",
+               tmp_path / "out")  # fmt: skip
+    assert "say --search too" in trirank(*command, "--latency-ms", 5, code=1).stderr
+    assert "needs a target" in trirank(*command, "--search", code=1).stderr
+    text = trirank(*command, "--search", "--min-ndcg-ratio", 0.1, "--trials", 2).stdout
+    assert "chains tried" in text
+    assert (tmp_path / "out" / "best.toml").is_file()
+
+
+def test_the_gate_wants_held_out_requests(line, tmp_path):
+    folder, _ = line
+    command = ("gate", "--run", folder / "run", "--data", folder / "data", "--onnx", folder / "ranker.onnx")
+    assert "--split train is not held out" in trirank(*command, "--split", "train", code=1).stderr
+    assert "--engine abacus is none of" in trirank(*command, "--engine", "abacus", code=1).stderr
+
+
 @pytest.mark.e2e
 def test_serve_and_rank(line, tmp_path):
     import signal

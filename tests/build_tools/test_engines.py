@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import onnx
 import pytest
 from trirank import contract
+from trirank_backend.scoring import OnnxRanker
+from trirank_build.compression import quantise
+from trirank_build.compression.chain import check_chain
+from trirank_build.compression.recipe import parse_recipe
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines import builder
 from trirank_build.engines.builder import build_plans
 from trirank_build.engines.plan import load_plan_manifest, manifest_path
+from trirank_build.engines.rewriting import for_tensorrt
 from trirank_build.errors import BadModel, ServeError
+from trirank_build.export.onnx import beyond_tensorrt, write_graph
+from trirank_build.export.parity import sample_inputs
 from trirank_build.repository.configs import parse_config
 from trirank_build.repository.release import assemble
 from trirank_build.serving.server import TritonServer
@@ -39,6 +48,34 @@ def test_the_manifest_says_what_it_came_from(plans, world):
     assert manifest.onnx == file_digest(world.onnx)
     assert [profile["bucket"] for profile in manifest.profiles] == list(contract.BUCKETS)
     assert all(profile["max_batch"] == contract.MAX_BATCH for profile in manifest.profiles)
+
+
+@pytest.mark.parametrize("steps", [
+    [{"kind": "quantise"}],
+    [{"kind": "prune", "ffn": 0.5, "history_length": 4}, {"kind": "fold"}, {"kind": "quantise"}],
+    [{"kind": "quantise", "precision": "float16"}],
+    [{"kind": "share", "codes": 16, "groups": 4}],
+])  # fmt: skip
+def test_compressed_graphs_build_too(trained, tmp_path, steps, monkeypatch):
+    monkeypatch.setattr(quantise, "NARROWEST", 16)
+    recipe = parse_recipe({"name": "chain", "training": {"epochs": 0}, "steps": steps})
+    model, features = check_chain(recipe, trained)
+    write_graph(model, features.spec, tmp_path / "ranker.onnx")
+    assert not beyond_tensorrt(onnx.load(tmp_path / "ranker.onnx"))
+    (plan,) = build_plans(tmp_path / "ranker.onnx", features.spec, ["86"], tmp_path)
+    assert load_plan_manifest(plan).sm == "sm86"
+
+
+def test_the_graph_for_tensorrt_says_the_same(trained, tmp_path, rng):
+    recipe = parse_recipe(
+        {"name": "chain", "training": {"epochs": 0}, "steps": [{"kind": "fold"}, {"kind": "quantise"}]}
+    )
+    model, features = check_chain(recipe, trained)
+    write_graph(model, features.spec, tmp_path / "ranker.onnx")
+    onnx.save(for_tensorrt(onnx.load(tmp_path / "ranker.onnx")), tmp_path / "rewritten.onnx")
+    tensors = sample_inputs(features.spec, 2, 64, rng)
+    one, two = (OnnxRanker(tmp_path / f"{name}.onnx")(tensors) for name in ("ranker", "rewritten"))
+    np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 def test_a_flipped_bit_is_noticed(plans, tmp_path):

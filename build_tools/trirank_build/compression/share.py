@@ -120,7 +120,7 @@ class Coded(nn.Module):
     def __init__(self, rows: int, dim: int, groups: int, codes: int) -> None:
         super().__init__()
         self.books = nn.Parameter(torch.zeros(groups * codes, dim // groups))
-        self.register_buffer("codes", torch.zeros(rows, groups, dtype=torch.int8))
+        self.register_buffer("codes", torch.full((rows, groups), _FIRST, dtype=torch.int8))
         self.register_buffer("first", torch.arange(groups, dtype=torch.int32) * codes - _FIRST, persistent=False)
         self.per_book = codes
 

@@ -18,6 +18,7 @@ from trirank_backend.features import FeatureSpec
 
 from trirank_build.artefacts import atomic_file, file_digest
 from trirank_build.engines.plan import PlanManifest, manifest_path
+from trirank_build.engines.rewriting import for_tensorrt
 from trirank_build.errors import BadModel
 from trirank_build.export.onnx import check_onnx
 from trirank_build.progress import progress
@@ -41,7 +42,7 @@ def build_plans(
     Raises:
         BadModel: the graph is damaged or cannot be built, or the flavour is not installed or cannot build for a target.
     """
-    check_onnx(onnx_path, spec)
+    graph = for_tensorrt(check_onnx(onnx_path, spec)).SerializeToString()
     trt = _library(flavour)
     names = [_sm(target) for target in targets]
     if not names:
@@ -63,10 +64,10 @@ def build_plans(
             )
     with progress() as bar:
         tracked = bar.track(names, description=f"building with {flavour}")
-        return [_build(trt, flavour, onnx_path, spec, name, out) for name in tracked]
+        return [_build(trt, flavour, onnx_path, graph, spec, name, out) for name in tracked]
 
 
-def _build(trt: Any, flavour: str, onnx_path: Path, spec: FeatureSpec, sm: str, out: Path) -> Path:
+def _build(trt: Any, flavour: str, onnx_path: Path, graph: bytes, spec: FeatureSpec, sm: str, out: Path) -> Path:
     problems: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -81,7 +82,7 @@ def _build(trt: Any, flavour: str, onnx_path: Path, spec: FeatureSpec, sm: str, 
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(onnx_path.read_bytes()):
+    if not parser.parse(graph):
         errors = [parser.get_error(at).desc() for at in range(parser.num_errors)]
         raise BadModel(f"{flavour} cannot parse {onnx_path}: {'; '.join(errors or problems)}")
     config = builder.create_builder_config()
