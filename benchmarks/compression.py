@@ -46,6 +46,8 @@ CONTROL = REFERENCE | {
 """A dense ranker of about the chain's latency, trained from scratch with the reference's recipe."""
 ONE_EPOCH = {"epochs": 1, "learning_rate": 1e-3}
 NONE = {"epochs": 0}
+ENSEMBLE, DISTILLED = "fuse, ensemble of two", "distil the ensemble"
+"""The second is a chain whose first step is the first."""
 STEPS: dict[str, list[dict[str, Any]]] = {
     "prune heads, half": [{"kind": "prune", "heads": 0.5}],
     "prune feed-forward, three quarters": [{"kind": "prune", "ffn": 0.75}],
@@ -63,8 +65,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "share codebooks": [{"kind": "share", "codes": 256, "groups": 32}],
     "fold": [{"kind": "fold", "training": NONE}],
     "fuse, soup of two": [{"kind": "fuse", "members": 2}],
-    "fuse, ensemble of two": [{"kind": "fuse", "mode": "ensemble", "members": 2}],
-    "distil the ensemble": [
+    DISTILLED: [
         {"kind": "fuse", "mode": "ensemble", "members": 2}, {"kind": "distil", "teacher": "previous"},
     ],
 }  # fmt: skip
@@ -81,7 +82,7 @@ def parts() -> dict[str, CompressionRecipe]:
         name: parse_recipe({"name": _slug(name), "training": ONE_EPOCH, "steps": steps})
         for name, steps in STEPS.items()
     }
-    return alone | {"chain": load_compression_recipe(CHAIN)}
+    return alone | {ENSEMBLE: alone[DISTILLED], "chain": load_compression_recipe(CHAIN)}
 
 
 def trained(name: str) -> TrainedRun:
@@ -89,6 +90,8 @@ def trained(name: str) -> TrainedRun:
     if name in ("reference", "control"):
         recipe = load_recipe("sequences").changed(REFERENCE if name == "reference" else CONTROL)
         return train(recipe, dataset_of(SET), FOLDER / name)
+    if name == ENSEMBLE:
+        return TrainedRun.load(Path(trained(DISTILLED).directory).parent / "1-fuse")
     done = compress(parts()[name], trained("reference"), dataset_of(SET), FOLDER / _slug(name))
     return done.last
 

@@ -294,8 +294,7 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]], settings: 
 
 
 def _incrementally(work: Work, settings: Settings, context: Context) -> None:
-    layers = [m for m in work.model.modules() if isinstance(m, QuantisedLinear | QuantisedTable)]
-    linears = [layer for layer in layers if isinstance(layer, QuantisedLinear)]
+    linears = [module for module in work.model.modules() if isinstance(module, QuantisedLinear)]
     for layer in linears:
         layer.active = False
     # Those nearest to the scores are quantised last, so that what follows can make up for what came before.
