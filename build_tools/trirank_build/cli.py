@@ -304,7 +304,10 @@ def export(
         module = trained.model()
     with working("exporting and checking parity"):
         parity = write_onnx(module, trained.features.spec, target)
-    write_parity(target, parity, type(module).__name__)
+    beyond = write_parity(target, parity, type(module).__name__)["beyond_tensorrt"]
+    if beyond:
+        words = f"TensorRT's parser does not take {', '.join(beyond)}; the graph runs on a CPU alone"
+        errors.print(f"[yellow]warning:[/yellow] {words}", soft_wrap=True)
     table = Table("candidates", "largest difference", title=f"{target}: module against ONNX")
     for bucket, difference in parity.by_bucket.items():
         table.add_row(str(bucket), f"{difference:.1e}")

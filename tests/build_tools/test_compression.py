@@ -424,6 +424,33 @@ def test_a_fresh_student_has_its_own_sizes(trained, dataset, tmp_path):
     assert done.last.model().dim == 8
 
 
+@pytest.mark.parametrize("teacher", ["dense", "previous"])
+def test_a_teacher_sees_its_own_features(trained, dataset, tmp_path, teacher, monkeypatch):
+    seen = {}
+
+    def watch(kind, method, fields_of):
+        original = getattr(kind, method)
+
+        def watched(self, *inputs, **named):
+            if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # as teachers are asked
+                fields, expected = fields_of(self, inputs, named)
+                seen.setdefault(kind.__name__, set()).add((fields.shape[-1], expected))
+            return original(self, *inputs, **named)
+
+        monkeypatch.setattr(kind, method, watched)
+
+    watch(SharedContextRanker, "item_vectors", lambda self, inputs, named: (inputs[0], self.fields))
+    watch(fuse.Ensemble, "forward", lambda self, inputs, named: (named["candidates"], self.members[0].fields))
+    one = {"epochs": 1}
+    steps = [{"kind": "fold"}, {"kind": "fuse", "mode": "ensemble", "members": 2, "training": one},
+             {"kind": "distil", "teacher": teacher, "training": one}]  # fmt: skip
+    compress(recipe_of(*steps), trained, dataset, tmp_path / "out")
+    dense_fields = len(trained.features.spec.item_fields)
+    assert (dense_fields, dense_fields) in seen["SharedContextRanker"]  # while the members were trained
+    assert all(given == expected for calls in seen.values() for given, expected in calls)
+    assert seen.get("Ensemble") == ({(1, 1)} if teacher == "previous" else None)
+
+
 def test_divergence_is_zero_between_equals(rng):
     logits = torch.from_numpy(rng.normal(size=(2, 3, 5)).astype(np.float32))
     valid = torch.tensor([[True] * 5, [True, True, True, False, False]])

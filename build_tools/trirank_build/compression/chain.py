@@ -166,7 +166,8 @@ class _Chain:
         ) -> None:
             if settings.epochs:
                 phase = Finetuning(
-                    now.model, now.features, teacher or self._teacher, self._requests, self._dense.recipe,
+                    now.model, now.features, teacher or self._teacher,
+                    self._dense.features if teacher is None else now.features, self._requests, self._dense.recipe,
                     self._dataset, settings,
                 )  # fmt: skip
                 seed = self._recipe.seed if seed is None else seed

@@ -86,6 +86,7 @@ class Finetuning:
         model: nn.Module,
         features: Features,
         teacher: nn.Module,
+        teacher_features: Features,
         requests: Requests,
         recipe: Recipe,
         dataset: Dataset,
@@ -96,7 +97,7 @@ class Finetuning:
         how = recipe.training.model_copy(update={"freeze": "nothing", "batch_size": settings.batch_size})
         self._ranking = Ranking(model, how, dataset, train, valid)
         self.step = Imitation(self._ranking.step, teacher, settings)
-        self._model, self._train, self._features = model, train, features
+        self._model, self._train, self._features, self._teacher_features = model, train, features, teacher_features
         self._valid = valid.seen_by(features)
 
     def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
@@ -106,12 +107,16 @@ class Finetuning:
     def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         """Packed requests, for the teacher too where it sees other features."""
         drawn, _ = self._ranking.draw(which, rng)
-        tensors = {name: torch.from_numpy(array) for name, array in drawn.packed.tensors().items()}
-        own = self._train.seen_by(self._features)
-        if own is not self._train:
-            packed = own.batch(which, drawn.rows, drawn.scores, drawn.labels, drawn.listed).packed
-            tensors = {f"{_TEACHER}{name}": tensor for name, tensor in tensors.items()}
-            tensors |= {name: torch.from_numpy(array) for name, array in packed.tensors().items()}
+
+        def seen_by(features: Features) -> dict[str, Tensor]:
+            examples, packed = self._train.seen_by(features), drawn.packed
+            if examples is not self._train:
+                packed = examples.batch(which, drawn.rows, drawn.scores, drawn.labels, drawn.listed).packed
+            return {name: torch.from_numpy(array) for name, array in packed.tensors().items()}
+
+        tensors = seen_by(self._features)
+        if self._teacher_features is not self._features:
+            tensors |= {f"{_TEACHER}{name}": tensor for name, tensor in seen_by(self._teacher_features).items()}
         return tensors | {"labels": torch.from_numpy(drawn.labels), "valid": torch.from_numpy(drawn.valid)}
 
     def validate(self) -> float:

@@ -101,8 +101,8 @@ class Requests:
 
 
 class Finetune(Protocol):
-    """Trains ``work.model`` in place, or finds it trained already: a resumed step calls it again under the same
-    name."""
+    """Trains ``now.model`` in place, or finds it trained already: a resumed step calls it again under the same name.
+    A teacher other than the dense ranker sees what the student sees."""
 
     def __call__(
         self, now: Work, settings: FineTuning, name: str, *, teacher: nn.Module | None = None, seed: int | None = None

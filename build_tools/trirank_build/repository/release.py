@@ -161,12 +161,13 @@ def parity_path(onnx_path: Path) -> Path:
     return onnx_path.with_suffix(".parity.json")
 
 
-def write_parity(onnx_path: Path, parity: Parity, module: str) -> None:
-    """Leave the export's report beside its graph; `assemble` takes no graph without one."""
+def write_parity(onnx_path: Path, parity: Parity, module: str) -> dict[str, Any]:
+    """Leave the export's report beside its graph; `assemble` takes no graph without one. Gives the report."""
     beyond = beyond_tensorrt(onnx.load(str(onnx_path)))
     report = {"onnx": file_digest(onnx_path), "module": module, "beyond_tensorrt": beyond, **parity.to_json()}
     with atomic_file(parity_path(onnx_path)) as scratch:
         scratch.write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def gate_path(onnx_path: Path) -> Path:
