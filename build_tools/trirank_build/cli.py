@@ -339,6 +339,34 @@ def engine_build(
     out.print(table)
 
 
+@engine_app.command("verify")
+def engine_verify(
+    place: Annotated[Path, typer.Argument(help="A plan, or a folder of plans.")],
+    onnx: Annotated[Path | None, typer.Option("--onnx", help="The graph that they should come from.")] = None,
+) -> None:
+    """Say of every plan whether it is what it says; exit status 1 if one is not."""
+    from trirank_build.engines.verify import plans_of, verify
+
+    problems = {plan: verify(plan, onnx) for plan in plans_of(place)}
+    for plan, found in problems.items():
+        out.print(f"{plan}: " + ("; ".join(found) if found else "as it was built"), soft_wrap=True, highlight=False)
+    if any(problems.values()):
+        sys.exit(1)
+
+
+@engine_app.command("list")
+def engine_list(folder: Annotated[Path, typer.Argument(help="A folder of plans.")]) -> None:
+    """The plans that a folder's lock knows."""
+    from trirank_build.engines.lock import read_lock
+
+    table = Table("plan", "GPU", "made by", "CUDA", "from ONNX", "flags", "key", title=str(folder))
+    for name, entry in read_lock(folder).items():
+        made_by = f"{entry['flavour']} {entry['version']}"
+        shown = (entry["cuda"], entry["onnx"][:12], ", ".join(entry["flags"]), entry["key"][:12])
+        table.add_row(name, entry["sm"], made_by, *shown)
+    out.print(table)
+
+
 @app.command()
 def assemble(
     run: Run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -15,8 +16,10 @@ from trirank_build.compression.recipe import parse_recipe
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines import builder
 from trirank_build.engines.builder import build_plans
+from trirank_build.engines.lock import read_lock
 from trirank_build.engines.plan import load_plan_manifest, manifest_path
 from trirank_build.engines.rewriting import for_tensorrt
+from trirank_build.engines.verify import plans_of, verify
 from trirank_build.errors import BadModel, ServeError
 from trirank_build.export.onnx import beyond_tensorrt, write_graph
 from trirank_build.export.parity import sample_inputs
@@ -76,6 +79,83 @@ def test_the_graph_for_tensorrt_says_the_same(trained, tmp_path, rng):
     tensors = sample_inputs(features.spec, 2, 64, rng)
     one, two = (OnnxRanker(tmp_path / f"{name}.onnx")(tensors) for name in ("ranker", "rewritten"))
     np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_the_same_key_is_not_built_again(plans, world, trained, monkeypatch):
+    before = [plan.stat().st_mtime_ns for plan in plans]
+
+    def refuse(*arguments):
+        raise AssertionError("it was built again")
+
+    monkeypatch.setattr("tensorrt_rtx.Builder", refuse)
+    again = build_plans(world.onnx, trained.features.spec, ["86", "89"], plans[0].parent)
+    assert [plan.stat().st_mtime_ns for plan in again] == before
+
+
+@pytest.mark.parametrize("change", ["onnx", "flags", "profile", "plan"])
+def test_whatever_differs_is_built_again(plans, world, trained, tmp_path, change, monkeypatch):
+    folder = shutil.copytree(plans[0].parent, tmp_path / "plans")
+    graph = shutil.copy(world.onnx, tmp_path / "ranker.onnx")
+    if change == "onnx":
+        model = onnx.load(graph)
+        model.doc_string = "another one"
+        onnx.save(model, graph)
+    elif change == "flags":
+        monkeypatch.setattr(builder, "FLAGS", ("SPARSE_WEIGHTS", "TF32"))
+    elif change == "profile":
+        monkeypatch.setattr(builder, "OPT_BATCH", 4)
+    else:
+        (folder / "sm86.plan").write_bytes(b"damaged")
+    before = (folder / "sm86.plan").stat().st_mtime_ns
+    (plan,) = build_plans(graph, trained.features.spec, ["86"], folder)
+    assert plan.stat().st_mtime_ns != before
+    assert verify(plan, graph) == []
+    assert read_lock(folder)["sm86.plan"]["plan"] == load_plan_manifest(plan).plan
+
+
+def test_verifying_names_what_differs(plans, world, tmp_path):
+    folder = shutil.copytree(plans[0].parent, tmp_path / "plans")
+    plan = folder / "sm86.plan"
+    assert verify(plan, world.onnx) == []
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"another graph")
+    assert [problem.split(" is ")[0] for problem in verify(plan, other)] == ["onnx"]
+    manifest = json.loads(manifest_path(plan).read_text())
+    for change, field in (({"version": "1.0"}, "version"), ({"flags": []}, "flags"), ({"cuda": "12"}, "cuda")):
+        manifest_path(plan).write_text(json.dumps(manifest | change))
+        assert {problem.split(" is ")[0] for problem in verify(plan)} == {field}
+    manifest_path(plan).write_text(json.dumps(manifest))
+    for suffix in (".plan", ".plan.json"):  # renamed to another architecture
+        plan.with_suffix(suffix).rename(folder / f"sm120{suffix}")
+    named, unknown = verify(folder / "sm120.plan")
+    assert named.startswith("sm is sm86, the file is named sm120.plan")
+    assert unknown.startswith("the lock does not know sm120.plan")
+
+
+def test_plans_by_command(plans, tmp_path):
+    from trirank_build.cli import app
+    from typer.testing import CliRunner
+
+    run = CliRunner().invoke
+    listed = run(app, ["engine", "list", str(plans[0].parent)])
+    assert "sm86.plan" in listed.output
+    assert "tensorrt_rtx" in listed.output
+    assert run(app, ["engine", "verify", str(plans[0].parent)]).exit_code == 0
+    folder = shutil.copytree(plans[0].parent, tmp_path / "plans")
+    damaged = bytearray((folder / "sm86.plan").read_bytes())
+    damaged[99] ^= 1
+    (folder / "sm86.plan").write_bytes(damaged)
+    found = run(app, ["engine", "verify", str(folder)])
+    assert found.exit_code == 1
+    assert "its manifest says" in found.output
+    with pytest.raises(BadModel, match="holds no plan"):
+        plans_of(tmp_path)
+
+
+def test_a_damaged_lock(tmp_path):
+    (tmp_path / "engines.lock.toml").write_text("[[plan]")
+    with pytest.raises(BadModel, match="is damaged"):
+        read_lock(tmp_path)
 
 
 def test_a_flipped_bit_is_noticed(plans, tmp_path):

@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trirank import contract
 from trirank_backend.features import FeatureSpec
 
 from trirank_build.artefacts import atomic_file, file_digest
+from trirank_build.engines.lock import PlanKey, lock, locked
 from trirank_build.engines.plan import PlanManifest, manifest_path
 from trirank_build.engines.rewriting import for_tensorrt
 from trirank_build.errors import BadModel
@@ -26,12 +28,14 @@ from trirank_build.progress import progress
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 OPT_BATCH = 8
 WORKSPACE_BYTES = 1 << 30
+FLAGS = ("SPARSE_WEIGHTS",)
+"""Of the builder: it uses 2:4 sparsity where the weights have it."""
 
 
 def build_plans(
     onnx_path: Path, spec: FeatureSpec, targets: list[str], out: Path, flavour: str = "tensorrt_rtx"
 ) -> list[Path]:
-    """One plan a GPU architecture, with a profile a bucket.
+    """One plan a GPU architecture, with a profile a bucket; a plan that is there already is taken as it is.
 
     Args:
         targets: architectures, "86" or "sm86".
@@ -62,12 +66,28 @@ def build_plans(
             raise BadModel(
                 f"{flavour} {trt.__version__} cannot build for {name}; it can for {', '.join(supported).lower()}"
             )
+    digest, cuda = file_digest(onnx_path), _cuda(flavour)
+    keys = [
+        PlanKey(digest, flavour, trt.__version__, name, cuda, _profiles(), list(FLAGS), WORKSPACE_BYTES)
+        for name in names
+    ]
     with progress() as bar:
-        tracked = bar.track(names, description=f"building with {flavour}")
-        return [_build(trt, flavour, onnx_path, graph, spec, name, out) for name in tracked]
+        tracked = bar.track(keys, description=f"building with {flavour}")
+        return [_build(trt, graph, spec, key, out / f"{key.sm}.plan", onnx_path) for key in tracked]
 
 
-def _build(trt: Any, flavour: str, onnx_path: Path, graph: bytes, spec: FeatureSpec, sm: str, out: Path) -> Path:
+def _profiles() -> list[dict[str, int]]:
+    """One a bucket."""
+    return [
+        {"bucket": bucket, "min_batch": 1, "opt_batch": OPT_BATCH, "max_batch": contract.MAX_BATCH}
+        for bucket in contract.BUCKETS
+    ]
+
+
+def _build(trt: Any, graph: bytes, spec: FeatureSpec, key: PlanKey, plan: Path, onnx_path: Path) -> Path:
+    """The plan of a key, built now unless the folder's lock has it."""
+    if locked(plan, key) is not None:
+        return plan
     problems: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -84,37 +104,39 @@ def _build(trt: Any, flavour: str, onnx_path: Path, graph: bytes, spec: FeatureS
     parser = trt.OnnxParser(network, log)
     if not parser.parse(graph):
         errors = [parser.get_error(at).desc() for at in range(parser.num_errors)]
-        raise BadModel(f"{flavour} cannot parse {onnx_path}: {'; '.join(errors or problems)}")
+        raise BadModel(f"{key.flavour} cannot parse {onnx_path}: {'; '.join(errors or problems)}")
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
-    if flavour == "tensorrt_rtx":
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, key.workspace_bytes)
+    for flag in key.flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if key.flavour == "tensorrt_rtx":
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, sm.upper()), 0)
-    profiles = []
-    for bucket in contract.BUCKETS:
+        config.set_compute_capability(getattr(trt.ComputeCapability, key.sm.upper()), 0)
+    for wanted in key.profiles:
         profile = builder.create_optimization_profile()
         for tensor in contract.ranker_inputs(spec.shape):
-            shape = tuple(bucket if axis < 0 else axis for axis in tensor.shape)
-            profile.set_shape(tensor.name, *((batch, *shape) for batch in (1, OPT_BATCH, contract.MAX_BATCH)))
+            shape = tuple(wanted["bucket"] if axis < 0 else axis for axis in tensor.shape)
+            batches = (wanted["min_batch"], wanted["opt_batch"], wanted["max_batch"])
+            profile.set_shape(tensor.name, *((batch, *shape) for batch in batches))
         config.add_optimization_profile(profile)
-        profiles.append({"bucket": bucket, "min_batch": 1, "opt_batch": OPT_BATCH, "max_batch": contract.MAX_BATCH})
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise BadModel(f"{flavour} cannot build {onnx_path} for {sm}: {'; '.join(problems) or 'no reason given'}")
-    plan = out / f"{sm}.plan"
+        raise BadModel(
+            f"{key.flavour} cannot build {onnx_path} for {key.sm}: {'; '.join(problems) or 'no reason given'}"
+        )
     with atomic_file(plan) as scratch:
         scratch.write_bytes(serialized)
-    manifest = PlanManifest(
-        flavour=flavour,
-        version=trt.__version__,
-        sm=sm,
-        onnx=file_digest(onnx_path),
-        plan=file_digest(plan),
-        profiles=profiles,
-    )
+    manifest = PlanManifest(plan=file_digest(plan), **key.__dict__)
     with atomic_file(manifest_path(plan)) as scratch:
         scratch.write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+    lock(plan, manifest)
     return plan
+
+
+def _cuda(flavour: str) -> str:
+    """From the name of the package that brought the library: tensorrt-rtx-cu13 → 13."""
+    names = metadata.packages_distributions().get(flavour, [])
+    return next((match[1] for name in names if (match := re.search(r"cu(\d+)", name))), "unknown")
 
 
 def _library(flavour: str) -> Any:

@@ -17,6 +17,9 @@ class PlanManifest:
     flavour: ``tensorrt`` or ``tensorrt_rtx``; a plan runs in nothing but its own.
     version: of that library; a plan runs in nothing but its own.
     sm: the GPU architecture, ``sm86``.
+    cuda: major version that the library was made for; "unknown" where its package does not say.
+    flags: names of the builder's flags.
+    workspace_bytes: most memory that a layer may use.
     onnx, plan: SHA-256 of the graph it came from and of the plan itself.
     profiles: one a bucket: bucket, min_batch, opt_batch, max_batch.
     """
@@ -27,6 +30,9 @@ class PlanManifest:
     onnx: str
     plan: str
     profiles: list[dict[str, int]]
+    cuda: str
+    flags: list[str]
+    workspace_bytes: int
 
     @property
     def compute_capability(self) -> str:
