@@ -241,9 +241,19 @@ COLUMNS = (
 def compression() -> str:
     """Every kind of step alone, the chain, the control."""
     found = read("compression")
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     names = [name.removesuffix("_p50_ms_200") for name in found if name.endswith("_p50_ms_200")]
-    for name in sorted(names, key=lambda name: (name == "control", name == "chain")):
+    return _compressed(sorted(names, key=lambda name: (name == "control", name == "chain")))
+
+
+def compressed() -> str:
+    """The chain alone, for the first page."""
+    return _compressed(["reference", "chain", "control"])
+
+
+def _compressed(names: list[str]) -> str:
+    found = read("compression")
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for name in names:
         ratio = found[f"{name}_ndcg_ratio"]
         cells = [
             COMPRESSED.get(name, name.replace("_", " ")),
@@ -268,6 +278,7 @@ def compression() -> str:
 
 
 TABLES = {
+    "compressed": compressed,
     "compression": compression,
     "published": published,
     "orders": orders,
