@@ -136,6 +136,24 @@ def exact_engines() -> list[str]:
     return [name for name in available_engines() if not name.endswith("bf16")]
 
 
+def engines_for(path: Path, engines: list[str]) -> list[str]:
+    """Those of the engines that can run a graph: ONNX Runtime has no BF16 products on a CPU, for instance.
+
+    Raises:
+        InvalidRelease: none can; the first one's reason.
+    """
+    found, reasons = [], []
+    for name in engines:
+        try:
+            load_ranker(path, name)
+            found.append(name)
+        except InvalidRelease as error:  # noqa: PERF203  # three engines at most
+            reasons.append(error)
+    if not found:
+        raise reasons[0]
+    return found
+
+
 def load_ranker(path: Path, engine: str = "onnxruntime", threads: int = 1) -> Ranker:
     """A ranker on one of ENGINES.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from trirank import contract
 from trirank_backend.features import FeatureSpec
-from trirank_backend.scoring import load_ranker
+from trirank_backend.scoring import engines_for, load_ranker
 
 from trirank_build.export.parity import sample_inputs
 
@@ -50,7 +50,8 @@ def scoring_calls(rankers: Mapping[str, tuple[Any, FeatureSpec]], candidates: in
 def fastest_engine(
     onnx: Path, spec: FeatureSpec, engines: list[str], candidates: int = 200
 ) -> tuple[str, dict[str, float]]:
-    """The engine that runs a graph fastest here, and the median milliseconds of each."""
+    """Of these engines the one that runs a graph fastest here, and the median milliseconds of each that can run it."""
+    engines = engines_for(onnx, engines)
     rankers = {name: (load_ranker(onnx, name), spec) for name in engines}
     found = latencies(scoring_calls(rankers, candidates))
     medians = {name: round(statistics.median(times), 4) for name, times in found.items()}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from trirank import contract
 from trirank_backend.features import FeatureSpec
-from trirank_backend.scoring import OnnxRanker
+from trirank_backend.scoring import engines_for, exact_engines, load_ranker
 
 from trirank_build.compression.step import Quantised
 from trirank_build.errors import BadModel
@@ -21,7 +21,7 @@ MODULE_LIMIT = 1e-4
 """Largest difference between module and graph."""
 PADDING_LIMIT = 1e-5
 """Largest difference that padding or company in a batch may make."""
-QUANTISED_SHARE = 0.01
+QUANTISED_SHARE = 0.02
 """Of the scores' standard deviation: the limit of all differences where numbers are rounded on their way. One that lies
 in the middle may go to either side, and then differs by a whole step."""
 
@@ -72,7 +72,7 @@ def check_parity(module: nn.Module, path: Path, spec: FeatureSpec) -> Parity:
     Raises:
         BadModel: a difference is above its limit, or the graph fails on some number of requests or candidates.
     """
-    run = OnnxRanker(path)
+    run = load_ranker(path, engines_for(path, exact_engines())[0])
 
     def ranker(tensors: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         try:

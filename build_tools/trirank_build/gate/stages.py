@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from trirank import RankClient
-from trirank_backend.scoring import load_ranker
+from trirank_backend.scoring import engines_for, exact_engines, load_ranker
 
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import latencies, scoring_calls
@@ -45,6 +45,7 @@ class Stage:
         latency_ms: median for CANDIDATES candidates on one thread; of the ensemble, of a whole call with the gate's own
             requests.
         size_mb: of its file.
+        serves: whether this is the graph on the engine that will serve it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage:
     computes: str
     latency_ms: float
     size_mb: float
+    serves: bool = False
 
 
 def runs_of(run: TrainedRun) -> dict[str, TrainedRun]:
@@ -93,12 +95,13 @@ def measure_stages(
         yield Stage(name, scores, name, float(np.median(took[name])), size)
         last = name
     own, spec, size = examples.seen_by(run.features), run.features.spec, onnx_path.stat().st_size / 1e6
-    forms = {"ONNX": "onnxruntime"} | ({f"engine {engine}": engine} if engine != "onnxruntime" else {})
+    exact = engines_for(onnx_path, exact_engines())[0]  # ONNX Runtime, where it can
+    forms = {"ONNX": exact} | ({f"engine {engine}": engine} if engine != exact else {})
     rankers: dict[str, Any] = {name: load_ranker(onnx_path, which) for name, which in forms.items()}
     took = latencies(scoring_calls({name: (ranker, spec) for name, ranker in rankers.items()}, CANDIDATES))
     for name, ranker in rankers.items():
         with working(f"gate: {name}"):
-            yield Stage(name, _scores(ranker, own), last, float(np.median(took[name])), size)
+            yield Stage(name, _scores(ranker, own), last, float(np.median(took[name])), size, forms[name] == engine)
     if live:
         with working("gate: live ensemble"):
             scores, latency = _live(run, dataset, onnx_path, engine, own)

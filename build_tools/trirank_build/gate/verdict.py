@@ -136,7 +136,7 @@ def _row(stage: Stage, dense: Stage, before: Stage | None, examples: Examples, l
         ("Kendall's tau", row.kendall_tau, limits.min_kendall_tau, True),
         ("overlap of the best ten", row.overlap, limits.min_overlap, True),
         ("largest score difference from the stage before", difference, limits.max_difference, False),
-        ("latency in ms", row.latency_ms if stage.name.startswith("engine") else None, limits.max_latency_ms, False),
+        ("latency in ms", row.latency_ms if stage.serves else None, limits.max_latency_ms, False),
         ("size in MB", row.size_mb if is_graph else None, limits.max_size_mb, False),
     ]
     for what, value, limit, at_least in checks:
