@@ -220,7 +220,7 @@ class Recipe(_Section):
         try:
             return Recipe.model_validate(raw)
         except ValidationError as error:
-            raise BadRecipe(f"{changes}: " + error_lines(error)) from None
+            raise BadRecipe(f"{changes}: " + error_lines(error, Recipe)) from None
 
     def policies_for(self, tasks: tuple[str, ...]) -> dict[str, Policy]:
         """The serving policies of a ranker with these tasks."""
@@ -242,32 +242,41 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         BadRecipe: there is none, it is no TOML, or a key or value is wrong; the message names each.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = RECIPES / f"{name}.toml"
-    if not path.is_file():
-        shipped = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
-        raise BadRecipe(f"{name} is neither a file nor one of the shipped recipes ({shipped})")
-    try:
-        raw = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"{path} is no valid TOML: {error}") from error
+    path, raw = read_recipe(name, RECIPES, "recipes")
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise BadRecipe(f"{path}: " + error_lines(error)) from None
+        raise BadRecipe(f"{path}: " + error_lines(error, Recipe)) from None
 
 
-def error_lines(error: ValidationError) -> str:
-    """What is wrong with each key, in one line."""
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {_words(e)}" for e in error.errors())
+def read_recipe(name: str, shipped: Path, what: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe, which may be the name of one of the folder ``shipped``, and its plain values.
+
+    Raises:
+        BadRecipe: there is none, or it is no TOML.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = shipped / f"{name}.toml"
+    if not path.is_file():
+        names = ", ".join(sorted(recipe.stem for recipe in shipped.glob("*.toml")))
+        raise BadRecipe(f"{name} is neither a file nor one of the shipped {what} ({names})")
+    try:
+        return path, tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"{path} is no valid TOML: {error}") from error
 
 
-def _words(error: object) -> str:
+def error_lines(error: ValidationError, of: type[BaseModel]) -> str:
+    """What is wrong with each key of a recipe's part ``of``, in one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {_words(e, of)}" for e in error.errors())
+
+
+def _words(error: object, of: type[BaseModel]) -> str:
     assert isinstance(error, dict)
     if error["type"] == "extra_forbidden":
         section = error["loc"][0] if len(error["loc"]) > 1 else None
-        known = Recipe.model_fields[section].annotation if section in Recipe.model_fields else Recipe
+        known = of.model_fields[section].annotation if section in of.model_fields else of
         names = ", ".join(getattr(known, "model_fields", {}))
         return f"unknown key (known: {names})" if names else "unknown key"
     return f"{error['msg']} (got {error['input']!r})"

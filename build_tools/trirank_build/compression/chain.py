@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ class _Chain:
         shutil.copyfile(dense.directory / RECIPE, folder / RECIPE)
         facts = {
             **{key: dense.facts[key] for key in ("recipe", "dataset", "curve")},
-            "dense": str(dense.directory.resolve()),
+            "dense": os.path.relpath(dense.directory.resolve(), folder.resolve()),  # so that both can be moved together
             "parameters": sum(parameter.numel() for parameter in work.model.parameters()),
             "compression": self._taken,
         }

@@ -21,7 +21,9 @@ from trirank_build.compression.step import Context, Decisions, StepSettings, Wor
 from trirank_build.errors import BadRecipe
 from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.fitting import Features
+from trirank_build.models.family import make_ranker
 from trirank_build.models.sequence import SequenceRanker
+from trirank_build.recipe import ModelRecipe
 from trirank_build.training.losses import listwise_softmax, targets_of
 from trirank_build.training.run import TrainedRun, check_features
 
@@ -62,8 +64,9 @@ def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.
 
 def run(work: Work, settings: Settings, context: Context) -> None:
     """See step.Step."""
-    decisions: Decisions = {"mode": settings.mode, "members": settings.members, "runs": [str(r) for r in settings.runs]}
+    decisions: Decisions = {"mode": settings.mode, "members": settings.members, "others": []}
     if settings.runs:
+        decisions["others"] = [TrainedRun.load(path).recipe.model.model_dump() for path in settings.runs]
         members = [work.model, *(_member(path, work.features) for path in settings.runs)]
     else:
         members = [_trained(work, settings, context, number) for number in range(settings.members)]
@@ -86,12 +89,13 @@ def run(work: Work, settings: Settings, context: Context) -> None:
 
 
 def rebuild(model: nn.Module, decisions: Decisions) -> nn.Module:
-    """See step.Step. Decisions: the mode, and how many members there are or from where."""
+    """See step.Step. Decisions: the mode, how many members there are, and the sizes of those that were runs."""
     if decisions["mode"] == "soup":
         return model
-    if not decisions["runs"]:
+    if not decisions["others"]:
         return Ensemble([copy.deepcopy(model) for _ in range(decisions["members"])])
-    return Ensemble([model, *(TrainedRun.load(Path(run)).model() for run in decisions["runs"])])
+    spec = shared_context(model, "fuse").spec
+    return Ensemble([model, *(make_ranker(spec, ModelRecipe.model_validate(sizes)) for sizes in decisions["others"])])
 
 
 class Ensemble(nn.Module):
@@ -129,6 +133,8 @@ def _trained(work: Work, settings: Settings, context: Context, number: int) -> n
 def _member(path: Path, features: Features) -> SequenceRanker:
     found = TrainedRun.load(path)
     check_features(found, features)
+    if found.facts.get("compression"):
+        raise BadRecipe(f"fuse.runs: {path} is compressed; an ensemble is of rankers that `trirank train` made")
     return shared_context(found.model(), "fuse")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +11,7 @@ from torch import nn
 from trirank_build.compression import distil, factorise, fold, fuse, prune, quantise, share
 from trirank_build.compression.step import Decisions, FineTuning, Positive, Step, StepSettings
 from trirank_build.errors import BadRecipe
-from trirank_build.recipe import error_lines
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from trirank_build.recipe import error_lines, read_recipe
 
 KINDS: dict[str, Step] = {
     "prune": prune, "quantise": quantise, "factorise": factorise, "share": share, "fold": fold, "fuse": fuse,
@@ -83,6 +77,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> CompressionRecip
         raise BadRecipe(f"{where} has no [[steps]]; write at least one, with kind = one of {', '.join(KINDS)}")
     training = raw.get("training", {})
     parsed: list[StepSettings] = []
+    of: type[BaseModel] = CompressionRecipe
     try:
         for number, step in enumerate(steps, 1):
             place = f"{where}: step {number}"
@@ -91,13 +86,13 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> CompressionRecip
                 raise BadRecipe(f"{place} has kind {given!r}; kinds are {', '.join(KINDS)}")
             own = step.get("training", {})
             merged = step | ({"training": training | own} if isinstance(own, dict) else {})
-            place = f"{place} ({kind})"
+            place, of = f"{place} ({kind})", KINDS[kind].Settings
             parsed.append(KINDS[kind].Settings.model_validate(merged))
-        place = where
+        place, of = where, CompressionRecipe
         # Steps are of their own kinds, which the base they are declared as would cut down.
         whole = CompressionRecipe.model_validate(raw | {"steps": [{"kind": step.kind} for step in parsed]})
     except ValidationError as error:
-        raise BadRecipe(f"{place}: " + error_lines(error)) from None
+        raise BadRecipe(f"{place}: " + error_lines(error, of)) from None
     return whole.model_copy(update={"steps": tuple(parsed)})
 
 
@@ -107,16 +102,7 @@ def load_compression_recipe(name: str) -> CompressionRecipe:
     Raises:
         BadRecipe: there is none, it is no TOML, or a key or value is wrong; the message names each.
     """
-    path = Path(name)
-    if not path.is_file():
-        path = RECIPES / f"{name}.toml"
-    if not path.is_file():
-        shipped = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
-        raise BadRecipe(f"{name} is neither a file nor one of the shipped compression recipes ({shipped})")
-    try:
-        raw = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"{path} is no valid TOML: {error}") from error
+    path, raw = read_recipe(name, RECIPES, "compression recipes")
     return parse_recipe(raw, str(path))
 
 

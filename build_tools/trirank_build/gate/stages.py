@@ -64,8 +64,8 @@ def runs_of(run: TrainedRun) -> dict[str, TrainedRun]:
     """
     if not (steps := run.facts.get("compression")):
         return {"dense": run}
-    runs = {"dense": TrainedRun.load(Path(run.facts["dense"]))}
-    folder = run.directory.resolve().parent
+    own = run.directory.resolve()
+    folder, runs = own.parent, {"dense": TrainedRun.load(own / run.facts["dense"])}
     for number, step in enumerate(steps, 1):
         name = f"{number}-{step['settings']['kind']}"
         if not (folder / name).is_dir():
