@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,22 +136,24 @@ def exact_engines() -> list[str]:
     return [name for name in available_engines() if not name.endswith("bf16")]
 
 
-def engines_for(path: Path, engines: list[str]) -> list[str]:
-    """Those of the engines that can run a graph: ONNX Runtime has no BF16 products on a CPU, for instance.
+def rankers_of(path: Path, engines: list[str]) -> Iterator[tuple[str, Ranker]]:
+    """Name and ranker of those engines that can run a graph, loaded one by one as they are asked for: ONNX Runtime has
+    no BF16 products on a CPU, for instance.
 
     Raises:
         InvalidRelease: none can; the first one's reason.
     """
-    found, reasons = [], []
+    found, reasons = False, []
     for name in engines:
         try:
-            load_ranker(path, name)
-            found.append(name)
-        except InvalidRelease as error:  # noqa: PERF203  # three engines at most
+            ranker = load_ranker(path, name)
+        except InvalidRelease as error:
             reasons.append(error)
+            continue
+        found = True
+        yield name, ranker
     if not found:
         raise reasons[0]
-    return found
 
 
 def load_ranker(path: Path, engine: str = "onnxruntime", threads: int = 1) -> Ranker:

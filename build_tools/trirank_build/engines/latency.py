@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from trirank import contract
 from trirank_backend.features import FeatureSpec
-from trirank_backend.scoring import engines_for, load_ranker
+from trirank_backend.scoring import rankers_of
 
 from trirank_build.export.parity import sample_inputs
 
@@ -51,12 +51,11 @@ def fastest_engine(
     onnx: Path, spec: FeatureSpec, engines: list[str], candidates: int = 200
 ) -> tuple[str, dict[str, float]]:
     """Of these engines the one that runs a graph fastest here, and the median milliseconds of each that can run it."""
-    engines = engines_for(onnx, engines)
-    rankers = {name: (load_ranker(onnx, name), spec) for name in engines}
+    rankers = {name: (ranker, spec) for name, ranker in rankers_of(onnx, engines)}
     found = latencies(scoring_calls(rankers, candidates))
     medians = {name: round(statistics.median(times), 4) for name, times in found.items()}
-    best = engines[0]
-    for name in engines[1:]:
+    best = next(iter(medians))
+    for name in medians:
         if medians[name] < _CLEARLY * medians[best]:
             best = name
     return best, medians

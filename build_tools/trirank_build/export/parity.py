@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from trirank import contract
 from trirank_backend.features import FeatureSpec
-from trirank_backend.scoring import engines_for, exact_engines, load_ranker
+from trirank_backend.scoring import exact_engines, rankers_of
 
 from trirank_build.compression.step import Quantised
 from trirank_build.errors import BadModel
@@ -72,7 +72,7 @@ def check_parity(module: nn.Module, path: Path, spec: FeatureSpec) -> Parity:
     Raises:
         BadModel: a difference is above its limit, or the graph fails on some number of requests or candidates.
     """
-    run = load_ranker(path, engines_for(path, exact_engines())[0])
+    _, run = next(rankers_of(path, exact_engines()))
 
     def ranker(tensors: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from trirank import RankClient
-from trirank_backend.scoring import engines_for, exact_engines, load_ranker
+from trirank_backend.scoring import exact_engines, load_ranker, rankers_of
 
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import latencies, scoring_calls
@@ -95,13 +95,14 @@ def measure_stages(
         yield Stage(name, scores, name, float(np.median(took[name])), size)
         last = name
     own, spec, size = examples.seen_by(run.features), run.features.spec, onnx_path.stat().st_size / 1e6
-    exact = engines_for(onnx_path, exact_engines())[0]  # ONNX Runtime, where it can
-    forms = {"ONNX": exact} | ({f"engine {engine}": engine} if engine != exact else {})
-    rankers: dict[str, Any] = {name: load_ranker(onnx_path, which) for name, which in forms.items()}
+    exact, graph = next(rankers_of(onnx_path, exact_engines()))  # ONNX Runtime, where it can
+    rankers = {"ONNX": graph}
+    if engine != exact:
+        rankers[f"engine {engine}"] = load_ranker(onnx_path, engine)
     took = latencies(scoring_calls({name: (ranker, spec) for name, ranker in rankers.items()}, CANDIDATES))
     for name, ranker in rankers.items():
         with working(f"gate: {name}"):
-            yield Stage(name, _scores(ranker, own), last, float(np.median(took[name])), size, forms[name] == engine)
+            yield Stage(name, _scores(ranker, own), last, float(np.median(took[name])), size, name == list(rankers)[-1])
     if live:
         with working("gate: live ensemble"):
             scores, latency = _live(run, dataset, onnx_path, engine, own)
