@@ -4,6 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# TensorRT's type stubs, which want the library itself beside them, and put down two functions that are no Python.
+STUBS = rm -rf $(VENV)/stubs && $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-compile \
+	--target $(VENV)/stubs tensorrt-stubs==10.13.0.35.1 && sed -i.bak -E \
+	-e 's/, in: /, in_: /g' -e 's/, channel_axis: int\) -> IScaleLayer/, channel_axis: int = 0) -> IScaleLayer/' \
+	$(VENV)/stubs/tensorrt_bindings/tensorrt.pyi
+
 .PHONY: install demo test format lint types unit loadtest bench docs clean
 
 install: $(STAMP)
@@ -14,6 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "python3 -m venv failed; on Debian and Ubuntu install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(STUBS)
 	@touch $@
 
 demo: install

@@ -53,7 +53,8 @@ class World:
 def world(shop, recipe, tmp_path_factory) -> World:
     from trirank_build.data.dataset import Dataset
     from trirank_build.export.onnx import export
-    from trirank_build.repository.release import assemble, write_parity
+    from trirank_build.repository.assemble import assemble
+    from trirank_build.repository.reports import write_parity
     from trirank_build.training.trainer import train
 
     folder = tmp_path_factory.mktemp("world")

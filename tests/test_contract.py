@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 from trirank import contract
-from trirank_build.repository.configs import OPEN_SHAPE, Instances, model_configs, parse_config
+from trirank_build.repository.configs import OPEN_SHAPE, Instances, RankerRuntime, model_configs, parse_config
 from trirank_build.repository.release import MODELS, TEMPLATES
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -84,7 +84,7 @@ def test_no_name_is_both_input_and_output_of_the_ensemble():
 
 
 def test_the_files_in_the_repository_are_what_the_code_writes():
-    for name, text in model_configs(OPEN_SHAPE, "python", Instances()).items():
+    for name, text in model_configs(OPEN_SHAPE, RankerRuntime(), Instances()).items():
         path = TEMPLATES / name / "config.pbtxt"
         assert path.read_text() == text, f"run python -m trirank_build.repository.configs to write {path} again"
 
@@ -109,7 +109,9 @@ def test_the_onnx_is_the_contract(world, trained):
 
 def test_tensorrt_config_has_a_profile_a_bucket(trained):
     shape = trained.features.spec.shape
-    text = model_configs(shape, "tensorrt", Instances(), {"8.6": "sm86.plan", "8.9": "sm89.plan"})[contract.RANKER]
+    text = model_configs(shape, RankerRuntime("tensorrt", plans={"8.6": "sm86.plan", "8.9": "sm89.plan"}), Instances())[
+        contract.RANKER
+    ]
     config = parse_config(text)
     assert config.platform == "tensorrt_plan"
     assert list(config.instance_group[0].profile) == [str(at) for at in range(len(contract.BUCKETS))]

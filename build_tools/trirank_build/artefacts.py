@@ -54,11 +54,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tree_digests(directory: Path) -> dict[str, str]:
-    """Relative path → SHA-256 of every file below ``directory``, sorted."""
+def tree_digests(directory: Path, only: str = "*") -> dict[str, str]:
+    """Relative path → SHA-256 of every file below ``directory`` whose name matches, sorted."""
     return {
         path.relative_to(directory).as_posix(): file_digest(path)
-        for path in sorted(directory.rglob("*"))
+        for path in sorted(directory.rglob(only))
         if path.is_file()
     }
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +14,12 @@ from rich.table import Table
 from trirank import RankClient, RankError, RankRequest
 from trirank_backend.errors import BackendError
 
+from trirank_build.commands.engine import app as engine_app
+from trirank_build.commands.options import Data, Json, Run
+from trirank_build.commands.release import app as release_app
 from trirank_build.errors import BadRecipe, TrirankBuildError
 from trirank_build.progress import console as errors
-from trirank_build.progress import out, working
+from trirank_build.progress import out, warn, working
 
 # Heavy imports (torch, polars, onnx) wait inside the commands, so that `trirank --help` answers at once.
 
@@ -27,13 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Prepare datasets.", no_args_is_help=True)
-engine_app = typer.Typer(help="Build TensorRT plans.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(engine_app, name="engine")
-
-Data = Annotated[Path, typer.Option("--data", help="Dataset directory.")]
-Run = Annotated[Path, typer.Option("--run", help="Training run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON rather than a table.")]
+app.add_typer(release_app, name="release")
 
 
 def main() -> None:
@@ -291,7 +289,7 @@ def export(
     """Write ONNX, proven equal to the module; of a run, or of your own module with a run's features."""
     from trirank_build.export.onnx import export as write_onnx
     from trirank_build.export.onnx import load_module, parse_arguments
-    from trirank_build.repository.release import write_parity
+    from trirank_build.repository.reports import write_parity
     from trirank_build.training.run import TrainedRun
 
     trained = TrainedRun.load(run)
@@ -306,64 +304,12 @@ def export(
         parity = write_onnx(module, trained.features.spec, target)
     beyond = write_parity(target, parity, type(module).__name__)["beyond_tensorrt"]
     if beyond:
-        words = f"TensorRT's parser does not take {', '.join(beyond)}; the graph runs on a CPU alone"
-        errors.print(f"[yellow]warning:[/yellow] {words}", soft_wrap=True)
+        warn(f"TensorRT's parser does not take {', '.join(beyond)}; the graph runs on a CPU alone")
     table = Table("candidates", "largest difference", title=f"{target}: module against ONNX")
     for bucket, difference in parity.by_bucket.items():
         table.add_row(str(bucket), f"{difference:.1e}")
     table.add_row("padding", f"{parity.padding:.1e}")
     table.add_row("batching", f"{parity.batching:.1e}")
-    out.print(table)
-
-
-@engine_app.command("build")
-def engine_build(
-    onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
-    run: Run,
-    target: Annotated[Path, typer.Option("--out", help="Folder for the plans.")],
-    sm: Annotated[list[str], typer.Option("--sm", help="GPU architecture, 86 say; once for each.")],
-    flavour: Annotated[str, typer.Option(help="tensorrt or tensorrt_rtx.")] = "tensorrt_rtx",
-) -> None:
-    """Build a TensorRT plan for each GPU architecture."""
-    from trirank_build.engines.builder import build_plans
-    from trirank_build.engines.plan import load_plan_manifest
-    from trirank_build.training.run import TrainedRun
-
-    plans = build_plans(onnx, TrainedRun.load(run).features.spec, sm, target, flavour)
-    table = Table("plan", "GPU", "made by", "MB", "profiles", title="plans")
-    for plan in plans:
-        manifest = load_plan_manifest(plan)
-        buckets = ", ".join(str(profile["bucket"]) for profile in manifest.profiles)
-        size = f"{plan.stat().st_size / 1e6:.1f}"
-        table.add_row(str(plan), manifest.sm, f"{manifest.flavour} {manifest.version}", size, buckets)
-    out.print(table)
-
-
-@engine_app.command("verify")
-def engine_verify(
-    place: Annotated[Path, typer.Argument(help="A plan, or a folder of plans.")],
-    onnx: Annotated[Path | None, typer.Option("--onnx", help="The graph that they should come from.")] = None,
-) -> None:
-    """Say of every plan whether it is what it says; exit status 1 if one is not."""
-    from trirank_build.engines.verify import plans_of, verify
-
-    problems = {plan: verify(plan, onnx) for plan in plans_of(place)}
-    for plan, found in problems.items():
-        out.print(f"{plan}: " + ("; ".join(found) if found else "as it was built"), soft_wrap=True, highlight=False)
-    if any(problems.values()):
-        sys.exit(1)
-
-
-@engine_app.command("list")
-def engine_list(folder: Annotated[Path, typer.Argument(help="A folder of plans.")]) -> None:
-    """The plans that a folder's lock knows."""
-    from trirank_build.engines.lock import read_lock
-
-    table = Table("plan", "GPU", "made by", "CUDA", "from ONNX", "flags", "key", title=str(folder))
-    for name, entry in read_lock(folder).items():
-        made_by = f"{entry['flavour']} {entry['version']}"
-        shown = (entry["cuda"], entry["onnx"][:12], ", ".join(entry["flags"]), entry["key"][:12])
-        table.add_row(name, entry["sm"], made_by, *shown)
     out.print(table)
 
 
@@ -373,9 +319,13 @@ def assemble(
     data: Data,
     onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
     target: Annotated[Path, typer.Option("--out", help="Folder of releases.")],
-    runtime: Annotated[str, typer.Option(help="python or tensorrt.")] = "python",
+    runtime: Annotated[str, typer.Option(help="python, onnxruntime or tensorrt.")] = "python",
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="For tensorrt: a plan, once for each.")] = None,
-    ranker_instances: Annotated[int, typer.Option(min=1, help="For python: rankers at work at a time.")] = 1,
+    provider: Annotated[
+        str, typer.Option(help="For onnxruntime: its execution provider, cpu, openvino, cuda or tensorrt.")
+    ] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="For onnxruntime: threads of one call on a CPU.")] = 1,
+    ranker_instances: Annotated[int, typer.Option(min=1, help="Rankers at work at a time; not for tensorrt.")] = 1,
     engine: Annotated[
         str | None, typer.Option(help="For python: what runs the graph; by default the gate's, else the fastest here.")
     ] = None,
@@ -386,12 +336,14 @@ def assemble(
 ) -> None:
     """Make a release: a model repository with all that it needs."""
     from trirank_build.data.dataset import Dataset
-    from trirank_build.repository import release
+    from trirank_build.repository.assemble import assemble as make_release
     from trirank_build.repository.configs import Instances
+    from trirank_build.repository.release import load_manifest
+    from trirank_build.repository.store import promote as point_at
     from trirank_build.training.run import TrainedRun
 
     with working("assembling"):
-        made = release.assemble(
+        made = make_release(
             TrainedRun.load(run),
             Dataset.load(data),
             onnx,
@@ -400,50 +352,53 @@ def assemble(
             plans=plan,
             instances=Instances(ranker=ranker_instances),
             engine=engine,
+            provider=provider,
+            threads=threads,
             allow_failing_gate=allow_failing_gate,
         )
-    if any(engine["flavour"] != "tensorrt" for engine in release.load_manifest(made)["engines"]):
-        errors.print(
-            "[yellow]warning:[/yellow] plans of TensorRT-RTX show the layout, but Triton's TensorRT backend cannot "
-            "load them; build with --flavour tensorrt in NVIDIA's container to serve this release",
-            soft_wrap=True,
+    if any(plan["flavour"] != "tensorrt" for plan in load_manifest(made)["engines"]):
+        warn(
+            "plans of TensorRT-RTX show the layout, but Triton's TensorRT backend cannot load them; build with "
+            "--flavour tensorrt in NVIDIA's container to serve this release on a GPU"
         )
     if promote:
-        release.promote(made)
+        point_at(made)
     print(made)
 
 
 @app.command()
 def serve(
-    release: Annotated[Path, typer.Argument(help="A release.")],
+    release: Annotated[Path, typer.Argument(help="A release, or the link `current`, which is followed.")],
     grpc_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     tritonserver: Annotated[Path | None, typer.Option(help="The server to run.")] = None,
     addresses: Annotated[Path | None, typer.Option(help="File to write the addresses to, as JSON, when ready.")] = None,
+    follow: Annotated[
+        bool | None, typer.Option(help="Serve what the link points at, whenever it moves; for links by default.")
+    ] = None,
+    fallback: Annotated[
+        str | None, typer.Option(help="Engine that scores in the Python backend where the release's runtime cannot.")
+    ] = None,
 ) -> None:
-    """Serve a release with Triton until Ctrl-C."""
-    from trirank_build.artefacts import atomic_file
-    from trirank_build.serving.server import Ports, TritonServer
+    """Serve a release with Triton until Ctrl-C; a promotion takes effect without a request lost."""
+    from trirank_build.serving.following import serve as run_server
+    from trirank_build.serving.server import Ports
 
     # Said outright, since a shell starts its background jobs with SIGINT ignored.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
+    if fallback is not None:
+        from trirank_backend.scoring import ENGINES
+
+        if fallback not in ENGINES:
+            raise BadRecipe(f"--fallback {fallback} is none of {', '.join(ENGINES)}")
+    follow = release.is_symlink() if follow is None else follow
+    if follow and not release.is_symlink():
+        raise BadRecipe(f"--follow follows a link, and {release} is none; give the link `current` beside the releases")
     ports = Ports(grpc_port, http_port, metrics_port)
-    with TritonServer(release, ports=ports, tritonserver=tritonserver, host=host) as server:
-        server.wait_ready()
-        found = {"grpc": server.grpc, "http": server.http, "metrics": server.metrics, "pid": server.pid}
-        out.print(f"ready: gRPC {server.grpc}, HTTP {server.http}, metrics {server.metrics}; Ctrl-C stops it")
-        if addresses is not None:
-            with atomic_file(addresses) as scratch:
-                scratch.write_text(json.dumps(found) + "\n")
-        try:
-            while True:
-                server.check_alive()
-                time.sleep(1)
-        except KeyboardInterrupt:
-            out.print("stopping")
+    run_server(release, ports, host, tritonserver, fallback, follow=follow, addresses=addresses)
 
 
 @app.command()
@@ -465,7 +420,7 @@ def rank(
     if item:
         request = RankRequest(item_ids=item, user_id=user, query=query, scenario=scenario, top_k=top_k)
     elif release is not None:
-        from trirank_build.serving.server import recorded_requests
+        from trirank_build.repository.release import recorded_requests
 
         requests = recorded_requests(release)
         if recorded >= len(requests):

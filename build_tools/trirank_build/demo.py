@@ -42,7 +42,9 @@ def build(work: Path) -> Path:
         from trirank_build.gate.verdict import run_gate
         from trirank_build.presentation import gate_table
         from trirank_build.recipe import load_recipe
-        from trirank_build.repository.release import assemble, gate_path, promote, write_parity
+        from trirank_build.repository.assemble import assemble
+        from trirank_build.repository.reports import gate_path, write_parity
+        from trirank_build.repository.store import promote
         from trirank_build.training.run import BEST
         from trirank_build.training.trainer import train
 
@@ -72,7 +74,8 @@ def build(work: Path) -> Path:
 
 def show(release: Path) -> None:
     """Serve it, ask for the three scenarios, print the answers, stop."""
-    from trirank_build.serving.server import TritonServer, recorded_requests
+    from trirank_build.repository.release import recorded_requests
+    from trirank_build.serving.server import TritonServer
 
     requests = recorded_requests(release)
     with TritonServer(release) as server:

@@ -15,9 +15,15 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 console = Console(stderr=True)
 out = Console(width=None if sys.stdout.isatty() else 150)
+
+
+def warn(words: str) -> None:
+    """One line on the error stream that something goes otherwise than one might think."""
+    console.print("[yellow]warning:[/yellow]", Text(words), soft_wrap=True, highlight=False)
 
 
 def progress() -> Progress:

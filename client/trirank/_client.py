@@ -50,7 +50,10 @@ class RankClient:
             Overloaded, Unavailable, IncompatibleServer, ServerError: see RankError.
         """
         message, names = _codec.encode(request, self.model)
-        reply = self._call("ModelInfer", message, deadline_s)
+        # A request that has waited in a queue for longer than its caller does is refused there, not executed.
+        deadline = self.deadline_s if deadline_s is None else _checked_deadline(deadline_s)
+        message.parameters["timeout"].int64_param = max(1, int(deadline * 1e6))
+        reply = self._call("ModelInfer", message, deadline)
         return _codec.decode(reply, names)
 
     def ready(self, *, deadline_s: float | None = None) -> bool:

@@ -41,7 +41,7 @@ class DeadlineExceeded(RankError, TimeoutError):
 
 
 class Overloaded(RankError):
-    """The server's queue is full."""
+    """The request waited too long in the server's queue, or found it full."""
 
 
 class Unavailable(RankError, ConnectionError):
@@ -65,8 +65,14 @@ _BY_STATUS: dict[grpc.StatusCode, type[RankError]] = {
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleServer,
 }
 
+_TURNED_AWAY = ("Request timeout expired", "Exceeds maximum queue size")
+"""What Triton says, as UNAVAILABLE, of a request that waited too long in a queue or found it full."""
+
 
 def from_grpc(error: grpc.RpcError, *, address: str, elapsed_s: float) -> RankError:
     """The typed error of a failed call."""
+    details = error.details() or error.code().name
     kind = _BY_STATUS.get(error.code(), ServerError)
-    return kind(error.details() or error.code().name, address=address, elapsed_s=elapsed_s)
+    if kind is Unavailable and any(words in details for words in _TURNED_AWAY):
+        kind = Overloaded
+    return kind(details, address=address, elapsed_s=elapsed_s)

@@ -23,8 +23,10 @@ except ImportError:
 
 
 def release_of(args: dict[str, str]) -> Path:
-    """The release that a model belongs to: ``RELEASE/models/NAME`` → ``RELEASE``."""
-    return Path(args["model_repository"]).resolve().parent.parent
+    """The release that a model belongs to: what its parameter ``release`` says, else the place that it lies in,
+    ``RELEASE/models/NAME``."""
+    said = json.loads(args["model_config"]).get("parameters", {}).get("release")
+    return Path(said["string_value"]) if said else Path(args["model_repository"]).resolve().parents[1]
 
 
 class Stage:

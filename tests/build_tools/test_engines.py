@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -23,8 +24,8 @@ from trirank_build.engines.verify import plans_of, verify
 from trirank_build.errors import BadModel, ServeError
 from trirank_build.export.onnx import beyond_tensorrt, write_graph
 from trirank_build.export.parity import sample_inputs
+from trirank_build.repository.assemble import assemble
 from trirank_build.repository.configs import parse_config
-from trirank_build.repository.release import assemble
 from trirank_build.serving.server import TritonServer
 
 pytestmark = pytest.mark.engines
@@ -171,11 +172,11 @@ def test_a_flipped_bit_is_noticed(plans, tmp_path):
 def test_a_release_for_tensorrt(plans, world, trained, tmp_path):
     release = assemble(trained, Dataset.load(world.data), world.onnx, tmp_path, runtime="tensorrt", plans=plans)
     ranker = release / "models" / "ranker"
-    assert sorted(path.name for path in (ranker / "1").iterdir()) == ["sm86.plan", "sm89.plan"]
+    assert sorted(path.name for path in (ranker / "1").iterdir()) == ["model.onnx", "sm86.plan", "sm89.plan"]
     config = parse_config((ranker / "config.pbtxt").read_text())
     assert config.platform == "tensorrt_plan"
     assert dict(config.cc_model_filenames) == {"8.6": "sm86.plan", "8.9": "sm89.plan"}
-    with pytest.raises(ServeError, match="NVIDIA's container"):
+    with pytest.raises(ServeError, match="no backend tensorrt, which NVIDIA's container has"):
         TritonServer(release)
 
 
@@ -215,7 +216,7 @@ def test_a_truncated_graph(world, trained, tmp_path):
 @pytest.mark.parametrize(("present", "words"), [("8.9", "which is sm89, not sm86"), (None, "nvidia-smi finds none")])
 def test_a_plan_is_not_named_after_another_gpu(world, trained, tmp_path, monkeypatch, present, words):
     """TensorRT's own library is not here; what must be refused is refused before it is asked for anything."""
-    monkeypatch.setattr(builder, "_library", lambda flavour: None)
+    monkeypatch.setattr(builder, "library", lambda flavour: SimpleNamespace(__version__="11.0"))
     monkeypatch.setenv("PATH", str(tmp_path))
     if present:
         script = tmp_path / "nvidia-smi"

@@ -16,7 +16,9 @@ from trirank_build.export.onnx import export
 from trirank_build.gate.report import write_report
 from trirank_build.gate.verdict import run_gate
 from trirank_build.models.checkpoint import load_checkpoint, save_checkpoint
-from trirank_build.repository.release import assemble, gate_path, load_manifest, write_parity
+from trirank_build.repository.assemble import assemble
+from trirank_build.repository.release import load_manifest
+from trirank_build.repository.reports import gate_path, write_parity
 from trirank_build.training.run import TrainedRun
 
 STEPS = [

@@ -10,8 +10,10 @@ from trirank_build.data.dataset import Dataset
 from trirank_build.export.onnx import export
 from trirank_build.gate.report import write_report
 from trirank_build.gate.verdict import run_gate
-from trirank_build.repository.release import assemble, load_manifest, write_parity
-from trirank_build.serving.server import TritonServer, recorded_requests
+from trirank_build.repository.assemble import assemble
+from trirank_build.repository.release import load_manifest, recorded_requests
+from trirank_build.repository.reports import write_parity
+from trirank_build.serving.server import TritonServer
 
 RECIPE = {
     "name": "chain", "training": {"epochs": 0},

@@ -15,7 +15,7 @@ from trirank_build.data.dataset import Dataset
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.evaluate import score
 from trirank_build.features.examples import Examples
-from trirank_build.serving.server import recorded_requests
+from trirank_build.repository.release import recorded_requests
 
 
 def test_recorded_requests_come_back_in_full(client, world):

@@ -39,6 +39,7 @@ class PlanKey:
     profiles: list[dict[str, int]]
     flags: list[str]
     workspace_bytes: int
+    hardware_compatibility: str = "none"
 
     @property
     def digest(self) -> str:

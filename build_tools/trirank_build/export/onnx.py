@@ -95,17 +95,27 @@ def _exported(module: nn.Module) -> nn.Module:
     return copied
 
 
-def check_onnx(path: Path, spec: FeatureSpec) -> onnx.ModelProto:
-    """Hold a graph to the contract.
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """A graph that ONNX's own checker finds whole.
 
     Raises:
-        BadModel: it is truncated, of an older opset, or a tensor's name, type or shape differs.
+        BadModel: it is truncated or damaged.
     """
     try:
         model = onnx.load(str(path))
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's and onnx's exceptions share no base
         raise BadModel(f"{path} is no whole ONNX graph ({str(error).strip().splitlines()[0]}); export again") from error
+    return model
+
+
+def check_onnx(path: Path, spec: FeatureSpec) -> onnx.ModelProto:
+    """Hold a graph to the contract.
+
+    Raises:
+        BadModel: it is truncated, of an older opset, or a tensor's name, type or shape differs.
+    """
+    model = read_onnx(path)
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if opset < OPSET:
         raise BadModel(f"{path} is of opset {opset}; trirank takes {OPSET} and later, export again")

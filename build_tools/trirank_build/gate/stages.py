@@ -24,7 +24,7 @@ from trirank_build.errors import BadCheckpoint
 from trirank_build.features.examples import Examples
 from trirank_build.progress import working
 from trirank_build.recipe import PolicyRecipe
-from trirank_build.repository.release import assemble
+from trirank_build.repository.assemble import assemble
 from trirank_build.serving.server import TritonServer
 from trirank_build.training.run import BEST, TrainedRun
 

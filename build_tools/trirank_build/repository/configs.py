@@ -5,8 +5,8 @@ The files in ``model_repository/`` are these with -1 wherever a release decides;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from trirank_build.errors import BadModel
 
 OPEN_SHAPE = PackedShape(*[-1] * len(PackedShape._fields))
 """Sizes not yet decided by a release."""
-RUNTIMES = ("python", "tensorrt")
+RUNTIMES = ("python", "onnxruntime", "tensorrt")
+PROVIDERS = ("cpu", "openvino", "cuda", "tensorrt")
+"""Execution providers of Triton's ONNX Runtime backend."""
+QUEUE_TIMEOUT_US = 10_000_000
+"""A request that has waited so long in one queue is refused there. A caller may send a shorter one, not a longer."""
+GRAPH_BATCHES = ((1, 1), (8, 2))
+"""Batch sizes of the CUDA graphs of each bucket, and the smallest batch that each may serve."""
+BUCKETS_PARAMETER = "candidate_buckets"
+"""Says in the ranker's configuration which lengths its variable axis takes, so that equal shapes do meet."""
 _FORWARDED = ("TOP_K", "SCENARIO")
 """What rerank reads straight from the request."""
 
@@ -34,24 +42,36 @@ class Instances:
     rerank: int = 1
 
 
-def model_configs(
-    shape: PackedShape,
-    runtime: str,
-    instances: Instances,
-    plans: dict[str, str] | None = None,
-    engine: str = "onnxruntime",
-) -> dict[str, str]:
-    """Model name → text of its config.pbtxt.
+@dataclass(frozen=True)
+class RankerRuntime:
+    """What scores, and how.
 
-    Args:
+    Attributes:
+        name: one of RUNTIMES.
         engine: for ``python``: one of trirank_backend.scoring.ENGINES.
+        provider: for ``onnxruntime``: one of PROVIDERS.
+        threads: for ``onnxruntime``: of one call on a CPU.
         plans: for ``tensorrt``: compute capability ("8.6") → plan file, one optimisation profile a bucket in each.
-
-    Raises:
-        BadModel: the runtime is not known.
     """
-    if runtime not in RUNTIMES:
-        raise BadModel(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
+
+    name: str = "python"
+    engine: str = "onnxruntime"
+    provider: str = "cpu"
+    threads: int = 1
+    plans: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises BadModel if the runtime or provider is not known."""
+        if self.name not in RUNTIMES:
+            raise BadModel(f"runtime {self.name!r} is none of {', '.join(RUNTIMES)}")
+        if self.provider not in PROVIDERS:
+            raise BadModel(f"provider {self.provider!r} is none of {', '.join(PROVIDERS)}")
+        if self.threads < 1:
+            raise BadModel(f"threads is {self.threads}; a call needs 1 or more")
+
+
+def model_configs(shape: PackedShape, runtime: RankerRuntime, instances: Instances) -> dict[str, str]:
+    """Model name → text of its config.pbtxt."""
     request, answer = contract.REQUEST, contract.RESPONSE
     packed, scores = contract.ranker_inputs(shape), contract.ranker_outputs(shape)
     between = (contract.ITEMS, contract.PREPROCESS_STATUS)
@@ -59,18 +79,87 @@ def model_configs(
     to_preprocess = tuple(spec for spec in request if spec.name not in _FORWARDED)
     preprocess = _python(contract.PREPROCESS, (*to_preprocess, *forwarded), (*packed, *between), instances.preprocess)
     rerank = _python(contract.RERANK, (*scores, *between, *forwarded), answer, instances.rerank)
-    if runtime == "python":
-        ranker = _python(contract.RANKER, packed, scores, instances.ranker, ragged=False)
-        ranker.parameters["engine"].string_value = engine
-    else:
-        ranker = _tensorrt(packed, scores, plans or {})
+    ranker = _ranker(packed, scores, runtime, instances.ranker)
     configs = {config.name: config for config in (preprocess, ranker, rerank, _ensemble(preprocess, ranker, rerank))}
-    return {name: text_format.MessageToString(config) for name, config in configs.items()}
+    return {name: config_text(config) for name, config in configs.items()}
+
+
+def ranker_config(shape: PackedShape, runtime: RankerRuntime) -> Any:
+    """The ranker's configuration alone, for a runtime that takes another one's place."""
+    return _ranker(contract.ranker_inputs(shape), contract.ranker_outputs(shape), runtime, 1)
+
+
+def packed_shape(ranker: Any) -> PackedShape:
+    """The sizes that a ranker's configuration declares.
+
+    Raises:
+        BadModel: a tensor of the contract is missing.
+    """
+    dims = {tensor.name: tuple(tensor.dims) for tensor in (*ranker.input, *ranker.output)}
+    try:
+        (length, width), (query,), context = dims["history"], dims["query"], dims["context"][0]
+        fields, dense, tasks = (dims[name][1] for name in ("candidates", "dense", "scores"))
+    except (KeyError, ValueError, IndexError) as error:
+        raise BadModel(
+            f"the configuration of {ranker.name} is not of the contract ({error}); assemble again"
+        ) from error
+    return PackedShape(length, width, query, fields, dense, context, tasks)
+
+
+def problems_of(config: Any) -> list[str]:
+    """In what a stage's configuration, or the ensemble's, differs from the contract."""
+    packed, scores = contract.ranker_inputs(OPEN_SHAPE), contract.ranker_outputs(OPEN_SHAPE)
+    between = (contract.ITEMS, contract.PREPROCESS_STATUS)
+    forwarded = tuple(spec for spec in contract.REQUEST if spec.name in _FORWARDED)
+    wanted = {
+        contract.ENSEMBLE: (contract.REQUEST, contract.RESPONSE),
+        contract.PREPROCESS: (contract.REQUEST, (*packed, *between)),
+        contract.RANKER: (packed, scores),
+        contract.RERANK: ((*scores, *between, *forwarded), contract.RESPONSE),
+    }
+    problems = []
+    for kind, specs, tensors in zip(
+        ("input", "output"), wanted[config.name], (config.input, config.output), strict=True
+    ):
+        declared = {tensor.name: tensor for tensor in tensors}
+        problems += [
+            f"{kind} {name} is not of the contract" for name in sorted(declared.keys() - {s.name for s in specs})
+        ]
+        for spec in specs:
+            tensor = declared.get(spec.name)
+            if tensor is None:
+                problems.append(f"{kind} {spec.name} is missing")
+            elif tensor.data_type != _type(spec):
+                problems.append(f"{kind} {spec.name} is {pb.DataType.Name(tensor.data_type)}, not {spec.dtype}")
+            elif len(tensor.dims) != len(spec.shape) or any(
+                own != given for own, given in zip(spec.shape, tensor.dims, strict=True) if own != -1
+            ):
+                problems.append(f"{kind} {spec.name} has shape {list(tensor.dims)}, not {list(spec.shape)}")
+    if config.max_batch_size != contract.MAX_BATCH:
+        problems.append(f"max_batch_size is {config.max_batch_size}, not {contract.MAX_BATCH}")
+    return problems
 
 
 def parse_config(text: str) -> Any:
     """A config.pbtxt as Triton reads it."""
     return text_format.Parse(text, pb.ModelConfig())
+
+
+def config_text(config: Any) -> str:
+    """A config.pbtxt."""
+    return text_format.MessageToString(config)
+
+
+def _ranker(packed: Sequence[TensorSpec], scores: Sequence[TensorSpec], runtime: RankerRuntime, count: int) -> Any:
+    if runtime.name == "python":
+        config = _python(contract.RANKER, packed, scores, count, ragged=False)
+        config.parameters["engine"].string_value = runtime.engine
+    elif runtime.name == "onnxruntime":
+        config = _onnxruntime(packed, scores, runtime, count)
+    else:
+        config = _tensorrt(packed, scores, runtime.plans)
+    config.parameters[BUCKETS_PARAMETER].string_value = ",".join(str(bucket) for bucket in contract.BUCKETS)
+    return config
 
 
 def _python(
@@ -82,20 +171,72 @@ def _python(
         # A Python stage pads for itself, so requests of different buckets may share a batch there.
         tensor.allow_ragged_batch = ragged and -1 in tensor.dims
     config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_CPU)
-    # No queue delay: batches form by themselves while the instances are busy.
-    config.dynamic_batching.SetInParent()
+    _batch(config)
     return config
 
 
-def _tensorrt(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], plans: dict[str, str]) -> Any:
+def _onnxruntime(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], runtime: RankerRuntime, count: int
+) -> Any:
+    config = pb.ModelConfig(name=contract.RANKER, backend="onnxruntime", max_batch_size=contract.MAX_BATCH)
+    _add_tensors(config, inputs, outputs)
+    on_gpu = runtime.provider in ("cuda", "tensorrt")
+    config.instance_group.add(
+        count=count, kind=pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
+    )
+    # Without numbers ONNX Runtime starts a spinning thread a core in every instance.
+    config.parameters["intra_op_thread_count"].string_value = str(runtime.threads)
+    config.parameters["inter_op_thread_count"].string_value = "1"
+    accelerators = config.optimization.execution_accelerators
+    if runtime.provider == "tensorrt":
+        accelerators.gpu_execution_accelerator.add(name="tensorrt")
+    elif runtime.provider == "openvino":
+        accelerators.cpu_execution_accelerator.add(name="openvino")
+    _batch(config)
+    _warm_up(config)
+    return config
+
+
+def _tensorrt(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], plans: Mapping[str, str]) -> Any:
     config = pb.ModelConfig(name=contract.RANKER, platform="tensorrt_plan", max_batch_size=contract.MAX_BATCH)
     _add_tensors(config, inputs, outputs)
     group = config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)
     group.profile.extend(str(index) for index in range(len(contract.BUCKETS)))
     for capability, file in sorted(plans.items()):
         config.cc_model_filenames[capability] = file
-    config.dynamic_batching.SetInParent()
+    cuda = config.optimization.cuda
+    cuda.graphs = True
+    for bucket in contract.BUCKETS:
+        for batch, smallest in GRAPH_BATCHES:
+            spec = cuda.graph_spec.add(batch_size=batch)
+            spec.graph_lower_bound.batch_size = smallest
+            for tensor in inputs:
+                dims = [bucket if axis < 0 else axis for axis in tensor.shape]
+                spec.input[tensor.name].dim.extend(dims)
+                spec.graph_lower_bound.input[tensor.name].dim.extend(dims)
+    _batch(config)
+    _warm_up(config)
     return config
+
+
+def _batch(config: Any) -> None:
+    """Batches form by themselves while the instances are busy, without a queue delay. What has waited too long is
+    refused; a queue's own limit would be another way, but on a step of an ensemble it can hang the ensemble's clients
+    (triton-inference-server/server #7512)."""
+    policy = config.dynamic_batching.default_queue_policy
+    policy.timeout_action = pb.ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = QUEUE_TIMEOUT_US
+    policy.allow_timeout_override = True
+
+
+def _warm_up(config: Any) -> None:
+    """A first request of each bucket, so that no caller waits for what a runtime prepares late."""
+    for bucket in contract.BUCKETS:
+        warm_up = config.model_warmup.add(name=f"bucket {bucket}", batch_size=1)
+        for tensor in config.input:
+            sample = warm_up.inputs[tensor.name]
+            sample.data_type, sample.zero_data = tensor.data_type, True
+            sample.dims.extend(bucket if axis < 0 else axis for axis in tensor.dims)
 
 
 def _ensemble(*stages: Any) -> Any:
@@ -125,7 +266,7 @@ def _type(spec: TensorSpec) -> int:
 def main() -> None:
     """Write the files of ``model_repository/`` again."""
     folder = Path(__file__).parent.parent / "model_repository"
-    for name, text in model_configs(OPEN_SHAPE, "python", Instances()).items():
+    for name, text in model_configs(OPEN_SHAPE, RankerRuntime(), Instances()).items():
         (folder / name / "config.pbtxt").write_text(text)
 
 

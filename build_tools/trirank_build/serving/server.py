@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -19,16 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trirank import RankClient, RankError, RankRequest
+from trirank import RankClient, contract
 
 from trirank_build.errors import ServeError
-from trirank_build.progress import working
-from trirank_build.repository.release import MODELS, REQUESTS, load_manifest
+from trirank_build.progress import warn, working
+from trirank_build.serving.fitness import unfit
+from trirank_build.serving.live import LiveRepository, Served
+from trirank_build.serving.swapping import CONTROL_HEADER, Control, swap, warm_up
 from trirank_build.serving.tritonserver import find_tritonserver
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 20
-_WARM_ROUNDS = 3
 _SHM_BYTES = 16 << 20
 """A stub's first shared memory; the largest batch fits, so that it need not grow under load."""
 _PDEATHSIG = 1
@@ -58,38 +59,41 @@ class TritonServer:
         ports: Ports | None = None,
         tritonserver: Path | None = None,
         host: str = "127.0.0.1",
+        fallback: str | None = None,
+        swappable: bool = False,
     ) -> None:
         """Start it; ``wait_ready`` tells when it works.
 
+        Args:
+            fallback: engine of the runtime ``python`` that scores where the release's own runtime cannot run here.
+            swappable: whether ``swap`` shall work. Triton's model control is then open to this object alone.
+
         Raises:
-            ServeError: no server is found, a port is in use, or shared memory is short.
+            ServeError: no server is found, a port is in use, shared memory is short, or the release's runtime cannot
+                run here and there is no fallback.
             BadModel: ``release`` is none.
         """
-        self.release = release.resolve()
-        if (
-            load_manifest(self.release)["runtime"] == "tensorrt"
-            and tritonserver is None
-            and not shutil.which("tritonserver")
-        ):
-            raise ServeError(
-                f"{release} is for TensorRT, which the wheel's Triton cannot run; serve it in NVIDIA's container, or "
-                "assemble with --runtime python"
-            )
         _check_shared_memory()
+        self._control: Control | None = None
         self._scratch = Path(tempfile.mkdtemp(prefix="trirank-serve-"))
         self._process: subprocess.Popen[bytes] | None = None
         self.log = self._scratch / "triton.log"
         self._shm_prefix = f"trirank_{os.getpid()}_{self._scratch.name[-8:]}_"
         try:
-            binary = find_tritonserver(tritonserver, self._scratch)
+            self._binary = binary = find_tritonserver(tritonserver, self._scratch)
+            self._fallback = fallback
+            self.served = self._fitting(release)
+            self._live = LiveRepository(self._scratch / "models")
+            self._live.add(self.served)
+            self._live.point(self.served)
             ports = ports or Ports()
             numbers = [_checked_port(host, name, getattr(ports, name)) for name in ("grpc", "http", "metrics")]
             self.grpc, self.http, self.metrics = (f"{host}:{number}" for number in numbers)
             command = [
                 str(binary.path),
                 *binary.arguments,
-                f"--model-repository={self.release / MODELS}",
-                "--model-control-mode=none",
+                f"--model-repository={self._live.folder}",
+                *self._model_control(swappable),
                 "--disable-auto-complete-config",
                 *(f"--{name}-address={host}" for name in ("grpc", "http", "metrics")),
                 *(f"--{name}-port={number}" for name, number in zip(("grpc", "http", "metrics"), numbers, strict=True)),
@@ -110,6 +114,11 @@ class TritonServer:
         except BaseException:
             self.stop()
             raise
+
+    @property
+    def release(self) -> Path:
+        """The release that is served now."""
+        return self.served.release
 
     @property
     def pid(self) -> int:
@@ -134,13 +143,30 @@ class TritonServer:
                         f"Triton was not ready within {timeout_s:g} s; its last words: {self._last_words()}"
                     )
                 time.sleep(0.1)
-            try:
-                for request in recorded_requests(self.release) * _WARM_ROUNDS:
-                    client.rank(request)
-            except RankError as error:
-                raise ServeError(
-                    f"a recorded request failed: {error}; Triton's last words: {self._last_words()}"
-                ) from error
+        try:
+            warm_up(self.grpc, self.served, contract.ENSEMBLE)
+        except ServeError as error:
+            raise ServeError(f"{error}; Triton's last words: {self._last_words()}") from error
+
+    def swap(self, release: Path) -> None:
+        """Serve another release from now on, without a request that fails or meets both.
+
+        Raises:
+            BadModel: ``release`` is none.
+            ServeError: it cannot be served, or this server is not swappable; the old one is served as before.
+        """
+        if self._control is None:
+            raise ServeError("this server was started for one release; start it with swappable=True")
+        new = self._fitting(release)
+        if new.name == self.served.name:
+            return
+        try:
+            swap(self._control, self.grpc, self._live, self.served, new)
+        except ServeError as error:
+            raise ServeError(
+                f"{release} cannot be served: {error}; Triton's last words: {self._last_words()}"
+            ) from error
+        self.served = new
 
     def check_alive(self) -> None:
         """Raises ServeError with the reason if the server has ended."""
@@ -150,6 +176,8 @@ class TritonServer:
 
     def stop(self) -> None:
         """Let requests in flight finish, end the server and its stubs, remove its files. Safe to call twice."""
+        if self._control is not None:
+            self._control.close()
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGINT)
@@ -164,7 +192,7 @@ class TritonServer:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def statistics(self) -> dict[str, Any]:
-        """Model → its statistics, as Triton counts them."""
+        """Stage or ensemble → its statistics, as Triton counts them, of the release that is served."""
         from tritonclient.grpc import InferenceServerClient
 
         client = InferenceServerClient(self.grpc)
@@ -172,7 +200,39 @@ class TritonServer:
             reply = client.get_inference_statistics(as_json=True)
         finally:
             client.close()
-        return {model["name"]: model for model in reply["model_stats"]}
+        found = {model["name"]: model for model in reply["model_stats"]}
+        names = {stage: self.served.model(stage) for stage in contract.STAGES}
+        return {stage: found[name] for stage, name in (*names.items(), (contract.ENSEMBLE, contract.ENSEMBLE))}
+
+    def _fitting(self, release: Path) -> Served:
+        """The release as it can be served here.
+
+        Raises:
+            ServeError: it cannot.
+        """
+        problems = unfit(release, self._binary)
+        if problems and self._fallback is None:
+            raise ServeError(
+                f"{release} cannot be served here: {'; '.join(problems)}. Serve it where it fits, or say --fallback "
+                "onnxruntime"
+            )
+        if problems:
+            warn(f"{'; '.join(problems)}: {self._fallback} in the Python backend scores instead")
+        return Served.of(release, self._fallback if problems else None)
+
+    def _model_control(self, swappable: bool) -> list[str]:
+        if not swappable:
+            return ["--model-control-mode=none"]
+        # Whoever can load models can run code, so only who knows this word may (it is in the process list, where
+        # nobody but this user and root may read it on a machine whose /proc hides other users' processes).
+        secret = secrets.token_hex(16)
+        self._control = Control(self.grpc, secret)
+        return [
+            "--model-control-mode=explicit",
+            f"--load-model={contract.ENSEMBLE}",
+            f"--grpc-restricted-protocol=model-repository:{CONTROL_HEADER}={secret}",
+            f"--http-restricted-api=model-repository:{CONTROL_HEADER}={secret}",
+        ]
 
     def _last_words(self) -> str:
         """The reason in Triton's log, in one line."""
@@ -191,11 +251,6 @@ class TritonServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def recorded_requests(release: Path) -> list[RankRequest]:
-    """The requests that a release carries to prove that it works."""
-    return [RankRequest.from_dict(raw) for raw in json.loads((release / REQUESTS).read_text())]
 
 
 def _checked_port(host: str, name: str, number: int | None) -> int:

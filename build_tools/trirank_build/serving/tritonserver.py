@@ -25,11 +25,13 @@ class TritonBinary:
         path: the executable.
         arguments: before all others.
         environment: added to the process's own.
+        backends: the folder of its backends; None: not known.
     """
 
     path: Path
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    backends: Path | None = None
 
 
 def find_tritonserver(told: Path | None, scratch: Path) -> TritonBinary:
@@ -47,10 +49,16 @@ def find_tritonserver(told: Path | None, scratch: Path) -> TritonBinary:
     if told is not None:
         if not (told.is_file() and os.access(told, os.X_OK)):
             raise ServeError(f"{told} is no executable file; --tritonserver and {VARIABLE} name a tritonserver")
-        return TritonBinary(told)
+        return _installed(told)
     if found := shutil.which("tritonserver"):
-        return TritonBinary(Path(found))
+        return _installed(Path(found))
     return _from_wheel(scratch)
+
+
+def _installed(path: Path) -> TritonBinary:
+    """A server as NVIDIA's container lays it out: ``bin/tritonserver`` beside ``backends``."""
+    backends = path.resolve().parent.parent / "backends"
+    return TritonBinary(path, backends=backends if backends.is_dir() else None)
 
 
 def _from_wheel(scratch: Path) -> TritonBinary:
@@ -82,6 +90,7 @@ def _from_wheel(scratch: Path) -> TritonBinary:
     return TritonBinary(
         path=triton / "bin" / "tritonserver",
         arguments=(f"--backend-directory={backend.parent}",),
+        backends=backend.parent,
         environment={
             "LD_LIBRARY_PATH": os.pathsep.join(path for path in paths if path),
             "VIRTUAL_ENV": sys.prefix,

@@ -1,0 +1,133 @@
+"""`trirank release`: which releases there are, which is served, which was, which can go."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trirank_build.commands.options import Json
+from trirank_build.errors import BadModel
+from trirank_build.progress import out
+
+app = typer.Typer(help="List, check, promote and remove releases.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(help="Folder of releases.")]
+Release = Annotated[Path, typer.Argument(help="A release.")]
+
+
+@app.command("list")
+def list_releases(folder: Folder, as_json: Json = False) -> None:
+    """The releases of a folder, the newest first."""
+    from trirank_build.repository.store import releases
+
+    if not folder.is_dir():
+        raise BadModel(f"{folder} is no folder of releases; make one with `trirank assemble`")
+    listed = releases(folder)
+    if as_json:
+        print(json.dumps([_row(each) for each in listed]))
+        return
+    table = Table("release", "", "recipe", "runtime", "NDCG@10", "gate", "promoted", title=str(folder))
+    for each in listed:
+        row = _row(each)
+        state = ", ".join(word for word in ("current", "in use") if row[word.replace(" ", "_")])
+        if each.problem:
+            table.add_row(each.name, state, f"[red]{each.problem}[/red]")
+            continue
+        ndcg = f"{row['ndcg10']:.4f}" if row["ndcg10"] else ""
+        table.add_row(each.name, state, row["recipe"], row["runtime"], ndcg, row["gate"], each.promoted[:19])
+    out.print(table)
+
+
+@app.command()
+def show(release: Release, as_json: Json = False) -> None:
+    """A release's model card, or its manifest as JSON."""
+    from rich.markdown import Markdown
+
+    from trirank_build.repository.release import CARD, load_manifest
+
+    manifest = load_manifest(release)
+    if as_json:
+        print(json.dumps(manifest))
+    else:
+        out.print(Markdown((release / CARD).read_text()))
+
+
+@app.command()
+def verify(release: Release) -> None:
+    """Say whether a release is still what was assembled; exit status 1 if it is not."""
+    from trirank_build.repository.release import verify as problems_of
+
+    problems = problems_of(release)
+    for problem in problems:
+        out.print(problem, soft_wrap=True, highlight=False)
+    if problems:
+        sys.exit(1)
+    out.print(f"{release} is as it was assembled")
+
+
+@app.command()
+def promote(release: Release) -> None:
+    """Point `current` at a release; servers that follow the link take it up."""
+    from trirank_build.repository.store import promote as point_at
+
+    out.print(f"{point_at(release)} → {release.resolve().name}")
+
+
+@app.command()
+def rollback(folder: Folder) -> None:
+    """Point `current` at what was served before."""
+    from trirank_build.repository.store import CURRENT
+    from trirank_build.repository.store import rollback as go_back
+
+    out.print(f"{folder / CURRENT} → {go_back(folder).name}")
+
+
+@app.command()
+def gc(
+    folder: Folder,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the last promoted or made ones stay.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
+) -> None:
+    """Remove old releases; the served one and those that a server here has open stay."""
+    from trirank_build.repository.store import gc as remove
+
+    gone = remove(folder, keep, dry_run)
+    words = "would remove" if dry_run else "removed"
+    out.print(f"{words} {len(gone)}" + (f": {', '.join(gone)}" if gone else ""))
+
+
+@app.command()
+def diff(one: Release, other: Release, as_json: Json = False) -> None:
+    """In what two releases differ: files, recipe, data, metrics, versions."""
+    from trirank_build.repository.release import load_manifest
+    from trirank_build.repository.store import diff as differences
+
+    found = differences(load_manifest(one), load_manifest(other))
+    if as_json:
+        print(json.dumps([{"field": name, "one": a, "other": b} for name, a, b in found]))
+        return
+    table = Table("field", one.resolve().name, other.resolve().name)
+    for row in found:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _row(listed: Any) -> dict[str, Any]:
+    manifest, metrics = listed.manifest, listed.manifest.get("metrics", {})
+    gate = manifest.get("gate")
+    measured = metrics.get("gate")
+    return {
+        "release": listed.name,
+        "current": listed.current,
+        "in_use": listed.in_use,
+        "recipe": manifest.get("recipe", {}).get("name", ""),
+        "runtime": "/".join(filter(None, (manifest.get("runtime"), manifest.get("engine")))),
+        "ndcg10": measured["ndcg10"]["value"] if measured else metrics.get("valid_ndcg10"),
+        "gate": "none" if gate is None else "passed" if gate["passed"] else "failed",
+        "promoted": listed.promoted,
+        "problem": listed.problem,
+    }

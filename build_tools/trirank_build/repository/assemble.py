@@ -1,0 +1,215 @@
+"""`trirank assemble`: write a release (trirank_build.repository.release says what is in one)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from trirank import contract
+from trirank_backend.histories import Events, SqliteUserStore
+from trirank_backend.policies import check_policy, save_policies
+from trirank_backend.scoring import exact_engines
+
+from trirank_build.artefacts import file_digest, tree_digests
+from trirank_build.data.dataset import Dataset
+from trirank_build.engines.latency import fastest_engine
+from trirank_build.engines.plan import PlanManifest, load_plan_manifest
+from trirank_build.errors import BadModel
+from trirank_build.export.onnx import check_onnx
+from trirank_build.repository.configs import Instances, RankerRuntime, model_configs
+from trirank_build.repository.model_card import model_card
+from trirank_build.repository.release import (
+    CARD,
+    FEATURES,
+    GRAPH,
+    ITEMS,
+    MANIFEST,
+    MODELS,
+    REQUESTS,
+    TEMPLATES,
+    release_name,
+)
+from trirank_build.repository.reports import gate_of, parity_of
+from trirank_build.training.run import TrainedRun
+
+_RECORDED = 8
+_PACKAGES = ("trirank", "torch", "onnx", "onnxruntime", "openvino", "numpy", "tokenizers")
+
+
+def assemble(
+    run: TrainedRun,
+    dataset: Dataset,
+    onnx_path: Path,
+    out: Path,
+    *,
+    runtime: str = "python",
+    plans: list[Path] | None = None,
+    instances: Instances | None = None,
+    engine: str | None = None,
+    provider: str = "cpu",
+    threads: int = 1,
+    allow_failing_gate: bool = False,
+) -> Path:
+    """Write a release below ``out`` under its digest, or find it there already; gives its directory.
+
+    Args:
+        runtime: one of repository.configs.RUNTIMES.
+        plans: for the runtime ``tensorrt``, one a GPU architecture.
+        engine: what runs the graph with the runtime ``python``; None: the gate's, else the fastest that is exact.
+        provider, threads: of the runtime ``onnxruntime``.
+        allow_failing_gate: take a graph whose gate failed, or a compressed one that went through none. The manifest
+            says so.
+
+    Raises:
+        BadModel: the graph or a plan does not fit the contract, the features or its report, or its gate failed.
+        BadData: the dataset is another one than the run was trained on.
+    """
+    run.check_data(dataset)
+    spec = run.features.spec
+    check_onnx(onnx_path, spec)
+    parity = parity_of(onnx_path)
+    gate = gate_of(onnx_path, run, allow_failing_gate)
+    if engine is not None and runtime != "python":
+        raise BadModel(f"an engine is for --runtime python, not {runtime}")
+    plan_files = _checked_plans(plans or [], onnx_path, runtime)
+    capabilities = {m.compute_capability: f"{m.sm}.plan" for _, m in plan_files}
+    if engine is None and runtime == "python":
+        engine = gate["engine"] if gate else fastest_engine(onnx_path, spec, exact_engines())[0]
+    chosen = RankerRuntime(runtime, engine or "", provider, threads, capabilities)
+    policies = run.recipe.policies_for(spec.tasks)
+    for name, policy in policies.items():
+        check_policy(name, policy, spec.tasks)
+    configs = model_configs(spec.shape, chosen, instances or Instances())
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".assembling.", dir=out) as folder:
+        scratch = Path(folder) / "release"
+        for name, text in configs.items():
+            version = scratch / MODELS / name / "1"
+            version.mkdir(parents=True)
+            (version.parent / "config.pbtxt").write_text(text)
+            template = TEMPLATES / name / "1" / "model.py"
+            if template.is_file() and not (name == contract.RANKER and runtime != "python"):
+                shutil.copyfile(template, version / "model.py")
+        ranker = scratch / MODELS / contract.RANKER / "1"
+        # Beside plans too: `trirank serve --fallback onnxruntime` takes it where no plan fits.
+        shutil.copyfile(onnx_path, ranker / GRAPH)
+        for path, manifest in plan_files:
+            shutil.copyfile(path, ranker / f"{manifest.sm}.plan")
+        shutil.copytree(run.directory / FEATURES, scratch / FEATURES)
+        save_policies(policies, scratch / FEATURES / "policies.json")
+        SqliteUserStore.write(scratch / FEATURES / "users.sqlite", _histories(dataset.events))
+        dataset.items.select("item_id", "key", "title", "brand", "category", "price").write_parquet(scratch / ITEMS)
+        (scratch / REQUESTS).write_text(json.dumps(_recorded(dataset), indent=1) + "\n")
+
+        files = tree_digests(scratch)
+        release = release_name(files)
+        facts: dict[str, Any] = {
+            "release": release,
+            "contract": contract.CONTRACT_VERSION,
+            "runtime": runtime,
+            "engine": engine,
+            "metrics": _metrics(run, gate),
+            "onnx": file_digest(onnx_path),
+            "parity": parity,
+            "gate": gate,
+            "failing_gate_allowed": allow_failing_gate,
+            "compression": run.facts.get("compression"),
+            "engines": [manifest.to_json() for _, manifest in plan_files],
+            "recipe": run.recipe.model_dump(mode="json"),
+            "curve": run.facts["curve"],
+            "dataset": run.facts["dataset"],
+            "git": _git_commit(),
+            "versions": {name: _version(name) for name in _PACKAGES},
+        }
+        (scratch / CARD).write_text(model_card(facts))
+        facts["files"] = files | tree_digests(scratch, only=CARD)
+        (scratch / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+        target = out / release
+        if not target.is_dir():
+            os.replace(scratch, target)
+    return target
+
+
+def _checked_plans(plans: list[Path], onnx_path: Path, runtime: str) -> list[tuple[Path, PlanManifest]]:
+    if runtime != "tensorrt":
+        if plans:
+            raise BadModel(f"plans are for --runtime tensorrt, not {runtime}")
+        return []
+    if not plans:
+        raise BadModel("--runtime tensorrt needs plans; build them with `trirank engine build` and give --plan PATH")
+    digest = file_digest(onnx_path)
+    checked = []
+    for plan in plans:
+        manifest = load_plan_manifest(plan)
+        if manifest.onnx != digest:
+            raise BadModel(
+                f"{plan} was built from ONNX {manifest.onnx[:12]}, not from {onnx_path} ({digest[:12]}); build again"
+            )
+        if tuple(p["bucket"] for p in manifest.profiles) != contract.BUCKETS:
+            raise BadModel(f"{plan} has no profile for each of the buckets {contract.BUCKETS}; build again")
+        checked.append((plan, manifest))
+    return checked
+
+
+def _histories(events: pl.DataFrame) -> Iterator[tuple[int, Events]]:
+    grouped = (
+        events.sort("user_id", "timestamp", maintain_order=True)
+        .group_by("user_id", maintain_order=True)
+        .agg("item_id", pl.col("behaviour").cast(pl.Int32), "timestamp")
+    )
+    for user, items, behaviours, times in zip(*(grouped[column] for column in grouped.columns), strict=True):
+        newest = slice(-contract.MAX_HISTORY, None)
+        yield user, Events(items.to_numpy()[newest], behaviours.to_numpy()[newest], times.to_numpy()[newest])
+
+
+def _recorded(dataset: Dataset) -> list[dict[str, Any]]:
+    """Requests of the test split, each scenario among them."""
+    test = dataset.split("test")
+    picked = test.group_by("scenario", maintain_order=True).head(_RECORDED)
+    return [
+        {
+            "user_id": row["user_id"],
+            "timestamp": row["timestamp"],
+            "query": row["query"],
+            "scenario": row["scenario"],
+            "item_ids": row["item_ids"],
+            "retrieval_scores": row["retrieval_scores"],
+            "top_k": 10,
+        }
+        for row in picked.iter_rows(named=True)
+    ]
+
+
+def _metrics(run: TrainedRun, gate: dict[str, Any] | None) -> dict[str, Any]:
+    """How good it is: on the validation split while it was trained, and what the gate measured last."""
+    found: dict[str, Any] = {"valid_ndcg10": max(point["valid_ndcg10"] for point in run.facts["curve"])}
+    if gate:
+        last = gate["stages"][-1]
+        found["gate"] = {"split": gate["split"], "requests": gate["requests"], "stage": last["stage"]}
+        found["gate"] |= {name: last[name] for name in ("ndcg10", "ndcg_ratio", "latency_ms", "size_mb")}
+    return found
+
+
+def _git_commit() -> str | None:
+    """Of the working directory, which holds a team's recipes and models; ``-dirty``: with changes not committed."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,72 @@
+"""`trirank serve`: a server that goes on to whatever release is promoted."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from trirank_build.artefacts import atomic_file
+from trirank_build.errors import TrirankBuildError
+from trirank_build.progress import out, warn
+from trirank_build.repository.store import in_use
+from trirank_build.serving.server import Ports, TritonServer
+
+POLL_S = 0.5
+
+
+def serve(
+    release: Path,
+    ports: Ports,
+    host: str,
+    tritonserver: Path | None,
+    fallback: str | None,
+    *,
+    follow: bool,
+    addresses: Path | None,
+) -> None:
+    """Serve until KeyboardInterrupt.
+
+    Args:
+        follow: whether ``release`` is a link, and a release that it is moved to takes the old one's place. One that
+            cannot be served changes nothing but a line that says why.
+        addresses: file to write the addresses to, as JSON, when ready.
+
+    Raises:
+        ServeError: the server cannot be started, or has ended.
+        BadModel: ``release`` is none.
+    """
+    with TritonServer(
+        release, ports=ports, tritonserver=tritonserver, host=host, fallback=fallback, swappable=follow
+    ) as server:
+        server.wait_ready()
+        found = {"grpc": server.grpc, "http": server.http, "metrics": server.metrics, "pid": server.pid}
+        out.print(f"ready: gRPC {server.grpc}, HTTP {server.http}, metrics {server.metrics}; Ctrl-C stops it")
+        if addresses is not None:
+            with atomic_file(addresses) as scratch:
+                scratch.write_text(json.dumps(found) + "\n")
+        try:
+            _watch(server, release if follow else None)
+        except KeyboardInterrupt:
+            out.print("stopping")
+
+
+def _watch(server: TritonServer, link: Path | None) -> None:
+    refused = None
+    with ExitStack() as held:
+        held.enter_context(in_use(server.release))
+        while True:
+            server.check_alive()
+            wanted = link.resolve() if link is not None else server.release
+            if wanted not in (server.release, refused):
+                try:
+                    server.swap(wanted)
+                    held.close()
+                    held.enter_context(in_use(wanted))
+                    refused = None
+                    out.print(f"serving {wanted.name} now")
+                except TrirankBuildError as error:
+                    refused = wanted
+                    warn(f"{error}; {server.release.name} is served as before")
+            time.sleep(POLL_S)

@@ -1,0 +1,105 @@
+"""The repository that a running server reads: models of one release, or of two while one takes the other's place.
+
+Every stage is named after its release (``ranker_8c8d4e1ce682``), and so is an ensemble of them; the ensemble ``rank``
+has the steps of one release. So no request can meet features of one release and scores of another: whichever
+configuration of ``rank`` it is taken up by names one release alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trirank import contract
+
+from trirank_build.artefacts import atomic_directory, atomic_file
+from trirank_build.repository.configs import RankerRuntime, config_text, packed_shape, ranker_config
+from trirank_build.repository.release import GRAPH, MODELS, TEMPLATES, load_manifest, model_config
+
+
+@dataclass(frozen=True)
+class Served:
+    """A release as it is served.
+
+    Attributes:
+        release: its folder.
+        name: its digest, which its models' names end in.
+        fallback: engine of the runtime ``python`` that takes the place of the release's own runtime, if any.
+    """
+
+    release: Path
+    name: str
+    fallback: str | None = None
+
+    @classmethod
+    def of(cls, release: Path, fallback: str | None = None) -> Served:
+        """A release of a folder.
+
+        Raises:
+            BadModel: this is no release.
+        """
+        return cls(release.resolve(), load_manifest(release)["release"], fallback)
+
+    def model(self, stage: str) -> str:
+        """The name of a stage's model, or of the ensemble, of this release."""
+        return f"{stage}_{self.name}"
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of its three models, in order."""
+        return [self.model(stage) for stage in contract.STAGES]
+
+    def ensemble(self, name: str) -> Any:
+        """Configuration of an ensemble of its models."""
+        config = model_config(self.release, contract.ENSEMBLE)
+        config.name = name
+        for step in config.ensemble_scheduling.step:
+            step.model_name = self.model(step.model_name)
+        return config
+
+
+class LiveRepository:
+    """A folder of links to releases."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+
+    def add(self, served: Served) -> None:
+        """Put a release's models beside those that are there."""
+        for stage in contract.STAGES:
+            config = model_config(served.release, stage)
+            files = list((served.release / MODELS / stage / "1").iterdir())
+            if stage == contract.RANKER and served.fallback is not None:
+                config = ranker_config(packed_shape(config), RankerRuntime("python", served.fallback))
+                files = [*(file for file in files if file.name == GRAPH), TEMPLATES / stage / "1" / "model.py"]
+            config.name = served.model(stage)
+            if config.backend == "python":
+                config.parameters["release"].string_value = str(served.release)
+            with atomic_directory(self.folder / config.name) as scratch:
+                (scratch / "config.pbtxt").write_text(config_text(config))
+                (scratch / "1").mkdir()
+                for file in files:
+                    # Python puts compiled code beside what it imports, and a release stays what it was.
+                    if file.suffix == ".py":
+                        shutil.copyfile(file, scratch / "1" / file.name)
+                    elif file.is_file():
+                        (scratch / "1" / file.name).symlink_to(file)
+        self._write(served.ensemble(served.model(contract.ENSEMBLE)))
+
+    def point(self, served: Served) -> None:
+        """Give ``rank`` the steps of a release that has been added."""
+        self._write(served.ensemble(contract.ENSEMBLE))
+
+    def remove(self, served: Served) -> None:
+        """Take a release's models away."""
+        for name in (served.model(contract.ENSEMBLE), *served.stages):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _write(self, ensemble: Any) -> None:
+        os.makedirs(self.folder / ensemble.name / "1", exist_ok=True)
+        with atomic_file(self.folder / ensemble.name / "config.pbtxt") as scratch:
+            scratch.write_text(config_text(ensemble))

@@ -1,0 +1,138 @@
+"""From one release to the next while requests are answered.
+
+What was tried is in docs/releases.md. In short: Triton has no step that replaces four models at once, but replacing one
+ensemble's configuration is one step, and an ensemble holds on to the models it was loaded with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import grpc
+from trirank import RankClient, RankError, contract
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from trirank_build.errors import ServeError
+from trirank_build.repository.release import recorded_requests
+from trirank_build.serving.live import LiveRepository, Served
+
+WARM_ROUNDS = 3
+LOAD_TIMEOUT_S = 120.0
+DRAIN_S = 1.0
+"""How long the old release must have had nothing to do before it goes."""
+DRAIN_TIMEOUT_S = 30.0
+CONTROL_HEADER = "trirank-control"
+
+
+class Control:
+    """Triton's model control, which answers to whoever has the secret.
+
+    Raises ServeError where Triton refuses.
+    """
+
+    def __init__(self, address: str, secret: str) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # Triton prefixes a restricted protocol's header so.
+        self._metadata = ((f"triton-grpc-protocol-{CONTROL_HEADER}", secret),)
+
+    def load(self, model: str) -> None:
+        """Load a model, or take up its changed configuration."""
+        self._call("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=model), f"load {model}")
+
+    def unload(self, model: str) -> None:
+        """Unload a model; requests that it has are finished first."""
+        self._call(
+            "RepositoryModelUnload", service_pb2.RepositoryModelUnloadRequest(model_name=model), f"unload {model}"
+        )
+
+    def loaded(self) -> set[str]:
+        """Names of the models that are ready."""
+        reply = self._call("RepositoryIndex", service_pb2.RepositoryIndexRequest(ready=True), "list its models")
+        return {model.name for model in reply.models}
+
+    def counts(self, model: str) -> tuple[int, int]:
+        """Requests that a model answered, and that failed in it."""
+        request = service_pb2.ModelStatisticsRequest(name=model)
+        (found,) = self._call("ModelStatistics", request, f"tell statistics of {model}").model_stats
+        return found.inference_stats.success.count, found.inference_stats.fail.count
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._channel.close()
+
+    def _call(self, method: str, message: Any, what: str) -> Any:
+        try:
+            return getattr(self._stub, method)(message, metadata=self._metadata, timeout=LOAD_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise ServeError(f"Triton did not {what}: {error.details() or error.code().name}") from None
+
+
+def swap(control: Control, address: str, live: LiveRepository, old: Served, new: Served) -> None:
+    """Serve ``new`` in place of ``old``. For callers nothing changes until the new one has ranked recorded requests.
+
+    Raises:
+        ServeError: the new one cannot be loaded or does not answer; the old one is served as before.
+    """
+    ensemble = new.model(contract.ENSEMBLE)
+    with _nothing_left_of(new, control, live):
+        live.add(new)
+        for model in (*new.stages, ensemble):
+            control.load(model)
+        warm_up(address, new, ensemble)
+        try:
+            live.point(new)
+            control.load(contract.ENSEMBLE)
+        except ServeError:
+            live.point(old)
+            raise
+    _drain(control, old)
+    _take_away(old, control, live)
+
+
+def warm_up(address: str, served: Served, ensemble: str) -> None:
+    """Send a release's recorded requests through an ensemble.
+
+    Raises:
+        ServeError: one of them failed.
+    """
+    with RankClient(address, deadline_s=10, model=ensemble) as client:
+        try:
+            for request in recorded_requests(served.release) * WARM_ROUNDS:
+                client.rank(request)
+        except RankError as error:
+            raise ServeError(f"a recorded request of {served.name} failed: {error}") from error
+
+
+def _drain(control: Control, old: Served) -> None:
+    """Until requests that were under way in the old release have gone through all its stages."""
+    started = quiet_since = time.monotonic()
+    before = None
+    while time.monotonic() - quiet_since < DRAIN_S and time.monotonic() - started < DRAIN_TIMEOUT_S:
+        counts = [control.counts(model) for model in old.stages]
+        on_their_way = any(done != sum(then) for (done, _), then in pairwise(counts))
+        if counts != before or on_their_way:
+            before, quiet_since = counts, time.monotonic()
+        time.sleep(0.05)
+
+
+def _take_away(served: Served, control: Control, live: LiveRepository) -> None:
+    loaded = control.loaded()
+    for model in (served.model(contract.ENSEMBLE), *served.stages):
+        if model in loaded:
+            control.unload(model)
+    live.remove(served)
+
+
+@contextmanager
+def _nothing_left_of(new: Served, control: Control, live: LiveRepository) -> Iterator[None]:
+    """If the block fails, the new release's models go again."""
+    try:
+        yield
+    except BaseException:
+        _take_away(new, control, live)
+        raise

@@ -1,0 +1,203 @@
+"""A running server goes from one release to the next: nothing fails, nothing mixes, and a bad one changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+from trirank import RankClient, RankError
+from trirank_build.data.dataset import Dataset
+from trirank_build.errors import ServeError
+from trirank_build.export.onnx import export
+from trirank_build.repository.assemble import assemble
+from trirank_build.repository.release import MANIFEST, load_manifest, recorded_requests
+from trirank_build.repository.reports import write_parity
+from trirank_build.repository.store import promote
+from trirank_build.serving.server import TritonServer
+from trirank_build.training.trainer import train
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+
+@pytest.fixture(scope="module")
+def other(world, recipe, tmp_path_factory):
+    """A release of the same shapes, whose vocabulary and weights are others: features of the one mean nothing to the
+    ranker of the other, and nothing but the scores would show it."""
+    folder = tmp_path_factory.mktemp("other")
+    dataset = Dataset.load(world.data)
+    features = recipe.features.model_copy(update={"vocabulary": 250})
+    training = recipe.training.model_copy(update={"epochs": 1, "seed": 99})
+    run = train(recipe.model_copy(update={"features": features, "training": training}), dataset, folder / "run")
+    write_parity(folder / "r.onnx", export(run.model(), run.features.spec, folder / "r.onnx"), "SharedContextRanker")
+    return assemble(run, dataset, folder / "r.onnx", folder / "releases", engine="onnxruntime")
+
+
+def answers(address, release):
+    """Item → score of each recorded request, without company."""
+    with RankClient(address, deadline_s=10) as client:
+        return [
+            dict(zip(a.item_ids.tolist(), a.scores.tolist(), strict=True))
+            for a in map(client.rank, requests_of(release))
+        ]
+
+
+def requests_of(release):
+    return recorded_requests(release)[:8]
+
+
+def same(answer, expected):
+    found = dict(zip(answer.item_ids.tolist(), answer.scores.tolist(), strict=True))
+    return found.keys() == expected.keys() and all(abs(found[key] - expected[key]) < 1e-4 for key in found)
+
+
+def test_swaps_under_load(world, other):
+    requests = requests_of(world.release)
+    failed, mixed, seen, stop = [], [], [], threading.Event()
+    with TritonServer(world.release, swappable=True) as server:
+        server.wait_ready()
+        expected = {world.release: answers(server.grpc, world.release)}
+        server.swap(other)
+        assert server.release == other.resolve()
+        expected[other] = answers(server.grpc, world.release)
+        for one, two in zip(*expected.values(), strict=True):
+            assert max(abs(one[key] - two[key]) for key in one.keys() & two.keys()) > 0.01
+
+        def load():
+            with RankClient(server.grpc, deadline_s=10) as client:
+                for at in range(10**9):
+                    if stop.is_set():
+                        return
+                    number = at % len(requests)
+                    try:
+                        answer = client.rank(requests[number])
+                    except RankError as error:
+                        failed.append(error)
+                        continue
+                    of = [release for release in expected if same(answer, expected[release][number])]
+                    (seen if len(of) == 1 else mixed).append(of[0] if of else answer)
+
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for release in (world.release, other):
+            server.swap(release)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert mixed == []
+        assert set(seen) == {world.release, other}
+        loaded = {
+            model.name for model in stub(server).RepositoryIndex(*controlled(server)).models if model.state == "READY"
+        }
+        assert loaded == {"rank", *(f"{name}_{other.name}" for name in ("rank", "preprocess", "ranker", "rerank"))}
+
+
+def stub(server):
+    return service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(server.grpc))
+
+
+def controlled(server):
+    return service_pb2.RepositoryIndexRequest(), 10, server._control._metadata
+
+
+@pytest.fixture(scope="module")
+def swappable(world):
+    with TritonServer(world.release, swappable=True) as server:
+        server.wait_ready()
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda r: (r / "features" / "catalogue" / "fields.npy").write_bytes(b"rubbish"), "fields.npy cannot be read"),
+        (lambda r: (r / "models" / "ranker" / "1" / "model.onnx").write_bytes(b"rubbish"), "cannot be loaded"),
+        (lambda r: (r / MANIFEST).write_text(json.dumps(load_manifest(r) | {"contract": 99})), "of contract 99"),
+        (lambda r: (r / "requests.json").write_text('[{"item_ids": [1], "scenario": "none"}]'), "a recorded request"),
+    ],
+)  # fmt: skip
+def test_a_release_that_cannot_be_served_changes_nothing(world, swappable, tmp_path, harm, words):
+    bad = shutil.copytree(world.release, tmp_path / "bad")
+    (bad / MANIFEST).write_text(json.dumps(load_manifest(bad) | {"release": "b" * 12}))
+    harm(bad)
+    before = answers(swappable.grpc, world.release)
+    with pytest.raises(ServeError, match=words):
+        swappable.swap(bad)
+    assert swappable.release == world.release.resolve()
+    assert answers(swappable.grpc, world.release) == before
+    index = stub(swappable).RepositoryIndex(*controlled(swappable)).models
+    assert {model.name for model in index if model.state == "READY" and "b" * 12 in model.name} == set()
+
+
+def test_nobody_else_may_load_models(swappable):
+    calls = stub(swappable)
+    with pytest.raises(grpc.RpcError) as caught:
+        calls.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name="rank"), timeout=10)
+    assert "triton-grpc-protocol-trirank-control" in caught.value.details()
+    with RankClient(swappable.grpc, deadline_s=10) as client:
+        assert client.ready()
+
+
+def test_a_server_for_one_release(server, other):
+    with pytest.raises(ServeError, match="swappable=True"):
+        server.swap(other)
+    with pytest.raises(grpc.RpcError, match="not allowed"):
+        stub(server).RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name="rank"), timeout=10)
+
+
+def test_the_command_follows_the_link(world, other, tmp_path):
+    folder, addresses = tmp_path / "releases", tmp_path / "addresses.json"
+    first, second = (shutil.copytree(release, folder / release.name) for release in (world.release, other))
+    link = promote(first)
+    command = [sys.executable, "-m", "trirank_build.cli", "serve", str(link), "--addresses", str(addresses)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            wait_for(lambda: addresses.is_file(), process)
+            address = json.loads(addresses.read_text())["grpc"]
+            before = answers(address, first)
+            promote(second)
+            wait_for(lambda: answers(address, first) != before, process)
+            link.unlink()
+            link.symlink_to("nowhere")  # what cannot be served is told, and changes nothing
+            time.sleep(1.5)
+            assert answers(address, first) != before
+            link.unlink()
+            promote(first)
+            wait_for(lambda: np.allclose(flat(answers(address, first)), flat(before), atol=1e-4), process)
+        finally:
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert f"serving {second.name} now" in output
+    assert "nowhere is no release" in output
+    assert f"serving {first.name} now" in output
+
+
+def flat(answered):
+    return [score for each in answered for _, score in sorted(each.items())]
+
+
+def wait_for(condition, process, timeout_s=100):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_fallback_scores_where_the_runtime_cannot(world, trained, tmp_path, capfd):
+    made = assemble(trained, Dataset.load(world.data), world.onnx, tmp_path, runtime="onnxruntime")
+    with TritonServer(made, fallback="onnxruntime") as server:
+        server.wait_ready()
+        with TritonServer(world.release) as usual:
+            usual.wait_ready()
+            assert answers(server.grpc, world.release) == answers(usual.grpc, world.release)
+    assert "no backend onnxruntime" in capfd.readouterr().err
