@@ -1,4 +1,5 @@
-"""The ranker inside the Python backend, on a CPU: ONNX Runtime, which is always there, or OpenVINO."""
+"""The ranker inside the Python backend: on a CPU ONNX Runtime, which is always there, or OpenVINO; on a GPU ONNX
+Runtime with a provider for it."""
 
 from __future__ import annotations
 
@@ -29,21 +30,28 @@ class OnnxRanker:
 
     Args:
         threads: of one call. One is best where several instances share the cores.
+        provider: ONNX Runtime's execution provider.
 
     Raises:
-        InvalidRelease: the graph cannot be read.
+        InvalidRelease: the graph cannot be read, or the provider is not there or finds no GPU.
     """
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
+    def __init__(self, path: Path, threads: int = 1, provider: str = "CPUExecutionProvider") -> None:
+        if provider not in onnxruntime.get_available_providers():
+            have = ", ".join(onnxruntime.get_available_providers())
+            raise InvalidRelease(f"ranker {path} runs with {provider}, which this ONNX Runtime lacks (it has {have})")
         options = onnxruntime.SessionOptions()
         # Without numbers ONNX Runtime starts a spinning thread a core in every instance.
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
             raise InvalidRelease(f"ranker {path} cannot be loaded ({error}); export again") from error
+        # Without a GPU ONNX Runtime says nothing and takes the CPU.
+        if (taken := self._session.get_providers()[0]) != provider:
+            raise InvalidRelease(f"ranker {path} runs with {provider}, which finds no GPU; {taken} was taken instead")
         self.input_names = tuple(node.name for node in self._session.get_inputs())
 
     def __call__(self, tensors: dict[str, Any]) -> NDArray[np.float32]:
@@ -113,8 +121,13 @@ class OpenVinoRanker:
         return scores
 
 
+_ON_GPU = {
+    "onnxruntime-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+}
 ENGINES: dict[str, Callable[[Path, int], Ranker]] = {
     "onnxruntime": OnnxRanker,
+    **{name: partial(OnnxRanker, provider=provider) for name, provider in _ON_GPU.items()},
     "openvino": OpenVinoRanker,
     "openvino-bf16": partial(OpenVinoRanker, precision="bf16"),
 }
@@ -124,6 +137,7 @@ ENGINES: dict[str, Callable[[Path, int], Ranker]] = {
 def available_engines() -> list[str]:
     """The engines that can run here."""
     names = ["onnxruntime"]
+    names += [name for name, provider in _ON_GPU.items() if provider in onnxruntime.get_available_providers()]
     if openvino is not None:
         names.append("openvino")
         if _BF16 & _processor_flags():
@@ -133,7 +147,7 @@ def available_engines() -> list[str]:
 
 def exact_engines() -> list[str]:
     """Those of them that compute in full precision, whatever the graph."""
-    return [name for name in available_engines() if not name.endswith("bf16")]
+    return [name for name in available_engines() if not name.endswith("bf16") and name not in _ON_GPU]
 
 
 def rankers_of(path: Path, engines: list[str]) -> Iterator[tuple[str, Ranker]]:

@@ -7,7 +7,7 @@ import pytest
 from trirank import contract
 from trirank_backend import scoring
 from trirank_backend.errors import InvalidRelease
-from trirank_backend.scoring import ENGINES, OnnxRanker, available_engines, exact_engines, load_ranker
+from trirank_backend.scoring import OnnxRanker, available_engines, exact_engines, load_ranker
 from trirank_build.export.parity import sample_inputs
 
 pytest.importorskip("openvino")
@@ -43,7 +43,7 @@ def test_tensors_need_not_be_contiguous(rankers, trained, rng):
 
 
 def test_an_engine_that_there_is_not(world):
-    with pytest.raises(InvalidRelease, match="engine 'abacus' is none of onnxruntime, openvino, openvino-bf16"):
+    with pytest.raises(InvalidRelease, match="engine 'abacus' is none of onnxruntime, .*, openvino-bf16"):
         load_ranker(world.onnx, "abacus")
 
 
@@ -64,5 +64,20 @@ def test_bf16_only_where_the_processor_has_it(monkeypatch):
     monkeypatch.setattr(scoring, "_processor_flags", lambda: {"avx2"})
     assert available_engines() == ["onnxruntime", "openvino"]
     monkeypatch.setattr(scoring, "_processor_flags", lambda: {"avx512_bf16"})
-    assert available_engines() == list(ENGINES)
+    assert available_engines() == ["onnxruntime", "openvino", "openvino-bf16"]
     assert exact_engines() == ["onnxruntime", "openvino"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "provider"),
+    [("onnxruntime-cuda", "CUDAExecutionProvider"), ("onnxruntime-tensorrt-rtx", "NvTensorRTRTXExecutionProvider")],
+)
+def test_a_provider_that_is_not_there_is_named(world, engine, provider, monkeypatch):
+    assert engine not in available_engines()
+    with pytest.raises(InvalidRelease, match=f"runs with {provider}, which this ONNX Runtime lacks"):
+        load_ranker(world.onnx, engine)
+    # A build that has it on a machine without a GPU: ONNX Runtime takes the CPU and says nothing.
+    monkeypatch.setattr(scoring.onnxruntime, "get_available_providers", lambda: [provider, "CPUExecutionProvider"])
+    assert engine in available_engines()
+    with pytest.raises(InvalidRelease, match="which finds no GPU; CPUExecutionProvider was taken"):
+        load_ranker(world.onnx, engine)
