@@ -15,12 +15,12 @@ import argparse
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from results import ROOT, WORK, Figure, write
-from serving import InProcess, as_tensors, make_requests
+from serving import CANDIDATES, InProcess, as_tensors, make_requests
 from trirank import RankClient, RankError, RankRequest, RankResponse
 from trirank_build.data.dataset import Dataset
 from trirank_build.demo import build
@@ -50,12 +50,12 @@ def two_releases() -> list[Path]:
     build(ROOT / "work" / "demo")
     dataset, folder = Dataset.load(ROOT / "work" / "demo" / "data"), WORK / "hot_swap"
     made = []
-    for number, vocabulary in enumerate((1_500, 1_400)):
+    for number, vocabulary in enumerate((1_000, 300)):
         recipe = load_recipe("shop")
         features = recipe.features.model_copy(update={"vocabulary": vocabulary})
-        training = recipe.training.model_copy(update={"epochs": 1, "seed": number})
-        recipe = recipe.model_copy(update={"features": features, "training": training})
-        run, onnx = train(recipe, dataset, folder / f"run{number}"), folder / f"ranker{number}.onnx"
+        training = recipe.training.model_copy(update={"epochs": 1})
+        recipe = recipe.model_copy(update={"features": features, "training": training, "seed": number})
+        run, onnx = train(recipe, dataset, folder / f"run{number}", fresh=True), folder / f"ranker{number}.onnx"
         write_parity(onnx, export(run.model(), run.features.spec, onnx), type(run.model()).__name__)
         made.append(assemble(run, dataset, onnx, folder / "releases", engine="openvino"))
     return made
@@ -94,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     releases = two_releases()
     # All candidates come back, so that every score can be judged.
-    requests = [RankRequest.from_dict({**vars(r), "top_k": 200}) for r in make_requests(releases[0], 32)]
+    requests = [replace(request, top_k=CANDIDATES) for request in make_requests(releases[0], 32)]
     judge = Judge(releases, requests)
     answers: list[Answer] = []
     windows: list[tuple[float, float]] = []

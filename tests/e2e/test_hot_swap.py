@@ -33,8 +33,9 @@ def other(world, recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     dataset = Dataset.load(world.data)
     features = recipe.features.model_copy(update={"vocabulary": 250})
-    training = recipe.training.model_copy(update={"epochs": 1, "seed": 99})
-    run = train(recipe.model_copy(update={"features": features, "training": training}), dataset, folder / "run")
+    training = recipe.training.model_copy(update={"epochs": 1})
+    changes = {"features": features, "training": training, "seed": 99}
+    run = train(recipe.model_copy(update=changes), dataset, folder / "run")
     write_parity(folder / "r.onnx", export(run.model(), run.features.spec, folder / "r.onnx"), "SharedContextRanker")
     return assemble(run, dataset, folder / "r.onnx", folder / "releases", engine="onnxruntime")
 
