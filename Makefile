@@ -10,7 +10,7 @@ STUBS = rm -rf $(VENV)/stubs && $(BIN)/python -m pip install --disable-pip-versi
 	-e 's/, in: /, in_: /g' -e 's/, channel_axis: int\) -> IScaleLayer/, channel_axis: int = 0) -> IScaleLayer/' \
 	$(VENV)/stubs/tensorrt_bindings/tensorrt.pyi
 
-.PHONY: install demo test format lint types unit loadtest bench docs clean
+.PHONY: install demo test format lint types unit loadtest bench docs deploy-check clean
 
 install: $(STAMP)
 
@@ -54,11 +54,17 @@ bench: install
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/hot_swap.py
 	$(BIN)/python benchmarks/tables.py
 
 # Writes the figures' tables into the documents again.
 docs: install
 	$(BIN)/python benchmarks/tables.py
+
+# The Dockerfile's steps without Docker, with the demo's release.
+deploy-check: demo
+	deploy/check work/demo/releases/current
 
 clean:
 	rm -rf $(VENV) work dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -277,7 +277,61 @@ def _compressed(names: list[str]) -> str:
     ])  # fmt: skip
 
 
+def engines() -> str:
+    """How long a plan takes to build, and to be found again."""
+    found = read("engines")
+    lines = ["| ranker | cold build, s | from the lock, s | plan, MB | |", "|---|---|---|---|---|"]
+    for name in ("dense", "fp16", "qdq-int8"):
+        cells = []
+        for kind in ("cold_build_s", "cached_build_s"):
+            figure = found[f"{kind} {name}"]
+            cells.append(f"{figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f})")
+        plan = found[f"plan_mb {name} sm86"]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {plan.value:.1f} | {plan.note} |")
+    refused = found["wrong_plans_refused"]
+    words = (
+        f"Refused with the field named: {refused.value:.0f} of {refused.high:.0f} ({refused.note.replace(';', ',')})."
+    )
+    return "\n".join([*lines, "", f"{found['cold_build_s dense'].note}. {words}"])
+
+
+def hot_swap() -> str:
+    """What a swap costs requests that come in meanwhile."""
+    found = read("hot_swap")
+    lines = ["| | p50 ms | p99 ms | longest ms |", "|---|---|---|---|"]
+    for name, words in (("rest", "between swaps"), ("swap", "while a swap is under way")):
+        cells = [f"{found[f'{name}_p{q}_ms'].value:.1f}" for q in (50, 99, 100)]
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    ratio, took = found["p99_ratio_during_swap"], found["swap_s"]
+    return "\n".join([
+        *lines,
+        "",
+        f"{found['swaps'].value:.0f} swaps: {found['failed_requests'].value:.0f} failed requests, "
+        f"{found['mixed_answers'].value:.0f} mixed answers; p99 {ratio.value:.2f} ({ratio.low:.2f} to "
+        f"{ratio.high:.2f}) times that between swaps; a swap takes {took.value:.1f} s ({took.low:.1f} to "
+        f"{took.high:.1f}), of which callers "
+        f"see one moment. {ratio.note}.",
+    ])  # fmt: skip
+
+
+def rules() -> str:
+    """What the doctor knows."""
+    from trirank_build.doctor import examine
+    from trirank_build.doctor.finding import RULES
+
+    assert examine.ROOMS
+    lines = ["| id | | what is wrong | what to do | upstream |", "|---|---|---|---|---|"]
+    for name in sorted(RULES):
+        rule = RULES[name]
+        cells = (name, rule.severity.name.lower(), rule.what, rule.fix, rule.issue)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "engines": engines,
+    "hot_swap": hot_swap,
+    "rules": rules,
     "compressed": compressed,
     "compression": compression,
     "published": published,

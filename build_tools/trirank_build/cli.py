@@ -14,6 +14,7 @@ from rich.table import Table
 from trirank import RankClient, RankError, RankRequest
 from trirank_backend.errors import BackendError
 
+from trirank_build.commands.doctor import doctor
 from trirank_build.commands.engine import app as engine_app
 from trirank_build.commands.options import Data, Json, Run
 from trirank_build.commands.release import app as release_app
@@ -32,6 +33,7 @@ data_app = typer.Typer(help="Prepare datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(engine_app, name="engine")
 app.add_typer(release_app, name="release")
+app.command()(doctor)
 
 
 def main() -> None:

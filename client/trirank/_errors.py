@@ -20,12 +20,16 @@ class RankError(Exception):
     Attributes:
         address: the server that was called; empty when the request never left.
         elapsed_s: seconds spent in the call.
+        status: what gRPC said; None when the request never left.
     """
 
-    def __init__(self, message: str, *, address: str = "", elapsed_s: float = 0.0) -> None:
+    def __init__(
+        self, message: str, *, address: str = "", elapsed_s: float = 0.0, status: grpc.StatusCode | None = None
+    ) -> None:
         super().__init__(message)
         self.address = address
         self.elapsed_s = elapsed_s
+        self.status = status
 
     def __str__(self) -> str:
         message = super().__str__()
@@ -75,4 +79,4 @@ def from_grpc(error: grpc.RpcError, *, address: str, elapsed_s: float) -> RankEr
     kind = _BY_STATUS.get(error.code(), ServerError)
     if kind is Unavailable and any(words in details for words in _TURNED_AWAY):
         kind = Overloaded
-    return kind(details, address=address, elapsed_s=elapsed_s)
+    return kind(details, address=address, elapsed_s=elapsed_s, status=error.code())

@@ -29,6 +29,28 @@ def release_of(args: dict[str, str]) -> Path:
     return Path(said["string_value"]) if said else Path(args["model_repository"]).resolve().parents[1]
 
 
+def report_quality(release: Path) -> list[Any]:
+    """Export a release's NDCG@10 beside Triton's own metrics, as ``trirank_release_ndcg10{release, measured}``; gives
+    what has to be kept for as long as it shall be seen."""
+    manifest = json.loads((release / "manifest.json").read_text())
+    metrics = manifest.get("metrics", {})
+    found = {"valid": metrics.get("valid_ndcg10")}
+    if "gate" in metrics:
+        found[f"{metrics['gate']['split']}, {metrics['gate']['stage']}"] = metrics["gate"]["ndcg10"]["value"]
+    family = pb_utils.MetricFamily(
+        name="trirank_release_ndcg10",
+        description="NDCG@10 of the release that is loaded",
+        kind=pb_utils.MetricFamily.GAUGE,
+    )
+    kept = [family]
+    for measured, value in found.items():
+        if value is not None:
+            metric = family.Metric(labels={"release": manifest["release"], "measured": measured})
+            metric.set(value)
+            kept.append(metric)
+    return kept
+
+
 class Stage:
     """One model: reads the tensors its config.pbtxt names, runs a callable over all requests at once."""
 

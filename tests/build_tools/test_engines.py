@@ -16,8 +16,10 @@ from trirank_build.compression.chain import check_chain
 from trirank_build.compression.recipe import parse_recipe
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines import builder
-from trirank_build.engines.builder import build_plans
+from trirank_build.engines.builder import BuildOptions, build_plans
+from trirank_build.engines.explain import explain
 from trirank_build.engines.lock import read_lock
+from trirank_build.engines.machine import Machine
 from trirank_build.engines.plan import load_plan_manifest, manifest_path
 from trirank_build.engines.rewriting import for_tensorrt
 from trirank_build.engines.verify import plans_of, verify
@@ -40,6 +42,12 @@ def plans(world, trained, tmp_path_factory):
 def test_a_plan_a_gpu(plans):
     assert [plan.name for plan in plans] == ["sm86.plan", "sm89.plan"]
     assert plans[0].read_bytes() != plans[1].read_bytes()
+
+
+def test_every_gpu_that_it_knows(world, trained, tmp_path):
+    built = build_plans(world.onnx, trained.features.spec, ["75", "80", "sm120"], tmp_path)
+    assert [load_plan_manifest(plan).compute_capability for plan in built] == ["7.5", "8.0", "12.0"]
+    assert [verify(plan, world.onnx) for plan in built] == [[], [], []]
 
 
 def test_the_manifest_says_what_it_came_from(plans, world):
@@ -142,6 +150,7 @@ def test_plans_by_command(plans, tmp_path):
     assert "sm86.plan" in listed.output
     assert "tensorrt_rtx" in listed.output
     assert run(app, ["engine", "verify", str(plans[0].parent)]).exit_code == 0
+    assert "and no other GPU" in run(app, ["engine", "explain", str(plans[0])]).output
     folder = shutil.copytree(plans[0].parent, tmp_path / "plans")
     damaged = bytearray((folder / "sm86.plan").read_bytes())
     damaged[99] ^= 1
@@ -151,6 +160,59 @@ def test_plans_by_command(plans, tmp_path):
     assert "its manifest says" in found.output
     with pytest.raises(BadModel, match="holds no plan"):
         plans_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "flavour", "words"),
+    [
+        (BuildOptions(hardware_compatibility="ampere_plus"), "tensorrt_rtx", "no levels of hardware compatibility"),
+        (BuildOptions(hardware_compatibility="all"), "tensorrt", "none of none, ampere_plus, same_compute_capability"),
+        (BuildOptions(workspace_bytes=1), "tensorrt_rtx", "below 1 MiB"),
+        (BuildOptions(version_compatible=True), "tensorrt_rtx", r"cannot build it .*VERSION_COMPATIBLE.*: .*lean"),
+    ],
+)
+def test_options_that_this_flavour_has_not(world, trained, tmp_path, options, flavour, words):
+    with pytest.raises(BadModel, match=words):
+        build_plans(world.onnx, trained.features.spec, ["86"], tmp_path, flavour, options)
+    assert not list(tmp_path.glob("*.plan"))
+
+
+def test_options_are_part_of_the_key(world, trained, tmp_path):
+    spec = trained.features.spec
+    (plan,) = build_plans(world.onnx, spec, ["86"], tmp_path)
+    (plan,) = build_plans(world.onnx, spec, ["86"], tmp_path, options=BuildOptions(workspace_bytes=1 << 28))
+    assert load_plan_manifest(plan).workspace_bytes == 1 << 28
+    assert verify(plan, world.onnx) == []
+    assert BuildOptions(version_compatible=True, strip_weights=True).flags == [
+        "SPARSE_WEIGHTS", "VERSION_COMPATIBLE", "REFIT", "STRIP_PLAN",
+    ]  # fmt: skip
+
+
+def test_a_plan_explains_itself(plans, world):
+    answers = dict(explain(plans[0], world.onnx, Machine(("sm86",), None, None)))
+    assert answers["for"] == "sm86, and no other GPU"
+    assert answers["made by"].startswith("tensorrt_rtx")
+    assert answers["as it was built"] == "yes"
+    assert answers["runs here"] == "yes, on sm86"
+    assert "1024 candidates: batch 1 to 32, best at 8" in answers["profiles"]
+    assert "MatMul" in answers["operators"] or "Gemm" in answers["operators"]
+    assert "of FLOAT" in answers["weights"]
+    assert answers["gate"].startswith("no report")
+    assert dict(explain(plans[0], None, Machine((), None, None)))["runs here"] == "no: this machine has no GPU"
+
+
+def test_what_the_gate_said_is_explained(plans, world, tmp_path):
+    graph = shutil.copy(world.onnx, tmp_path / "r.onnx")
+    ratio = {"value": 0.99, "low": 0.98, "high": 1.0}
+    stage = {"stage": "ensemble", "ndcg10": {"value": 0.5}, "ndcg_ratio": ratio}
+    report = {"onnx": load_plan_manifest(plans[0]).onnx, "passed": True, "failures": [], "stages": [stage]}
+    for changes, words in (
+        ({}, "passed: NDCG@10 0.5000, 0.9900 [0.9800, 1.0000] of the dense ranker's (ensemble)"),
+        ({"passed": False, "failures": ["ONNX: too far"]}, "failed: ONNX: too far"),
+        ({"onnx": "0" * 64}, "r.gate.json is of another graph"),
+    ):
+        (tmp_path / "r.gate.json").write_text(json.dumps(report | changes))
+        assert words in dict(explain(plans[0], graph))["gate"]
 
 
 def test_a_damaged_lock(tmp_path):

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support import manifest_of
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.machine import Machine, present_sms
-from trirank_build.engines.plan import PlanManifest, manifest_path
+from trirank_build.engines.plan import manifest_path
 from trirank_build.errors import BadModel, ServeError
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.configs import BUCKETS_PARAMETER, parse_config
@@ -19,20 +20,6 @@ from trirank_build.serving.server import TritonServer
 from trirank_build.serving.tritonserver import TritonBinary
 
 HERE = Machine(("sm86",), "10.8.0.43", "12")
-
-
-def manifest_of(plan, onnx, **changes):
-    from trirank import contract
-    from trirank_build.artefacts import file_digest
-
-    profiles = [
-        {"bucket": b, "min_batch": 1, "opt_batch": 8, "max_batch": contract.MAX_BATCH} for b in contract.BUCKETS
-    ]
-    fields = {
-        "flavour": "tensorrt", "version": "10.8.0", "sm": "sm86", "cuda": "12", "flags": [], "workspace_bytes": 1 << 30,
-        "profiles": profiles, "onnx": file_digest(onnx), "plan": file_digest(plan),
-    }  # fmt: skip
-    return PlanManifest(**(fields | changes))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +134,16 @@ def test_cuda_graphs_of_every_bucket(release):
         (batch, bucket) for batch in (1, 8) for bucket in (64, 128, 256, 512, 1024)
     }
     assert all(len(spec.input) == len(config.input) == len(spec.graph_lower_bound.input) for spec in graphs)
+
+
+def test_a_plan_without_weights_is_not_assembled(world, trained, tmp_path):
+    plan = tmp_path / "sm86.plan"
+    plan.write_bytes(b"a plan")
+    manifest = manifest_of(plan, world.onnx, flags=["REFIT", "STRIP_PLAN"])
+    manifest_path(plan).write_text(json.dumps(manifest.to_json()))
+    dataset = Dataset.load(world.data)
+    with pytest.raises(BadModel, match="has no weights"):
+        assemble(trained, dataset, world.onnx, tmp_path / "out", runtime="tensorrt", plans=[plan])
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import METRICS
 from trirank import Behaviour, History, InvalidRequest, RankClient, RankRequest, Status
 from trirank_build.data.dataset import Dataset
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.evaluate import score
 from trirank_build.features.examples import Examples
-from trirank_build.repository.release import recorded_requests
+from trirank_build.repository.release import load_manifest, recorded_requests
 
 
 def test_recorded_requests_come_back_in_full(client, world):
@@ -181,3 +184,13 @@ def test_a_deadline_in_the_past_of_the_work(server):
         with pytest.raises(DeadlineExceeded):
             client.rank(RankRequest(item_ids=list(range(1, 1000))), deadline_s=1e-4)
         assert client.rank(RankRequest(item_ids=[1]), deadline_s=10)
+
+
+def test_metrics_that_the_dashboards_ask_for(server, world):
+    text = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
+    there = set(re.findall(r"^([a-z0-9_]+)\{?", text, re.MULTILINE))
+    assert there >= METRICS
+    (quality,) = re.findall(r"^trirank_release_ndcg10\{(.*)\} ([0-9.]+)$", text, re.MULTILINE)
+    assert f'release="{world.release.name}"' in quality[0]
+    assert 'measured="valid"' in quality[0]
+    assert float(quality[1]) == pytest.approx(load_manifest(world.release)["metrics"]["valid_ndcg10"], abs=1e-4)

@@ -154,6 +154,8 @@ def _checked_plans(plans: list[Path], onnx_path: Path, runtime: str) -> list[tup
             raise BadModel(
                 f"{plan} was built from ONNX {manifest.onnx[:12]}, not from {onnx_path} ({digest[:12]}); build again"
             )
+        if manifest.stripped:
+            raise BadModel(f"{plan} has no weights, and Triton cannot put them in again; build without --strip-weights")
         if tuple(p["bucket"] for p in manifest.profiles) != contract.BUCKETS:
             raise BadModel(f"{plan} has no profile for each of the buckets {contract.BUCKETS}; build again")
         checked.append((plan, manifest))

@@ -1,0 +1,72 @@
+"""`trirank doctor`: examine a model repository or a running server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from trirank_build.commands.options import Json
+from trirank_build.errors import BadRecipe
+from trirank_build.progress import out
+
+_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+
+
+def doctor(
+    target: Annotated[str, typer.Argument(help="A model repository, a release, or host:port of a server's gRPC.")],
+    release: Annotated[
+        Path | None, typer.Option(help="For a server: the release it serves, whose recorded requests are sent.")
+    ] = None,
+    deadline_ms: Annotated[float | None, typer.Option(min=0.001, help="What callers wait.")] = None,
+    probe: Annotated[
+        bool, typer.Option(help="For a server: whether to send each model one request, and one that must fail.")
+    ] = True,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="It will be served on another machine: say nothing of this one's GPUs.")
+    ] = False,
+    fail_on: Annotated[str, typer.Option(help="From which severity on the exit status is 1: info, warning, error.")] = (
+        "warning"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Say what is wrong with any Triton repository or server, why, and how to mend it."""
+    from trirank_build.doctor.examine import examine, examine_server
+    from trirank_build.doctor.finding import Severity
+    from trirank_build.doctor.repository import Surroundings
+    from trirank_build.repository.release import recorded_requests
+
+    if fail_on.upper() not in Severity.__members__:
+        raise BadRecipe(f"--fail-on {fail_on} is none of info, warning, error")
+    around = Surroundings.here(deadline_ms)
+    place, _, url = target.rpartition("://")
+    if not place and Path(target).exists():
+        findings = examine(Path(target), around)
+    elif ":" in url and url.rpartition(":")[2].isdigit():
+        findings = examine_server(url, recorded_requests(release) if release else [], around, probe)
+    else:
+        raise BadRecipe(f"{target} is neither a folder nor host:port of a server")
+    if elsewhere:
+        findings = [finding for finding in findings if finding.rule.id not in ("RES01", "RES02", "RES06", "RES07")]
+    failing = [finding for finding in findings if finding.rule.severity >= Severity[fail_on.upper()]]
+    if as_json:
+        print(json.dumps({"target": target, "findings": [finding.to_json() for finding in findings]}, indent=1))
+    elif findings:
+        table = Table("id", "", "where", "what, why, and what to do", show_lines=True)
+        for finding in findings:
+            rule = finding.rule
+            severity = rule.severity.name.lower()
+            words = Text.assemble((rule.what, "bold"), f"\n{finding.reason}\n", ("→ ", "green"), rule.fix)
+            if rule.issue:
+                words.append(f"\n{rule.issue}", "dim")
+            table.add_row(rule.id, Text(severity, _COLOURS[severity]), Text(finding.where), words)
+        out.print(table)
+    else:
+        out.print("nothing found")
+    if failing:
+        sys.exit(1)
