@@ -1,6 +1,6 @@
 """Does a swap under load lose a request, mix two releases, or keep callers waiting?
 
-    python benchmarks/hot_swap.py [--swaps N] [--rate R]
+    python benchmarks/hot_swap.py [--swaps N] [--rate R] [--way in_place|without_draining]
 
 Two releases of the demo's shop whose shapes agree while vocabulary and weights do not, so that a mixture would answer,
 and nothing but the scores would tell. Every answer is held to what each release's stages give in process. Requests come
@@ -28,6 +28,8 @@ from trirank_build.export.onnx import export
 from trirank_build.recipe import load_recipe
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.reports import write_parity
+from trirank_build.serving import swapping
+from trirank_build.serving.live import Served
 from trirank_build.serving.server import TritonServer
 from trirank_build.training.trainer import train
 
@@ -66,6 +68,24 @@ def as_scores(ids: np.ndarray, scores: np.ndarray) -> dict[int, float]:
     return {int(item): float(score) for item, score in zip(ids, scores, strict=True) if item >= 0}
 
 
+def in_place(server: TritonServer, release: Path) -> None:
+    """What was tried first: the same names, whose contents change one after the other."""
+    served = replace(Served.of(release), name=server.served.name)
+    server._live.add(served)
+    for model in served.stages:
+        server._control.load(model)
+    server.served = served
+
+
+def without_draining(server: TritonServer, release: Path) -> None:
+    """The way that serves, but the old models go at once."""
+    swapping.DRAIN_S = 0.0
+    server.swap(release)
+
+
+WAYS = {"swap": TritonServer.swap, "in_place": in_place, "without_draining": without_draining}
+
+
 class Judge:
     """Tells which release an answer is of, by the scores of its stages in process."""
 
@@ -91,6 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
+    parser.add_argument(
+        "--way", choices=sorted(WAYS), default="swap", help="the one that serves, or one that was tried"
+    )
     arguments = parser.parse_args()
     releases = two_releases()
     # All candidates come back, so that every score can be judged.
@@ -127,7 +150,7 @@ def main() -> None:
         time.sleep(3)
         for number in range(arguments.swaps):
             started = time.perf_counter()
-            server.swap(releases[(number + 1) % 2])
+            WAYS[arguments.way](server, releases[(number + 1) % 2])
             ended = time.perf_counter()
             windows.append((started, ended))
             print(f"swap {number + 1}: {ended - started:.2f} s", flush=True)
@@ -164,7 +187,10 @@ def main() -> None:
         ),
         Figure("swaps", len(windows), len(windows), len(windows), "swaps", note),
     ]
-    write("hot_swap", [Figure(f.name, *(round(float(v), 4) for v in f[1:4]), f.unit, f.note) for f in figures])
+    if arguments.way != "swap":
+        figures = [f._replace(name=f"{arguments.way}_{f.name}") for f in figures]
+    figures = [Figure(f.name, *(round(float(v), 4) for v in f[1:4]), f.unit, f.note) for f in figures]
+    write("hot_swap", figures, keep=True)
     for figure in figures:
         print(f"{figure.name:28} {figure.value:10.3f} {figure.unit:8} [{figure.low:.3f}, {figure.high:.3f}]")
     for words in sorted(set(failed))[:3]:

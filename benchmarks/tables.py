@@ -314,6 +314,21 @@ def hot_swap() -> str:
     ])  # fmt: skip
 
 
+def ways() -> str:
+    """Ways to swap that were tried."""
+    found = read("hot_swap")
+    lines = ["| way | swaps | failed requests | mixed answers | p99 against between swaps |", "|---|---|---|---|---|"]
+    for way, words in (
+        ("", "**a new name a release, drained**"),
+        ("without_draining_", "the same, old models unloaded at once"),
+        ("in_place_", "the same names, one model after the other"),
+    ):
+        counts = [f"{found[f'{way}{name}'].value:.0f}" for name in ("swaps", "failed_requests", "mixed_answers")]
+        ratio = found[f"{way}p99_ratio_during_swap"]
+        lines.append(f"| {words} | {' | '.join(counts)} | {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) |")
+    return "\n".join(lines)
+
+
 def rules() -> str:
     """What the doctor knows."""
     from trirank_build.doctor import examine
@@ -332,6 +347,7 @@ TABLES = {
     "engines": engines,
     "hot_swap": hot_swap,
     "rules": rules,
+    "ways": ways,
     "compressed": compressed,
     "compression": compression,
     "published": published,
