@@ -165,7 +165,10 @@ def main() -> None:
     failed = [a.outcome for a in answers if a.outcome.startswith("failed")]
     mixed = sum(a.outcome == "mixed" for a in answers)
     seen = {of: sum(a.outcome == of for a in answers) for of in ("0", "1")}
-    note = f"{len(answers)} requests at {arguments.rate:g} a second, {arguments.swaps} swaps; of each release {seen}"
+    note = (
+        f"{len(answers)} requests at {arguments.rate:g} a second, {arguments.swaps} swaps, {seen['0']} answered by the "
+        f"one release and {seen['1']} by the other"
+    )
     rng = np.random.default_rng(0)
     p99 = {name: np.percentile(took[mask], 99) * 1e3 for name, mask in (("swap", during), ("rest", ~during))}
     ratios = []

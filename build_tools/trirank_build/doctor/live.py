@@ -200,7 +200,7 @@ def _probe(stub: Any, server: Server, requests: list[RankRequest]) -> None:
             server.probes[name] = _outcome(stub, _zeros(model))
         wrong = _zeros(model)
         if wrong.inputs:
-            wrong.inputs[0].name = "TRIRANK_DOCTOR"
+            wrong.inputs[0].name = "no_such_input"
             found = _outcome(stub, wrong)
             if found is not None and name not in server.bad_request:
                 server.bad_request[name] = ("an input that it does not have", *found)
