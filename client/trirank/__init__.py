@@ -6,8 +6,10 @@
 ...         print(item.item_id, item.score, item.reasons)
 """
 
+from trirank._aio import AsyncRankClient
 from trirank._client import RankClient
 from trirank._errors import (
+    ClientClosed,
     DeadlineExceeded,
     IncompatibleServer,
     InvalidRequest,
@@ -16,11 +18,14 @@ from trirank._errors import (
     ServerError,
     Unavailable,
 )
+from trirank._events import Event
+from trirank._options import EjectionPolicy, HedgePolicy, RetryPolicy, Tls
 from trirank._types import History, RankedItem, RankRequest, RankResponse
 from trirank.contract import Behaviour, Reason, Status, stable_id
 
 __all__ = [
     "RankClient",
+    "AsyncRankClient",
     "RankRequest",
     "RankResponse",
     "RankedItem",
@@ -29,6 +34,11 @@ __all__ = [
     "Reason",
     "Status",
     "stable_id",
+    "RetryPolicy",
+    "HedgePolicy",
+    "EjectionPolicy",
+    "Tls",
+    "Event",
     "RankError",
     "InvalidRequest",
     "DeadlineExceeded",
@@ -36,4 +46,5 @@ __all__ = [
     "Unavailable",
     "IncompatibleServer",
     "ServerError",
+    "ClientClosed",
 ]

@@ -2,85 +2,293 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from trirank import _codec, contract
-from trirank._errors import InvalidRequest, RankError, from_grpc
+from trirank import contract
+from trirank._channels import Target
+from trirank._core import Attempt, Call, Core, checked_deadline
+from trirank._errors import RankError, Unavailable, from_grpc
+from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
 
-_CHANNEL_OPTIONS = [
-    # gRPC's default of 4 MB is below what Triton may send.
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # Two clients of one process would otherwise share one TCP connection.
-    ("grpc.use_local_subchannel_pool", 1),
-]
+_OLD_CHANNELS_S = 60.0
+"""How long calls may go on over a channel that was replaced."""
 
 
 class RankClient:
-    """A connection to one trirank server; safe to share between threads.
+    """Asks trirank servers to rank; safe to share between threads, not between processes (make one after the fork).
 
     Args:
-        address: ``host:port`` of the server's gRPC endpoint.
-        deadline_s: seconds a call may take unless it says otherwise.
+        addresses: ``host:port`` of a server's gRPC endpoint, a list of them, or ``dns:///name:port`` for all addresses
+            of a name.
+        deadline_s: seconds a call may take in all, retries and hedges included, unless it says otherwise.
+        retry: None: never.
+        hedge: None: never; otherwise with two servers or more.
+        on_failure: ``retrieval_order`` answers with the candidates as retrieval had them, marked as degraded, where
+            ``raise`` raises; requests that are at fault themselves are raised always.
+        token: a bearer token, or a function that gives one.
+        metadata: sent with every call.
+        event_hooks: event → functions that are called with a trirank.Event.
         model: the ensemble's name.
 
     Raises:
-        InvalidRequest: ``deadline_s`` is not positive.
+        InvalidRequest: an argument is out of range, or a file of ``tls`` cannot be read.
+        Unavailable: a name has no address.
     """
 
-    def __init__(self, address: str, *, deadline_s: float = 1.0, model: str = contract.ENSEMBLE) -> None:
-        self.address = address
-        self.deadline_s = _checked_deadline(deadline_s)
-        self.model = model
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        *,
+        deadline_s: float = 1.0,
+        retry: RetryPolicy | None = RetryPolicy(),  # noqa: B008  # frozen
+        hedge: HedgePolicy | None = None,
+        balancing: Balancing = "least_loaded",
+        ejection: EjectionPolicy | None = None,
+        on_failure: OnFailure = "raise",
+        tls: Tls | None = None,
+        token: str | Callable[[], str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        event_hooks: EventHooks | None = None,
+        model: str = contract.ENSEMBLE,
+        resolve_every_s: float = 10.0,
+    ) -> None:
+        self._core = Core(
+            Target(addresses, tls, token, resolve_every_s), deadline_s=deadline_s, model=model, retry=retry,
+            hedge=hedge, balancing=balancing, ejection=ejection, on_failure=on_failure, metadata=metadata,
+            event_hooks=event_hooks,
+        )  # fmt: skip
+        self._channels: dict[str, tuple[int, Any, Any]] = {}
+        self._old: list[tuple[float, Any]] = []
+        self._lock = threading.Lock()
 
-    def rank(self, request: RankRequest, *, deadline_s: float | None = None) -> RankResponse:
+    def rank(
+        self, request: RankRequest, *, deadline_s: float | None = None, on_failure: OnFailure | None = None
+    ) -> RankResponse:
         """Rank the candidates of one request.
 
         Raises:
             InvalidRequest: the request breaks the contract.
             DeadlineExceeded: no answer in ``deadline_s`` seconds.
-            Overloaded, Unavailable, IncompatibleServer, ServerError: see RankError.
+            Overloaded, Unavailable, IncompatibleServer, ServerError, ClientClosed: see RankError.
         """
-        message, names = _codec.encode(request, self.model)
-        # A request that has waited in a queue for longer than its caller does is refused there, not executed.
-        deadline = self.deadline_s if deadline_s is None else _checked_deadline(deadline_s)
-        message.parameters["timeout"].int64_param = max(1, int(deadline * 1e6))
-        reply = self._call("ModelInfer", message, deadline)
-        return _codec.decode(reply, names)
+        call = Call(self._core, request, deadline_s, on_failure)
+        try:
+            while True:
+                attempt = call.attempt()
+                try:
+                    if not attempt.endpoint.checked:
+                        self._shake_hands(call, attempt)
+                    return self._send(call, attempt)
+                except _Failed as failure:
+                    time.sleep(call.failed(failure.attempt, failure.error))
+        except RankError as error:
+            return call.fallback(error)
+
+    @overload
+    def rank_many(
+        self,
+        requests: Iterable[RankRequest],
+        *,
+        concurrency: int = ...,
+        deadline_s: float | None = ...,
+        return_errors: Literal[False] = ...,
+    ) -> list[RankResponse]: ...
+    @overload
+    def rank_many(
+        self,
+        requests: Iterable[RankRequest],
+        *,
+        concurrency: int = ...,
+        deadline_s: float | None = ...,
+        return_errors: Literal[True],
+    ) -> list[RankResponse | RankError]: ...
+    def rank_many(
+        self,
+        requests: Iterable[RankRequest],
+        *,
+        concurrency: int = 16,
+        deadline_s: float | None = None,
+        return_errors: bool = False,
+    ) -> Any:
+        """Rank many requests, at most ``concurrency`` at a time; answers are in the requests' order.
+
+        Args:
+            deadline_s: of each request.
+            return_errors: give a RankError in its request's place, rather than raise the first.
+        """
+        if concurrency < 1:
+            raise ValueError(f"concurrency is {concurrency}; it is 1 or more")
+
+        def one(request: RankRequest) -> RankResponse | RankError:
+            try:
+                return self.rank(request, deadline_s=deadline_s)
+            except RankError as error:
+                if return_errors:
+                    return error
+                raise
+
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="trirank") as pool:
+            return list(pool.map(one, requests))
 
     def ready(self, *, deadline_s: float | None = None) -> bool:
-        """Whether the ensemble is loaded. A server whose stages have died may still say so
+        """Whether the ensemble is loaded on one of the servers. A server whose stages have died may still say so
         (triton-inference-server/server #8604): what proves more is a call of ``rank``."""
-        try:
-            reply = self._call("ModelReady", service_pb2.ModelReadyRequest(name=self.model), deadline_s)
-        except RankError:
-            return False
-        return bool(reply.ready)
+        self._core.check_usable()
+        request = service_pb2.ModelReadyRequest(name=self._core.model)
+        for endpoint in self._core.pool.endpoints:
+            try:
+                if self._ask(endpoint.address, "ModelReady", request, deadline_s).ready:
+                    return True
+            except RankError:  # noqa: PERF203  # the next one may answer
+                continue
+        return False
 
     def server_info(self, *, deadline_s: float | None = None) -> dict[str, str]:
-        """Name and version of the server."""
-        reply = self._call("ServerMetadata", service_pb2.ServerMetadataRequest(), deadline_s)
-        return {"name": reply.name, "version": reply.version}
+        """Name, version and address of one of the servers.
+
+        Raises:
+            Unavailable: none answers.
+        """
+        self._core.check_usable()
+        last: RankError = Unavailable("there is no server to call")
+        for endpoint in self._core.pool.endpoints:
+            try:
+                reply = self._ask(endpoint.address, "ServerMetadata", service_pb2.ServerMetadataRequest(), deadline_s)
+                return {"name": reply.name, "version": reply.version, "address": endpoint.address}
+            except RankError as error:  # noqa: PERF203  # the next one may answer
+                last = error
+        raise last
 
     def close(self) -> None:
-        """Close the connection; calls in flight fail."""
-        self._channel.close()
+        """Close all connections; calls in flight fail. Safe to call twice."""
+        self._core.closed = True
+        with self._lock:
+            channels = [channel for _, channel, _ in self._channels.values()] + [channel for _, channel in self._old]
+            self._channels, self._old = {}, []
+        for channel in channels:
+            channel.close()
 
-    def _call(self, method: str, message: Any, deadline_s: float | None) -> Any:
-        deadline = self.deadline_s if deadline_s is None else _checked_deadline(deadline_s)
-        started = time.perf_counter()
+    def _send(self, call: Call, attempt: Attempt) -> RankResponse:
+        """One attempt, or two of which the first to answer wins."""
+        delay = self._core.hedge_delay_s(attempt)
+        if delay is not None:
+            return self._send_hedged(call, attempt, delay)
+        stub = self._stub(attempt.endpoint.address)
         try:
-            return getattr(self._stub, method)(message, timeout=deadline)
+            reply = stub.ModelInfer(call.message, timeout=attempt.timeout_s, metadata=call.metadata)
         except grpc.RpcError as error:
-            raise from_grpc(error, address=self.address, elapsed_s=time.perf_counter() - started) from None
+            raise _Failed(attempt, error) from None
+        except BaseException:
+            call.given_up(attempt)
+            raise
+        return call.answered(attempt, reply)
+
+    def _send_hedged(self, call: Call, attempt: Attempt, delay: float) -> RankResponse:
+        ended: queue.SimpleQueue[tuple[Attempt, Any]] = queue.SimpleQueue()
+        under_way: dict[int, tuple[Attempt, Any]] = {}
+
+        def start(one: Attempt) -> None:
+            stub = self._stub(one.endpoint.address)
+            future = stub.ModelInfer.future(call.message, timeout=one.timeout_s, metadata=call.metadata)
+            under_way[id(one)] = (one, future)
+            future.add_done_callback(lambda done: ended.put((one, done)))
+
+        try:
+            start(attempt)
+            try:
+                first, future = ended.get(timeout=delay)
+            except queue.Empty:
+                if call.may_hedge():
+                    start(call.attempt(hedge=True))
+                first, future = ended.get()
+            failures = []
+            while True:
+                del under_way[id(first)]
+                error = future.exception()
+                if error is None:
+                    return call.answered(first, future.result())
+                failures.append(_Failed(first, error))
+                if not under_way:
+                    break
+                first, future = ended.get()
+            for failure in failures[:-1]:
+                call.given_up(failure.attempt)
+            raise failures[-1]
+        finally:
+            for one, future in under_way.values():
+                future.cancel()
+                call.given_up(one)
+
+    def _shake_hands(self, call: Call, attempt: Attempt) -> None:
+        stub = self._stub(attempt.endpoint.address)
+        try:
+            reply = stub.ModelConfig(call.config_request(), timeout=call.left_s, metadata=call.metadata)
+        except grpc.RpcError as error:
+            if cannot_ask(error):
+                attempt.endpoint.checked = True
+                return
+            raise _Failed(attempt, error) from None
+        except BaseException:
+            call.given_up(attempt)
+            raise
+        call.check_contract(attempt, reply.config)
+
+    def _ask(self, address: str, method: str, message: Any, deadline_s: float | None) -> Any:
+        deadline = self._core.deadline_s if deadline_s is None else checked_deadline(deadline_s)
+        started = time.perf_counter()
+        metadata = [*self._core.metadata, *self._core.target.credentials_metadata()]
+        try:
+            return getattr(self._stub(address), method)(message, timeout=deadline, metadata=metadata)
+        except grpc.RpcError as error:
+            raise from_grpc(error, address=address, elapsed_s=time.perf_counter() - started) from None
+
+    def _stub(self, address: str) -> Any:
+        """Of a server, over a channel with today's certificates."""
+        generation = self._core.target.refresh()
+        if self._core.target.due():
+            threading.Thread(target=self._resolve, name="trirank-resolve", daemon=True).start()
+        kept = self._channels.get(address)
+        if kept is not None and kept[0] == generation:
+            return kept[2]
+        with self._lock:
+            self._core.check_usable()
+            kept = self._channels.get(address)
+            if kept is None or kept[0] != generation:
+                if kept is not None:
+                    self._retire(kept[1])
+                channel = self._core.target.channel(address, grpc)
+                kept = (generation, channel, service_pb2_grpc.GRPCInferenceServiceStub(channel))
+                self._channels[address] = kept
+            return kept[2]
+
+    def _resolve(self) -> None:
+        """Take the servers that a name has now; those that left finish what they have."""
+        try:
+            gone = self._core.pool.update(self._core.target.resolve())
+        except Unavailable:  # the names' server may be back next time; until then the old list serves
+            return
+        with self._lock:
+            for endpoint in gone:
+                if (kept := self._channels.pop(endpoint.address, None)) is not None:
+                    self._retire(kept[1])
+
+    def _retire(self, channel: Any) -> None:
+        """Close a channel once calls that go over it have ended."""
+        now = time.monotonic()
+        self._old.append((now + _OLD_CHANNELS_S, channel))
+        for _, old in [entry for entry in self._old if entry[0] <= now]:
+            old.close()
+        self._old = [entry for entry in self._old if entry[0] > now]
 
     def __enter__(self) -> RankClient:
         return self
@@ -91,7 +299,16 @@ class RankClient:
         self.close()
 
 
-def _checked_deadline(deadline_s: float) -> float:
-    if not deadline_s > 0:
-        raise InvalidRequest(f"deadline_s is {deadline_s}; it is seconds, above 0")
-    return deadline_s
+class _Failed(Exception):
+    """An attempt failed; what comes of it is the Call's to say."""
+
+    def __init__(self, attempt: Attempt, error: Any) -> None:
+        super().__init__()
+        self.attempt = attempt
+        self.error = error
+
+
+def cannot_ask(error: grpc.RpcError) -> bool:
+    """Whether a server does not tell its configurations to such as us; its answers are then checked alone."""
+    words = (error.details() or "").lower()
+    return error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED) or "restricted" in words

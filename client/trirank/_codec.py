@@ -26,7 +26,7 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
     Raises:
         InvalidRequest: a value that no server would accept; nothing was sent.
     """
-    ids, names = _ids(request.item_ids, "item_ids")
+    ids, names = candidate_ids(request)
     if (ids == contract.PAD_ITEM_ID).any():
         raise InvalidRequest(f"item_ids holds {contract.PAD_ITEM_ID}, which stands for padding; leave it out")
     try:
@@ -67,6 +67,15 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
     if request.history is not None:
         _add_history(message, request)
     return message, names
+
+
+def candidate_ids(request: RankRequest) -> tuple[NDArray[np.int64], dict[int, str]]:
+    """Ids of the candidates as sent, and the id → string map of string ids.
+
+    Raises:
+        InvalidRequest: they are no ids.
+    """
+    return _ids(request.item_ids, "item_ids")
 
 
 def decode(reply: Any, names: dict[int, str]) -> RankResponse:

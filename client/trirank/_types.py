@@ -108,6 +108,29 @@ class RankResponse:
         for position, (item_id, score, reasons) in enumerate(rows, start=1):
             yield RankedItem(position, self.names.get(item_id, item_id), score, Reason(reasons))
 
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Columns: item_id [K] int64, or strings where strings were sent; score [K] float32; reasons [K] int32."""
+        ids = self.item_ids if not self.names else np.array([self.names.get(i, str(i)) for i in self.item_ids.tolist()])
+        return {"item_id": ids, "score": self.scores, "reasons": self.reasons}
+
+    def to_polars(self) -> Any:
+        """A polars.DataFrame of ``to_arrays``; needs polars."""
+        import polars
+
+        return polars.DataFrame(self.to_arrays())
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame of ``to_arrays``; needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.to_arrays())
+
+    @property
+    def degraded(self) -> bool:
+        """Whether less was done than usual: by the server to keep the deadline, or by the client, which then gives the
+        candidates in retrieval's order."""
+        return bool(self.status & Status.DEGRADED)
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """One JSON-ready dict an item."""
         return [

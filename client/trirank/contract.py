@@ -31,6 +31,14 @@ PAD_ITEM_ID = -1
 """Fills ITEM_IDS up to a bucket, and the answer up to TOP_K."""
 ANONYMOUS_USER = -1
 
+DEADLINE_PARAMETER = "trirank_deadline_us"
+"""Of a request: microseconds since 1970 after which no stage works on it any more. Triton's own timeout is counted anew
+in every step of an ensemble (triton-inference-server/server #7512); a moment is not."""
+TOO_LATE = "its deadline has passed"
+"""What a stage says, as UNAVAILABLE, of a request that it did not work on for that reason."""
+CONTRACT_PARAMETER = "contract"
+"""Of the ensemble's configuration: CONTRACT_VERSION."""
+
 ENSEMBLE = "rank"
 PREPROCESS, RANKER, RERANK = STAGES = ("preprocess", "ranker", "rerank")
 

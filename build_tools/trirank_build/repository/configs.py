@@ -242,6 +242,7 @@ def _warm_up(config: Any) -> None:
 def _ensemble(*stages: Any) -> Any:
     config = pb.ModelConfig(name=contract.ENSEMBLE, platform="ensemble", max_batch_size=contract.MAX_BATCH)
     _add_tensors(config, contract.REQUEST, contract.RESPONSE)
+    config.parameters[contract.CONTRACT_PARAMETER].string_value = str(contract.CONTRACT_VERSION)
     # No tensor is renamed on its way, which works because the contract gives no two the same name.
     for stage in stages:
         step = config.ensemble_scheduling.step.add(model_name=stage.name, model_version=-1)

@@ -1,0 +1,69 @@
+"""What keeps extra calls few, and tells when a call takes unusually long."""
+
+from __future__ import annotations
+
+import threading
+
+
+class TokenBucket:
+    """Extra calls as a share of all calls: every call puts ``share`` of a token in, an extra one takes a whole out.
+
+    Starts full, so that a client whose first calls fail may try again; from then on the share holds.
+    """
+
+    def __init__(self, share: float, capacity: float = 10.0) -> None:
+        self._share = share
+        self._capacity = capacity
+        self._tokens = capacity if share > 0 else 0.0
+        self._lock = threading.Lock()
+
+    def earn(self) -> None:
+        """A call began."""
+        with self._lock:
+            self._tokens = min(self._capacity, self._tokens + self._share)
+
+    def take(self) -> bool:
+        """Whether an extra call may be made; it then has been paid."""
+        with self._lock:
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
+
+class LateTimes:
+    """A quantile of how long the last calls took.
+
+    Args:
+        quantile: between 0 and 1.
+        window: how many calls are looked at.
+    """
+
+    _EVERY = 20
+    ENOUGH = 20
+    """Calls before there is a quantile."""
+
+    def __init__(self, quantile: float, window: int = 500) -> None:
+        self._quantile = quantile
+        self._times: list[float] = []
+        self._window = window
+        self._seen = 0
+        self._value: float | None = None
+        self._lock = threading.Lock()
+
+    def add(self, seconds: float) -> None:
+        """One call took so long."""
+        with self._lock:
+            if len(self._times) < self._window:
+                self._times.append(seconds)
+            else:
+                self._times[self._seen % self._window] = seconds
+            self._seen += 1
+            if self._seen >= self.ENOUGH and self._seen % self._EVERY == 0:
+                ordered = sorted(self._times)
+                self._value = ordered[min(len(ordered) - 1, int(self._quantile * len(ordered)))]
+
+    @property
+    def value(self) -> float | None:
+        """Seconds; None: too few calls yet."""
+        return self._value

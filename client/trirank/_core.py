@@ -1,0 +1,339 @@
+"""One call, from request to answer or error, without the sending: what both clients share.
+
+A client asks a Call for an attempt, sends it, and tells the Call how it went; the Call says what comes next. So the
+rules on deadlines, retries, hedges and servers are here once, and neither threads nor event loops are.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+from trirank import _codec, contract
+from trirank._budget import LateTimes, TokenBucket
+from trirank._channels import Target
+from trirank._errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    IncompatibleServer,
+    InvalidRequest,
+    Overloaded,
+    RankError,
+    ServerError,
+    Unavailable,
+    kind_of,
+)
+from trirank._events import EVENTS, Event, tell
+from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy
+from trirank._pool import Endpoint, Pool
+from trirank._types import RankRequest, RankResponse
+from trirank.contract import Status
+
+_PUSHBACK = "grpc-retry-pushback-ms"
+_SKEW_S = 0.005
+"""A server that says "too late" with more time left than this has another clock."""
+
+
+@dataclass
+class Attempt:
+    """One message to one server.
+
+    Attributes:
+        timeout_s: for the call; what is left of the deadline.
+    """
+
+    endpoint: Endpoint
+    started: float
+    timeout_s: float
+    hedge: bool = False
+
+
+class Core:
+    """What a client is told once: servers, policies, hooks."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        deadline_s: float,
+        model: str,
+        retry: RetryPolicy | None,
+        hedge: HedgePolicy | None,
+        balancing: Balancing,
+        ejection: EjectionPolicy | None,
+        on_failure: OnFailure,
+        metadata: Mapping[str, str] | None,
+        event_hooks: EventHooks | None,
+    ) -> None:
+        if balancing not in ("least_loaded", "round_robin"):
+            raise InvalidRequest(f"balancing is {balancing!r}; it is least_loaded or round_robin")
+        _checked_failure(on_failure)
+        if unknown := sorted(set(event_hooks or ()) - set(EVENTS)):
+            raise InvalidRequest(f"event_hooks has {', '.join(unknown)}; events are {', '.join(EVENTS)}")
+        self.target = target
+        self.deadline_s = checked_deadline(deadline_s)
+        self.model = model
+        self.retry = retry or RetryPolicy(max_attempts=1)
+        self.hedge = hedge
+        self.on_failure: OnFailure = on_failure
+        self.metadata = [(name.lower(), value) for name, value in (metadata or {}).items()]
+        self.hooks = {name: list(hooks) for name, hooks in (event_hooks or {}).items()}
+        self.pool = Pool(target.resolve(), balancing, ejection or EjectionPolicy())
+        self.retries = TokenBucket(self.retry.budget)
+        self.hedges = TokenBucket(hedge.budget if hedge else 0.0)
+        self.times = LateTimes(hedge.quantile if hedge else 0.5)
+        self.closed = False
+        self._process = os.getpid()
+
+    def check_usable(self) -> None:
+        """Raises ClientClosed if the client was closed, or made before this process was forked."""
+        if self.closed:
+            raise ClientClosed("this client is closed; make a new one")
+        if os.getpid() != self._process:
+            raise ClientClosed(
+                f"this client was made in process {self._process} and is used in {os.getpid()}, which was forked from "
+                "it; gRPC's connections do not survive that: make a client in each process, after the fork"
+            )
+
+    def hedge_delay_s(self, attempt: Attempt) -> float | None:
+        """After how long an attempt is given company; None: not at all."""
+        late = self.times.value
+        if self.hedge is None or late is None or not self.pool.others_than(attempt.endpoint):
+            return None
+        delay = max(self.hedge.min_delay_s, late)
+        return delay if delay < attempt.timeout_s else None
+
+
+class Call:
+    """One call of ``rank``."""
+
+    def __init__(
+        self, core: Core, request: RankRequest, deadline_s: float | None, on_failure: OnFailure | None
+    ) -> None:
+        core.check_usable()
+        self._core = core
+        self._request = request
+        self._on_failure = core.on_failure if on_failure is None else _checked_failure(on_failure)
+        deadline = core.deadline_s if deadline_s is None else checked_deadline(deadline_s)
+        self._began = time.monotonic()
+        self._ends = self._began + deadline
+        self._moment_us = int((time.time() + deadline) * 1e6)
+        self.message, self._names = _codec.encode(request, core.model)
+        self._sent = self._retried = 0
+        self._tried: frozenset[str] = frozenset()
+        self._event = Event("request", request)
+        core.retries.earn()
+        core.hedges.earn()
+        self._tell("request")
+        self.metadata = [*core.metadata, *core.target.credentials_metadata(), *self._event.metadata]
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self._ends - time.monotonic()
+
+    def attempt(self, hedge: bool = False) -> Attempt:
+        """The next message to send; ``self.message`` is made ready for it.
+
+        Raises:
+            DeadlineExceeded: there is no time left for it.
+            Unavailable: there is no server.
+        """
+        left = self.left_s
+        if left <= 0:
+            raise self._error(DeadlineExceeded, "no time was left to call a server")
+        endpoint = self._core.pool.pick(self._tried)
+        self._tried |= {endpoint.address}
+        self._sent += 1
+        parameters = self.message.parameters
+        # Triton counts this anew in every queue; the moment holds for all of them together.
+        parameters["timeout"].int64_param = max(1, int(left * 1e6))
+        if endpoint.clock_agrees:
+            parameters[contract.DEADLINE_PARAMETER].int64_param = self._moment_us
+        elif contract.DEADLINE_PARAMETER in parameters:
+            del parameters[contract.DEADLINE_PARAMETER]
+        self._event.address, self._event.attempts = endpoint.address, self._sent
+        self._tell("hedge" if hedge else "attempt")
+        return Attempt(endpoint, time.monotonic(), left, hedge)
+
+    def may_hedge(self) -> bool:
+        """Whether a second call may be made beside the one under way; it is paid for then."""
+        return self.left_s > 0 and self._core.hedges.take()
+
+    def answered(self, attempt: Attempt, reply: Any) -> RankResponse:
+        """An attempt was answered.
+
+        Raises:
+            IncompatibleServer: the answer is not of the contract.
+        """
+        self._core.pool.done(attempt.endpoint, healthy=True)
+        self._core.times.add(time.monotonic() - attempt.started)
+        try:
+            response = _codec.decode(reply, self._names)
+        except IncompatibleServer as error:
+            raise self._ended(self._error(IncompatibleServer, str(error), attempt)) from None
+        self._event.response = response
+        self._tell("response")
+        return response
+
+    def given_up(self, attempt: Attempt) -> None:
+        """An attempt was cancelled, by its caller or because another one was faster."""
+        self._core.pool.done(attempt.endpoint, healthy=None)
+
+    def failed(self, attempt: Attempt, error: grpc.RpcError) -> float:
+        """An attempt failed; gives the seconds to wait before the next one.
+
+        Raises:
+            RankError: there is to be no other.
+        """
+        status, details = error.code(), error.details() or error.code().name
+        kind = kind_of(status, details)
+        self._core.pool.done(attempt.endpoint, healthy=_says_healthy(kind, status))
+        found = self._error(kind, details, attempt, status)
+        if contract.TOO_LATE in details and self.left_s > _SKEW_S:
+            if not attempt.endpoint.clock_agrees:
+                raise self._ended(found)
+            attempt.endpoint.clock_agrees = False
+            return 0.0
+        pause = self._pause(kind, attempt, error)
+        if pause is None or self._retried + 1 >= self._core.retry.max_attempts or pause >= self.left_s:
+            raise self._ended(found)
+        if not self._core.retries.take():
+            raise self._ended(found)
+        self._retried += 1
+        self._event.error = found
+        self._tell("retry")
+        self._event.error = None
+        return pause
+
+    def check_contract(self, attempt: Attempt, config: Any) -> None:
+        """Hold a server's ensemble against the contract, once.
+
+        Raises:
+            IncompatibleServer: it is of another one.
+        """
+        said = config.parameters[contract.CONTRACT_PARAMETER].string_value if config.parameters else ""
+        if not said:
+            outputs = {tensor.name for tensor in config.output}
+            said = str(contract.CONTRACT_VERSION) if outputs >= {s.name for s in contract.RESPONSE} else "none"
+        if said != str(contract.CONTRACT_VERSION):
+            self._core.pool.done(attempt.endpoint, healthy=None)
+            raise self._ended(
+                self._error(
+                    IncompatibleServer,
+                    f"{self._core.model} is of contract {said}, this client speaks {contract.CONTRACT_VERSION}; "
+                    "install the trirank that fits the server, or serve a release that fits the client",
+                    attempt,
+                )
+            )
+        attempt.endpoint.checked = True
+
+    def config_request(self) -> Any:
+        """Asks for what ``check_contract`` looks at."""
+        return service_pb2.ModelConfigRequest(name=self._core.model)
+
+    def fallback(self, error: RankError) -> RankResponse:
+        """What the caller gets instead of an error.
+
+        Raises:
+            RankError: the error, where the caller wants it, or where the request itself is at fault.
+        """
+        self._event.error = error
+        self._event.elapsed_s = time.monotonic() - self._began
+        if self._on_failure == "raise" or isinstance(error, InvalidRequest | ClientClosed):
+            self._tell("error")
+            raise error
+        response = retrieval_order(self._request)
+        self._event.response = response
+        self._tell("fallback")
+        return response
+
+    def _pause(self, kind: type[RankError], attempt: Attempt, error: grpc.RpcError) -> float | None:
+        """Seconds before another attempt; None: it would be of no use."""
+        others = self._core.pool.others_than(attempt.endpoint)
+        if kind not in (Unavailable, Overloaded) and not (others and kind in (ServerError, IncompatibleServer)):
+            return None
+        said = dict(error.trailing_metadata() or ()).get(_PUSHBACK)
+        if said is not None:
+            try:
+                wanted = int(said)
+            except ValueError:
+                return None
+            return wanted / 1e3 if wanted >= 0 else None
+        if others and len(self._tried) < len(self._core.pool):
+            return 0.0  # a server that has not been tried need not be spared
+        policy = self._core.retry
+        return random.uniform(0, min(policy.max_backoff_s, policy.backoff_s * 2**self._retried))
+
+    def _error(
+        self, kind: type[RankError], message: str, attempt: Attempt | None = None, status: Any = None
+    ) -> RankError:
+        return kind(
+            message,
+            address=attempt.endpoint.address if attempt else self._event.address,
+            elapsed_s=time.monotonic() - self._began,
+            status=status,
+            attempts=self._sent,
+        )
+
+    def _ended(self, error: RankError) -> RankError:
+        error.elapsed_s = time.monotonic() - self._began
+        return error
+
+    def _tell(self, name: str) -> None:
+        if self._core.hooks:
+            self._event.elapsed_s = time.monotonic() - self._began
+            tell(self._core.hooks, self._event, name)
+
+
+def retrieval_order(request: RankRequest) -> RankResponse:
+    """The candidates as retrieval had them, repeats left out, marked as degraded.
+
+    By RETRIEVAL_SCORES where the request has them, else in the order they were sent.
+    """
+    ids, names = _codec.candidate_ids(request)
+    scores = request.retrieval_scores
+    order = np.arange(len(ids))
+    given = np.asarray(scores, np.float32) if scores is not None else -order.astype(np.float32)
+    if scores is not None:
+        order = np.argsort(-given, kind="stable")
+    _, first = np.unique(ids[order], return_index=True)
+    kept = order[np.sort(first)][: request.top_k]
+    return RankResponse(
+        item_ids=ids[kept],
+        scores=given[kept],
+        reasons=np.zeros(len(kept), np.int32),
+        status=Status.DEGRADED,
+        duplicates=len(ids) - len(first),
+        names=names,
+    )
+
+
+def checked_deadline(deadline_s: float) -> float:
+    """Raises InvalidRequest if it is not a positive number of seconds."""
+    if not deadline_s > 0:
+        raise InvalidRequest(f"deadline_s is {deadline_s}; it is seconds, above 0")
+    return deadline_s
+
+
+def _checked_failure(on_failure: OnFailure) -> OnFailure:
+    if on_failure not in ("raise", "retrieval_order"):
+        raise InvalidRequest(f"on_failure is {on_failure!r}; it is raise or retrieval_order")
+    return on_failure
+
+
+def _says_healthy(kind: type[RankError], status: grpc.StatusCode) -> bool | None:
+    """What an error says of its server: that it works, that it does not, or (None) nothing."""
+    if kind is InvalidRequest:
+        return True
+    if kind is Overloaded or status is grpc.StatusCode.CANCELLED:
+        return None
+    return False
