@@ -56,6 +56,7 @@ bench: install
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/hot_swap.py
+	$(BIN)/python benchmarks/client.py
 	$(BIN)/python benchmarks/tables.py
 
 # Writes the figures' tables into the documents again.

@@ -329,6 +329,35 @@ def ways() -> str:
     return "\n".join(lines)
 
 
+def client() -> str:
+    """What the client costs, and what hedges save."""
+    found = read("client")
+
+    def cell(name: str, digits: int = 0) -> str:
+        figure = found[name]
+        return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
+
+    lines = ["| µs a call | 50 candidates | 200 | 1,000 |", "|---|---|---|---|"]
+    for name, words in (
+        ("raw_grpcio_us", "raw grpcio with a ready message, whole call"),
+        ("overhead_us", "this client, above it"),
+        ("tritonclient_overhead_us", "tritonclient as its examples use it, above it"),
+        ("own_cost_us", "this client's own work, nothing sent"),
+    ):
+        lines.append(f"| {words} | " + " | ".join(cell(f"{name}_{size}") for size in (50, 200, 1000)) + " |")
+    lines += ["", "| | p50 ms | p99 ms |", "|---|---|---|"]
+    for name, words in (("plain", "without hedges"), ("hedged", "with")):
+        lines.append(f"| {words} | {cell(f'{name}_p50_ms', 1)} | {cell(f'{name}_p99_ms', 1)} |")
+    gain, extra = cell("hedged_p99_gain", 1), found["hedge_extra_load"].value
+    grown = found["memory_growth_mb"]
+    return "\n".join([
+        *lines,
+        "",
+        f"p99 is {gain} times smaller with hedges, for {extra:.1%} more calls ({found['hedge_extra_load'].note}). "
+        f"Memory grew by {grown.value:.1f} MB {grown.note}.",
+    ])  # fmt: skip
+
+
 def rules() -> str:
     """What the doctor knows."""
     from trirank_build.doctor import examine
@@ -346,6 +375,7 @@ def rules() -> str:
 TABLES = {
     "engines": engines,
     "hot_swap": hot_swap,
+    "client": client,
     "rules": rules,
     "ways": ways,
     "compressed": compressed,

@@ -8,13 +8,15 @@ import threading
 class TokenBucket:
     """Extra calls as a share of all calls: every call puts ``share`` of a token in, an extra one takes a whole out.
 
-    Starts full, so that a client whose first calls fail may try again; from then on the share holds.
+    Args:
+        capacity: the most that can be saved up.
+        start: tokens at first. Retries start with some, so that a client whose first calls fail may try again.
     """
 
-    def __init__(self, share: float, capacity: float = 10.0) -> None:
+    def __init__(self, share: float, capacity: float = 10.0, start: float = 0.0) -> None:
         self._share = share
         self._capacity = capacity
-        self._tokens = capacity if share > 0 else 0.0
+        self._tokens = start if share > 0 else 0.0
         self._lock = threading.Lock()
 
     def earn(self) -> None:

@@ -87,7 +87,7 @@ class Core:
         self.metadata = [(name.lower(), value) for name, value in (metadata or {}).items()]
         self.hooks = {name: list(hooks) for name, hooks in (event_hooks or {}).items()}
         self.pool = Pool(target.resolve(), balancing, ejection or EjectionPolicy())
-        self.retries = TokenBucket(self.retry.budget)
+        self.retries = TokenBucket(self.retry.budget, start=10.0)
         self.hedges = TokenBucket(hedge.budget if hedge else 0.0)
         self.times = LateTimes(hedge.quantile if hedge else 0.5)
         self.closed = False

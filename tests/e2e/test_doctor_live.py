@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import grpc
 import numpy as np
 import psutil
+from support import bare_server
 from trirank_build.doctor.examine import examine_server
 from trirank_build.doctor.repository import Surroundings
 from trirank_build.engines.machine import Machine
 from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.server import TritonServer
-from trirank_build.serving.tritonserver import find_tritonserver
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 AROUND = Surroundings(cores=4, machine=Machine((), None, None), shared_memory=1 << 30)
@@ -50,41 +45,6 @@ MODELS = {
 
 def found(address, requests=(), probe=True):
     return {finding.rule.id: finding for finding in examine_server(address, list(requests), AROUND, probe)}
-
-
-@contextmanager
-def bare_server(models, tmp_path, *arguments):
-    """Triton as somebody else might start it."""
-    binary = find_tritonserver(None, tmp_path / "server")
-    ports = []
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    command = [
-        str(binary.path), *binary.arguments, f"--model-repository={models}", "--exit-on-error=false", *arguments,
-        *(f"--{name}-address=127.0.0.1" for name in ("grpc", "http", "metrics")),
-        *(f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)),
-    ]  # fmt: skip
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **binary.environment})
-    try:
-        address = f"127.0.0.1:{ports[0]}"
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with grpc.insecure_channel(address) as channel:
-                    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-                    if stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=1).live:
-                        break
-            except grpc.RpcError:
-                assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def infer(stub, model, values):

@@ -1,0 +1,287 @@
+"""What does the client cost, and what do hedges save?
+
+    python benchmarks/client.py [--calls N] [--rounds N] [--leak N]
+
+Cost: the same request through this client, through raw grpcio with a message that is ready, and through tritonclient as
+its examples use it, in turns, against a server in another process that answers at once with a ready answer; and the
+client's own work alone, with nothing sent. Hedges: two real servers with the demo's release, one of which is stopped
+(SIGSTOP) for 200 ms now and then; the same load with and without hedges, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import statistics
+import threading
+import time
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import grpc
+import numpy as np
+import psutil
+import tritonclient.grpc as triton
+from results import ROOT, Figure, write
+from serving import make_requests
+from trirank import HedgePolicy, RankClient, RankRequest, _codec
+from trirank import contract as c
+from trirank._channels import OPTIONS
+from trirank_build.demo import build
+from trirank_build.serving.server import TritonServer
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+SIZES = (50, 200, 1000)
+TOP_K = 10
+STALL_S, EVERY_S = 0.2, 3.0
+RATE, SECONDS, CALLERS = 40, 15.0, 32
+
+
+def ready_answer() -> service_pb2.ModelInferResponse:
+    """Ten items, as the ensemble answers."""
+    reply = service_pb2.ModelInferResponse(model_name=c.ENSEMBLE)
+    values = {
+        "RANKED_IDS": np.arange(1, TOP_K + 1, dtype=np.int64), "SCORES": np.linspace(1, 0, TOP_K, dtype=np.float32),
+        "REASONS": np.zeros(TOP_K, np.int32), "STATUS": np.zeros(4, np.int32),
+    }  # fmt: skip
+    for spec in c.RESPONSE:
+        reply.outputs.add(name=spec.name, datatype=spec.dtype, shape=[1, len(values[spec.name])])
+        reply.raw_output_contents.append(values[spec.name].tobytes())
+    return reply
+
+
+def answer_at_once(ports) -> None:
+    """A KServe server that does nothing; runs in its own process."""
+    reply = ready_answer()
+
+    class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
+        def ModelInfer(self, request, context):
+            return reply
+
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(), server)
+    ports.put(server.add_insecure_port("127.0.0.1:0"))
+    server.start()
+    server.wait_for_termination()
+
+
+def a_request(size: int) -> RankRequest:
+    """As a search service has it: arrays of ids and retrieval scores."""
+    rng = np.random.default_rng(size)
+    ids, scores = rng.choice(10**6, size, replace=False) + 1, np.sort(rng.normal(size=size))[::-1]
+    return RankRequest(item_ids=ids, user_id=7, query="coffee grinder", top_k=TOP_K, retrieval_scores=scores)
+
+
+def with_tritonclient(client: triton.InferenceServerClient, request: RankRequest) -> dict[str, np.ndarray]:
+    """The same call as tritonclient's examples write it."""
+    bucket = c.bucket_for(len(request.item_ids))
+    ids = np.full((1, bucket), c.PAD_ITEM_ID, np.int64)
+    ids[0, : len(request.item_ids)] = request.item_ids
+    scores = np.zeros((1, bucket), np.float32)
+    scores[0, : len(request.item_ids)] = request.retrieval_scores
+    arrays = {
+        "USER_ID": np.array([[request.user_id]], np.int64), "ITEM_IDS": ids, "TOP_K": np.array([[TOP_K]], np.int32),
+        "SCENARIO": np.array([[b"search"]], object), "QUERY": np.array([[request.query.encode()]], object),
+        "RETRIEVAL_SCORES": scores,
+    }  # fmt: skip
+    types = {spec.name: spec.dtype for spec in c.REQUEST}
+    inputs = []
+    for name, array in arrays.items():
+        tensor = triton.InferInput(name, array.shape, types[name])
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    outputs = [triton.InferRequestedOutput(spec.name) for spec in c.RESPONSE]
+    answer = client.infer(c.ENSEMBLE, inputs, outputs=outputs, client_timeout=5)
+    return {spec.name: answer.as_numpy(spec.name) for spec in c.RESPONSE}
+
+
+def microseconds(call, calls: int) -> list[float]:
+    """Of each of several calls."""
+    times = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - started) * 1e6)
+    return times
+
+
+def costs(calls: int, rounds: int) -> list[Figure]:
+    """Of one call, by how many candidates it has."""
+    context = multiprocessing.get_context("spawn")
+    ports = context.Queue()
+    process = context.Process(target=answer_at_once, args=(ports,), daemon=True)
+    process.start()
+    address = f"127.0.0.1:{ports.get(timeout=60)}"
+    figures = []
+    channel = grpc.insecure_channel(address, options=OPTIONS)
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    theirs = triton.InferenceServerClient(address)
+    with RankClient(address, deadline_s=5) as ours, RankClient(address, deadline_s=5) as unsent:
+        reply = ready_answer()
+        for size in SIZES:
+            request = a_request(size)
+            message, _ = _codec.encode(request, c.ENSEMBLE)
+            ours.rank(request)
+            unsent.rank(request)
+            unsent._stub = lambda address: SimpleNamespace(ModelInfer=lambda message, timeout, metadata: reply)
+            ways = {
+                "raw": lambda message=message: stub.ModelInfer(message, timeout=5),
+                "ours": lambda request=request: ours.rank(request),
+                "triton": lambda request=request: with_tritonclient(theirs, request),
+                "own": lambda request=request: unsent.rank(request),
+            }
+            medians: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(rounds):
+                for name, call in ways.items():
+                    medians[name].append(statistics.median(microseconds(call, calls)))
+            note = f"{size} candidates, median of {rounds} rounds of {calls} calls"
+            over = [a - b for a, b in zip(medians["ours"], medians["raw"], strict=True)]
+            figures += [
+                _spread(f"overhead_us_{size}", over, f"{note}, above raw grpcio with a ready message"),
+                _spread(f"own_cost_us_{size}", medians["own"], f"{note}, nothing sent"),
+                _spread(
+                    f"tritonclient_overhead_us_{size}",
+                    [a - b for a, b in zip(medians["triton"], medians["raw"], strict=True)], note,
+                ),
+                _spread(f"raw_grpcio_us_{size}", medians["raw"], note),
+            ]  # fmt: skip
+            del unsent._stub
+    channel.close()
+    process.terminate()
+    return figures
+
+
+def hedging(rounds: int) -> list[Figure]:
+    """Latency with and without hedges."""
+    release = build(ROOT / "work" / "demo")
+    requests = make_requests(release)
+    counts = {"hedged": {"attempt": 0, "hedge": 0}, "plain": {"attempt": 0, "hedge": 0}}
+
+    def hooks(of: str):
+        def count(event):
+            counts[of][event.name] += 1
+
+        return {"attempt": [count], "hedge": [count]}
+
+    found: dict[str, list[list[float]]] = {"plain": [], "hedged": []}
+    with TritonServer(release) as one, TritonServer(release) as other:
+        for server in (one, other):
+            server.wait_ready()
+        addresses = [one.grpc, other.grpc]
+        clients = {
+            "plain": RankClient(addresses, deadline_s=5, event_hooks=hooks("plain")),
+            "hedged": RankClient(addresses, deadline_s=5, hedge=HedgePolicy(), event_hooks=hooks("hedged")),
+        }
+        for client in clients.values():
+            for at in range(200):
+                client.rank(requests[at % len(requests)])
+        for of in counts.values():
+            of.update(attempt=0, hedge=0)
+        for _ in range(rounds):
+            for name, client in clients.items():
+                found[name].append(under_stalls(client, requests, other.pid))
+        for client in clients.values():
+            client.close()
+    note = (
+        f"{RATE} requests a second, {rounds} rounds of {SECONDS:g} s each; one of two servers is stopped for "
+        f"{STALL_S * 1e3:g} ms every {EVERY_S:g} s"
+    )
+    p99 = {name: [float(np.percentile(times, 99)) for times in each] for name, each in found.items()}
+    p50 = {name: [float(np.percentile(times, 50)) for times in each] for name, each in found.items()}
+    gains = [a / b for a, b in zip(p99["plain"], p99["hedged"], strict=True)]
+    extra = counts["hedged"]["hedge"] / counts["hedged"]["attempt"]
+    return [
+        _spread("hedged_p99_gain", gains, note, unit=""),
+        *(_spread(f"{name}_p99_ms", p99[name], note, unit="ms") for name in p99),
+        *(_spread(f"{name}_p50_ms", p50[name], note, unit="ms") for name in p50),
+        Figure("hedge_extra_load", round(extra, 4), round(extra, 4), round(extra, 4), "", note),
+    ]
+
+
+def under_stalls(client: RankClient, requests: list[RankRequest], pid: int) -> list[float]:
+    """Milliseconds of each request at a fixed rate, from when it was due."""
+    stop, times = threading.Event(), []
+
+    def stall() -> None:
+        while not stop.wait(EVERY_S - STALL_S):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(STALL_S)
+            os.kill(pid, signal.SIGCONT)
+
+    def ask(number: int, due: float) -> None:
+        client.rank(requests[number % len(requests)])
+        times.append((time.perf_counter() - due) * 1e3)
+
+    staller = threading.Thread(target=stall)
+    staller.start()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(CALLERS) as pool:
+        for at in range(int(RATE * SECONDS)):
+            due = started + at / RATE
+            time.sleep(max(0.0, due - time.perf_counter()))
+            pool.submit(ask, at, due)
+    stop.set()
+    staller.join()
+    return times
+
+
+def leaks(calls: int) -> list[Figure]:
+    """Memory before and after many calls that send nothing, and fewer that do."""
+    context = multiprocessing.get_context("spawn")
+    ports = context.Queue()
+    process = context.Process(target=answer_at_once, args=(ports,), daemon=True)
+    process.start()
+    request, own = a_request(200), psutil.Process()
+    with RankClient(f"127.0.0.1:{ports.get(timeout=60)}", deadline_s=5) as client:
+        for _ in range(5_000):
+            client.rank(request)
+        before = own.memory_info().rss
+        for _ in range(calls // 10):
+            client.rank(request)
+        sent = own.memory_info().rss - before
+        reply = ready_answer()
+        client._stub = lambda address: SimpleNamespace(ModelInfer=lambda message, timeout, metadata: reply)
+        for _ in range(calls):
+            client.rank(request)
+        grown = own.memory_info().rss - before
+    process.terminate()
+    return [
+        Figure("memory_growth_mb_sent", *[sent / 1e6] * 3, "MB", f"after {calls // 10:,} calls that were sent"),
+        Figure("memory_growth_mb", *[grown / 1e6] * 3, "MB", f"after {calls:,} more with nothing sent"),
+    ]
+
+
+def _spread(name: str, values: list[float], note: str, unit: str = "µs") -> Figure:
+    middle = statistics.median(values)
+    return Figure(name, round(middle, 3), round(min(values), 3), round(max(values), 3), unit, note)
+
+
+def main() -> None:
+    """Measure and write ``results/client.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--leak", type=int, default=1_000_000, help="calls; 0: leave it out")
+    parser.add_argument("--only", choices=["costs", "hedging", "leaks"])
+    arguments = parser.parse_args()
+    figures = []
+    if arguments.only in (None, "costs"):
+        figures += costs(arguments.calls, arguments.rounds)
+    if arguments.only in (None, "hedging"):
+        figures += hedging(max(3, arguments.rounds // 2))
+    if arguments.leak and arguments.only in (None, "leaks"):
+        figures += leaks(arguments.leak)
+    write(
+        "client",
+        [f._replace(**{n: round(getattr(f, n), 4) for n in ("value", "low", "high")}) for f in figures],
+        keep=True,
+    )
+    for figure in figures:
+        print(f"{figure.name:32} {figure.value:10.3f} {figure.unit:6} [{figure.low:.3f}, {figure.high:.3f}]")
+
+
+if __name__ == "__main__":
+    main()
