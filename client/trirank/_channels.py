@@ -23,9 +23,10 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),
     # Two clients of one process would otherwise share one TCP connection.
     ("grpc.use_local_subchannel_pool", 1),
-    # A server that comes back is noticed within half a second rather than gRPC's two minutes at worst.
+    # A server that comes back is noticed within half a second rather than gRPC's two minutes at worst; the third is how
+    # long a connection may take.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     # One place retries, and it keeps to a budget.
     ("grpc.enable_retries", 0),

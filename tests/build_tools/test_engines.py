@@ -45,9 +45,16 @@ def test_a_plan_a_gpu(plans):
 
 
 def test_every_gpu_that_it_knows(world, trained, tmp_path):
-    built = build_plans(world.onnx, trained.features.spec, ["75", "80", "sm120"], tmp_path)
-    assert [load_plan_manifest(plan).compute_capability for plan in built] == ["7.5", "8.0", "12.0"]
-    assert [verify(plan, world.onnx) for plan in built] == [[], [], []]
+    built = build_plans(world.onnx, trained.features.spec, ["80", "sm120"], tmp_path)
+    assert [load_plan_manifest(plan).compute_capability for plan in built] == ["8.0", "12.0"]
+    assert [verify(plan, world.onnx) for plan in built] == [[], []]
+
+
+def test_what_turing_cannot_do_is_said(world, trained, tmp_path):
+    """TensorRT-RTX has no FP32 products for SM 75, and dense features are multiplied in FP32 in every precision."""
+    with pytest.raises(BadModel, match=r"cannot build it for sm75 .*FP32 GEMM is not supported"):
+        build_plans(world.onnx, trained.features.spec, ["75"], tmp_path)
+    assert not list(tmp_path.glob("*.plan"))
 
 
 def test_the_manifest_says_what_it_came_from(plans, world):

@@ -159,26 +159,26 @@ def test_the_command_follows_the_link(world, other, tmp_path):
     first, second = (shutil.copytree(release, folder / release.name) for release in (world.release, other))
     link = promote(first)
     command = [sys.executable, "-m", "trirank_build.cli", "serve", str(link), "--addresses", str(addresses)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    said = tmp_path / "said"
+    with said.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         try:
             wait_for(lambda: addresses.is_file(), process)
             address = json.loads(addresses.read_text())["grpc"]
             before = answers(address, first)
             promote(second)
-            wait_for(lambda: answers(address, first) != before, process)
+            wait_for(lambda: f"serving {second.name} now" in said.read_text(), process)
+            assert answers(address, first) != before
             link.unlink()
             link.symlink_to("nowhere")  # what cannot be served is told, and changes nothing
-            time.sleep(1.5)
+            wait_for(lambda: "nowhere is no release" in said.read_text(), process)
             assert answers(address, first) != before
             link.unlink()
             promote(first)
             wait_for(lambda: np.allclose(flat(answers(address, first)), flat(before), atol=1e-4), process)
         finally:
             process.send_signal(signal.SIGINT)
-            output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
-    assert f"serving {second.name} now" in output
-    assert "nowhere is no release" in output
+            process.wait(60)
+    assert process.returncode == 0, said.read_text()
 
 
 def flat(answered):
@@ -188,7 +188,7 @@ def flat(answered):
 def wait_for(condition, process, timeout_s=100):
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
