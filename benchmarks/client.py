@@ -5,18 +5,23 @@
 Cost: the same request through this client, through raw grpcio with a message that is ready, and through tritonclient as
 its examples use it, in turns, against a server in another process that answers at once with a ready answer; and the
 client's own work alone, with nothing sent. Hedges: two real servers with the demo's release, one of which is stopped
-(SIGSTOP) for 200 ms now and then; the same load with and without hedges, in turns.
+(SIGSTOP) for 200 ms now and then; the same load with and without hedges, in turns. It comes from sixteen clients that
+know nothing of each other, as from sixteen processes of a service: a single busy client sees calls pile up and
+goes round the stopped server by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import multiprocessing
 import os
 import signal
+import socket
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -27,7 +32,7 @@ import psutil
 import tritonclient.grpc as triton
 from results import ROOT, Figure, write
 from serving import make_requests
-from trirank import HedgePolicy, RankClient, RankRequest, _codec
+from trirank import AsyncRankClient, HedgePolicy, RankClient, RankError, RankRequest, _codec
 from trirank import contract as c
 from trirank._channels import OPTIONS
 from trirank_build.demo import build
@@ -37,7 +42,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 SIZES = (50, 200, 1000)
 TOP_K = 10
 STALL_S, EVERY_S = 0.2, 3.0
-RATE, SECONDS, CALLERS = 40, 15.0, 32
+RATE, SECONDS, CALLERS, CLIENTS = 40, 15.0, 32, 16
 
 
 def ready_answer() -> service_pb2.ModelInferResponse:
@@ -98,13 +103,17 @@ def with_tritonclient(client: triton.InferenceServerClient, request: RankRequest
     return {spec.name: answer.as_numpy(spec.name) for spec in c.RESPONSE}
 
 
-def microseconds(call, calls: int) -> list[float]:
-    """Of each of several calls."""
-    times = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - started) * 1e6)
+def in_turns(ways: dict[str, Callable[[], object]], turns: int) -> np.ndarray:
+    """[turns, ways] microseconds: in every turn each way is called once, a different one first each time, so that
+    what the machine does otherwise falls on all alike."""
+    names, times = list(ways), np.zeros((turns, len(ways)))
+    for turn in range(turns):
+        for at in range(len(names)):
+            column = (turn + at) % len(names)
+            call = ways[names[column]]
+            started = time.perf_counter()
+            call()
+            times[turn, column] = (time.perf_counter() - started) * 1e6
     return times
 
 
@@ -133,21 +142,16 @@ def costs(calls: int, rounds: int) -> list[Figure]:
                 "triton": lambda request=request: with_tritonclient(theirs, request),
                 "own": lambda request=request: unsent.rank(request),
             }
-            medians: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(rounds):
-                for name, call in ways.items():
-                    medians[name].append(statistics.median(microseconds(call, calls)))
-            note = f"{size} candidates, median of {rounds} rounds of {calls} calls"
-            over = [a - b for a, b in zip(medians["ours"], medians["raw"], strict=True)]
+            times = in_turns(ways, calls * rounds).reshape(rounds, calls, len(ways))
+            raw, own_client, theirs_client, own = np.moveaxis(times, -1, 0)
+            note = f"{size} candidates, {rounds} rounds of {calls} calls, median of differences within one turn"
+            above = f"{note}, above raw grpcio with a ready message"
             figures += [
-                _spread(f"overhead_us_{size}", over, f"{note}, above raw grpcio with a ready message"),
-                _spread(f"own_cost_us_{size}", medians["own"], f"{note}, nothing sent"),
-                _spread(
-                    f"tritonclient_overhead_us_{size}",
-                    [a - b for a, b in zip(medians["triton"], medians["raw"], strict=True)], note,
-                ),
-                _spread(f"raw_grpcio_us_{size}", medians["raw"], note),
-            ]  # fmt: skip
+                _spread(f"overhead_us_{size}", list(np.median(own_client - raw, 1)), above),
+                _spread(f"tritonclient_overhead_us_{size}", list(np.median(theirs_client - raw, 1)), above),
+                _spread(f"own_cost_us_{size}", list(np.median(own, 1)), f"{note}, nothing sent"),
+                _spread(f"raw_grpcio_us_{size}", list(np.median(raw, 1)), note),
+            ]
             del unsent._stub
     channel.close()
     process.terminate()
@@ -171,23 +175,24 @@ def hedging(rounds: int) -> list[Figure]:
         for server in (one, other):
             server.wait_ready()
         addresses = [one.grpc, other.grpc]
-        clients = {
-            "plain": RankClient(addresses, deadline_s=5, event_hooks=hooks("plain")),
-            "hedged": RankClient(addresses, deadline_s=5, hedge=HedgePolicy(), event_hooks=hooks("hedged")),
+        fleets = {
+            name: [RankClient(addresses, deadline_s=5, hedge=hedge, event_hooks=hooks(name)) for _ in range(CLIENTS)]
+            for name, hedge in (("plain", None), ("hedged", HedgePolicy()))
         }
-        for client in clients.values():
-            for at in range(200):
-                client.rank(requests[at % len(requests)])
+        for at in range(60):
+            for fleet in fleets.values():
+                for client in fleet:
+                    client.rank(requests[at % len(requests)])
         for of in counts.values():
             of.update(attempt=0, hedge=0)
         for _ in range(rounds):
-            for name, client in clients.items():
-                found[name].append(under_stalls(client, requests, other.pid))
-        for client in clients.values():
+            for name, fleet in fleets.items():
+                found[name].append(under_stalls(fleet, requests, other.pid))
+        for client in (*fleets["plain"], *fleets["hedged"]):
             client.close()
     note = (
-        f"{RATE} requests a second, {rounds} rounds of {SECONDS:g} s each; one of two servers is stopped for "
-        f"{STALL_S * 1e3:g} ms every {EVERY_S:g} s"
+        f"{RATE} requests a second from {CLIENTS} clients, {rounds} rounds of {SECONDS:g} s each; one of two servers "
+        f"is stopped for {STALL_S * 1e3:g} ms every {EVERY_S:g} s"
     )
     p99 = {name: [float(np.percentile(times, 99)) for times in each] for name, each in found.items()}
     p50 = {name: [float(np.percentile(times, 50)) for times in each] for name, each in found.items()}
@@ -201,7 +206,7 @@ def hedging(rounds: int) -> list[Figure]:
     ]
 
 
-def under_stalls(client: RankClient, requests: list[RankRequest], pid: int) -> list[float]:
+def under_stalls(fleet: list[RankClient], requests: list[RankRequest], pid: int) -> list[float]:
     """Milliseconds of each request at a fixed rate, from when it was due."""
     stop, times = threading.Event(), []
 
@@ -212,7 +217,7 @@ def under_stalls(client: RankClient, requests: list[RankRequest], pid: int) -> l
             os.kill(pid, signal.SIGCONT)
 
     def ask(number: int, due: float) -> None:
-        client.rank(requests[number % len(requests)])
+        fleet[number % CLIENTS].rank(requests[number % len(requests)])
         times.append((time.perf_counter() - due) * 1e3)
 
     staller = threading.Thread(target=stall)
@@ -226,6 +231,40 @@ def under_stalls(client: RankClient, requests: list[RankRequest], pid: int) -> l
     stop.set()
     staller.join()
     return times
+
+
+def overruns(calls: int = 100, deadline_s: float = 0.05) -> list[Figure]:
+    """How much longer than its deadline a call takes whose server never answers."""
+    late: dict[str, list[float]] = {"sync": [], "async": []}
+    request = a_request(200)
+
+    async def asynchronous(address: str) -> None:
+        async with AsyncRankClient(address, deadline_s=deadline_s) as client:
+            for _ in range(calls):
+                started = time.perf_counter()
+                try:
+                    await client.rank(request)
+                except RankError:
+                    late["async"].append((time.perf_counter() - started - deadline_s) * 1e3)
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with RankClient(address, deadline_s=deadline_s) as client:
+            for _ in range(calls):
+                started = time.perf_counter()
+                try:
+                    client.rank(request)
+                except RankError:
+                    late["sync"].append((time.perf_counter() - started - deadline_s) * 1e3)
+        asyncio.run(asynchronous(address))
+    note = f"after a deadline of {deadline_s * 1e3:g} ms, {calls} calls of a server that never answers"
+    assert all(len(each) == calls for each in late.values())
+    return [
+        Figure(f"overrun_ms_{name}", float(np.percentile(each, 99)), min(each), max(each), "ms", f"p99, {note}")
+        for name, each in late.items()
+    ]
 
 
 def leaks(calls: int) -> list[Figure]:
@@ -265,13 +304,15 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--leak", type=int, default=1_000_000, help="calls; 0: leave it out")
-    parser.add_argument("--only", choices=["costs", "hedging", "leaks"])
+    parser.add_argument("--only", choices=["costs", "hedging", "overruns", "leaks"])
     arguments = parser.parse_args()
     figures = []
     if arguments.only in (None, "costs"):
         figures += costs(arguments.calls, arguments.rounds)
     if arguments.only in (None, "hedging"):
         figures += hedging(max(3, arguments.rounds // 2))
+    if arguments.only in (None, "overruns"):
+        figures += overruns()
     if arguments.leak and arguments.only in (None, "leaks"):
         figures += leaks(arguments.leak)
     write(

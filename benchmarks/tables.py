@@ -349,12 +349,13 @@ def client() -> str:
     for name, words in (("plain", "without hedges"), ("hedged", "with")):
         lines.append(f"| {words} | {cell(f'{name}_p50_ms', 1)} | {cell(f'{name}_p99_ms', 1)} |")
     gain, extra = cell("hedged_p99_gain", 1), found["hedge_extra_load"].value
-    grown = found["memory_growth_mb"]
+    grown, late = found["memory_growth_mb"], [cell(f"overrun_ms_{name}", 1) for name in ("sync", "async")]
     return "\n".join([
         *lines,
         "",
         f"p99 is {gain} times smaller with hedges, for {extra:.1%} more calls ({found['hedge_extra_load'].note}). "
-        f"Memory grew by {grown.value:.1f} MB {grown.note}.",
+        f"Memory grew by {grown.value:.1f} MB {grown.note}. Where no answer comes, a call ends {late[0]} ms after its "
+        f"deadline, an asynchronous one {late[1]} ms ({found['overrun_ms_sync'].note}).",
     ])  # fmt: skip
 
 

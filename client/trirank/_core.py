@@ -89,7 +89,7 @@ class Core:
         self.pool = Pool(target.resolve(), balancing, ejection or EjectionPolicy())
         self.retries = TokenBucket(self.retry.budget, start=10.0)
         self.hedges = TokenBucket(hedge.budget if hedge else 0.0)
-        self.times = LateTimes(hedge.quantile if hedge else 0.5)
+        self.times = LateTimes(hedge.quantile) if hedge else None
         self.closed = False
         self._process = os.getpid()
 
@@ -105,7 +105,7 @@ class Core:
 
     def hedge_delay_s(self, attempt: Attempt) -> float | None:
         """After how long an attempt is given company; None: not at all."""
-        late = self.times.value
+        late = self.times.value if self.times else None
         if self.hedge is None or late is None or not self.pool.others_than(attempt.endpoint):
             return None
         delay = max(self.hedge.min_delay_s, late)
@@ -129,11 +129,15 @@ class Call:
         self.message, self._names = _codec.encode(request, core.model)
         self._sent = self._retried = 0
         self._tried: frozenset[str] = frozenset()
-        self._event = Event("request", request)
+        self._address = ""
+        self._event = Event("request", request) if core.hooks else None
         core.retries.earn()
-        core.hedges.earn()
+        if core.hedge:
+            core.hedges.earn()
         self._tell("request")
-        self.metadata = [*core.metadata, *core.target.credentials_metadata(), *self._event.metadata]
+        self.metadata = [*core.metadata, *core.target.credentials_metadata()]
+        if self._event is not None:
+            self.metadata += self._event.metadata
 
     @property
     def left_s(self) -> float:
@@ -160,7 +164,7 @@ class Call:
             parameters[contract.DEADLINE_PARAMETER].int64_param = self._moment_us
         elif contract.DEADLINE_PARAMETER in parameters:
             del parameters[contract.DEADLINE_PARAMETER]
-        self._event.address, self._event.attempts = endpoint.address, self._sent
+        self._address = endpoint.address
         self._tell("hedge" if hedge else "attempt")
         return Attempt(endpoint, time.monotonic(), left, hedge)
 
@@ -175,13 +179,13 @@ class Call:
             IncompatibleServer: the answer is not of the contract.
         """
         self._core.pool.done(attempt.endpoint, healthy=True)
-        self._core.times.add(time.monotonic() - attempt.started)
+        if self._core.times is not None:
+            self._core.times.add(time.monotonic() - attempt.started)
         try:
             response = _codec.decode(reply, self._names)
         except IncompatibleServer as error:
             raise self._ended(self._error(IncompatibleServer, str(error), attempt)) from None
-        self._event.response = response
-        self._tell("response")
+        self._tell("response", response=response)
         return response
 
     def given_up(self, attempt: Attempt) -> None:
@@ -209,9 +213,7 @@ class Call:
         if not self._core.retries.take():
             raise self._ended(found)
         self._retried += 1
-        self._event.error = found
-        self._tell("retry")
-        self._event.error = None
+        self._tell("retry", error=found)
         return pause
 
     def check_contract(self, attempt: Attempt, config: Any) -> None:
@@ -246,14 +248,11 @@ class Call:
         Raises:
             RankError: the error, where the caller wants it, or where the request itself is at fault.
         """
-        self._event.error = error
-        self._event.elapsed_s = time.monotonic() - self._began
         if self._on_failure == "raise" or isinstance(error, InvalidRequest | ClientClosed):
-            self._tell("error")
+            self._tell("error", error=error)
             raise error
         response = retrieval_order(self._request)
-        self._event.response = response
-        self._tell("fallback")
+        self._tell("fallback", response=response, error=error)
         return response
 
     def _pause(self, kind: type[RankError], attempt: Attempt, error: grpc.RpcError) -> float | None:
@@ -278,7 +277,7 @@ class Call:
     ) -> RankError:
         return kind(
             message,
-            address=attempt.endpoint.address if attempt else self._event.address,
+            address=attempt.endpoint.address if attempt else self._address,
             elapsed_s=time.monotonic() - self._began,
             status=status,
             attempts=self._sent,
@@ -288,10 +287,13 @@ class Call:
         error.elapsed_s = time.monotonic() - self._began
         return error
 
-    def _tell(self, name: str) -> None:
-        if self._core.hooks:
-            self._event.elapsed_s = time.monotonic() - self._began
-            tell(self._core.hooks, self._event, name)
+    def _tell(self, name: str, response: RankResponse | None = None, error: RankError | None = None) -> None:
+        event = self._event
+        if event is not None:
+            event.address, event.attempts = self._address, self._sent
+            event.elapsed_s = time.monotonic() - self._began
+            event.response, event.error = response, error
+            tell(self._core.hooks, event, name)
 
 
 def retrieval_order(request: RankRequest) -> RankResponse:

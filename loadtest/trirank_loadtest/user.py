@@ -44,7 +44,7 @@ class RankUser(User):
         path = os.environ.get(REQUESTS_VARIABLE)
         if not path or not Path(path).is_file():
             raise SystemExit(f"{REQUESTS_VARIABLE} names no file; point it at a release's requests.json")
-        self.client = RankClient(self.host.removeprefix("grpc://"), deadline_s=2)
+        self.client = RankClient(self.host.removeprefix("grpc://"), deadline_s=2, retry=None)
         self.requests = itertools.cycle(load_requests(Path(path)))
         gevent.sleep(random.random() / self.rate)
         self.due = time.perf_counter()

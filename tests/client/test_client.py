@@ -97,6 +97,12 @@ def test_the_public_face_is_complete():
         assert inspect.getdoc(getattr(trirank, name)), name
 
 
+def test_both_clients_are_alike():
+    for name in ("__init__", "rank", "rank_many", "ready", "server_info", "close"):
+        one, other = (inspect.signature(getattr(kind, name)) for kind in (trirank.RankClient, trirank.AsyncRankClient))
+        assert str(one) == str(other), name
+
+
 def test_a_recorded_request_reads_back():
     request = RankRequest.from_dict({"item_ids": [1], "user_id": -1, "history": {"item_ids": [4]}})
     assert request.user_id is None

@@ -55,6 +55,12 @@ def test_optional_tensors_stay_away():
     assert set(tensors(message)) == {"USER_ID", "ITEM_IDS", "TOP_K", "SCENARIO"}
 
 
+@pytest.mark.parametrize("change", [{"top_k": 2.5}, {"top_k": "3"}, {"timestamp": 1.5}])
+def test_whole_numbers_are_whole(change):
+    with pytest.raises(InvalidRequest, match="it is a whole number"):
+        encode(RankRequest(item_ids=[1], **change), "rank")
+
+
 def test_the_anonymous_user():
     message, _ = encode(RankRequest(item_ids=[1]), "rank")
     assert tensors(message)["USER_ID"].tolist() == [contract.ANONYMOUS_USER]

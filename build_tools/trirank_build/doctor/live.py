@@ -194,7 +194,7 @@ def _probe(stub: Any, server: Server, requests: list[RankRequest]) -> None:
         ):
             continue
         if _is_rank(model):
-            with RankClient(server.address, deadline_s=TIMEOUT_S, model=name) as client:
+            with RankClient(server.address, deadline_s=TIMEOUT_S, retry=None, model=name) as client:
                 _probe_rank(client, server, name, requests)
         else:
             server.probes[name] = _outcome(stub, _zeros(model))

@@ -100,7 +100,7 @@ def warm_up(address: str, served: Served, ensemble: str) -> None:
     Raises:
         ServeError: one of them failed.
     """
-    with RankClient(address, deadline_s=10, model=ensemble) as client:
+    with RankClient(address, deadline_s=10, retry=None, model=ensemble) as client:
         try:
             for request in recorded_requests(served.release) * WARM_ROUNDS:
                 client.rank(request)
