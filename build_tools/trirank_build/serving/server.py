@@ -25,7 +25,7 @@ from trirank_build.errors import ServeError
 from trirank_build.progress import warn, working
 from trirank_build.serving.fitness import unfit
 from trirank_build.serving.live import LiveRepository, Served
-from trirank_build.serving.swapping import CONTROL_HEADER, Control, swap, warm_up
+from trirank_build.serving.swapping import CONTROL_HEADER, Control, retire, switch, warm_up
 from trirank_build.serving.tritonserver import find_tritonserver
 
 START_TIMEOUT_S = 120
@@ -160,13 +160,18 @@ class TritonServer:
         new = self._fitting(release)
         if new.name == self.served.name:
             return
+        old = self.served
         try:
-            swap(self._control, self.grpc, self._live, self.served, new)
+            switch(self._control, self.grpc, self._live, old, new)
         except ServeError as error:
             raise ServeError(
                 f"{release} cannot be served: {error}; Triton's last words: {self._last_words()}"
             ) from error
         self.served = new
+        try:
+            retire(self._control, self._live, old)
+        except ServeError as error:
+            warn(f"{new.name} is served, but models of {old.name} are still loaded: {error}")
 
     def check_alive(self) -> None:
         """Raises ServeError with the reason if the server has ended."""

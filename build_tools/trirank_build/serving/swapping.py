@@ -72,8 +72,9 @@ class Control:
             raise ServeError(f"Triton did not {what}: {error.details() or error.code().name}") from None
 
 
-def swap(control: Control, address: str, live: LiveRepository, old: Served, new: Served) -> None:
-    """Serve ``new`` in place of ``old``. For callers nothing changes until the new one has ranked recorded requests.
+def switch(control: Control, address: str, live: LiveRepository, old: Served, new: Served) -> None:
+    """Serve ``new`` in place of ``old``, whose models stay loaded for the requests that they have. For callers nothing
+    changes until the new one has ranked recorded requests.
 
     Raises:
         ServeError: the new one cannot be loaded or does not answer; the old one is served as before.
@@ -90,6 +91,14 @@ def swap(control: Control, address: str, live: LiveRepository, old: Served, new:
         except ServeError:
             live.point(old)
             raise
+
+
+def retire(control: Control, live: LiveRepository, old: Served) -> None:
+    """Unload a release that is served no more, once its stages have answered what they took.
+
+    Raises:
+        ServeError: Triton refused; what is left costs memory and nothing else.
+    """
     _drain(control, old)
     _take_away(old, control, live)
 
