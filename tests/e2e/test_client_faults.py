@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import multiprocessing
+import shutil
 import socket
 import sys
 import threading
@@ -202,10 +203,9 @@ def test_a_dead_stub_is_worked_around(world, server):
         for stub in psutil.Process(broken.pid).children(recursive=True):
             if "stub" in stub.name():
                 stub.kill()
-        client = RankClient([broken.grpc, server.grpc], deadline_s=5, balancing="round_robin")
-        with client:
-            answers = [timed(lambda: client.rank(REQUEST), 5) for _ in range(6)]
-        assert [len(answer) for answer in answers] == [RIGHT] * 6
+        with RankClient([broken.grpc, server.grpc], deadline_s=5, balancing="round_robin") as client:
+            answers = [timed(lambda: client.rank(REQUEST), 5) for _ in range(4)]
+        assert [len(answer) for answer in answers] == [RIGHT] * 4
 
 
 def test_overload(server):
@@ -266,8 +266,6 @@ def test_a_cancelled_task_frees_its_place(server, proxy):
 
 
 def test_another_contract_is_told_once(make, world, tmp_path):
-    import shutil
-
     release = shutil.copytree(world.release, tmp_path / "release")
     config = model_config(release, "rank")
     config.parameters["contract"].string_value = "99"
@@ -341,8 +339,10 @@ def encrypted(world, authority, tmp_path_factory):
     own = authority.issue_cert("localhost", "127.0.0.1")
     own.private_key_pem.write_to_path(folder / "server.key")
     own.cert_chain_pems[0].write_to_path(folder / "server.pem")
+    # A copy: Python leaves compiled files beside what a bare server imports.
+    release = shutil.copytree(world.release, folder / "release")
     with bare_server(
-        world.release / "models", folder, "--model-control-mode=none", "--grpc-use-ssl=true",
+        release / "models", folder, "--model-control-mode=none", "--grpc-use-ssl=true",
         "--grpc-use-ssl-mutual=true", f"--grpc-server-cert={folder / 'server.pem'}",
         f"--grpc-server-key={folder / 'server.key'}", f"--grpc-root-cert={folder / 'ca.pem'}",
     ) as address:  # fmt: skip
@@ -384,17 +384,19 @@ def test_certificates_that_do_not_fit(make, encrypted, authority, tmp_path, faul
     assert isinstance(error, trirank.Unavailable | trirank.DeadlineExceeded)
 
 
-def test_an_expired_server(make, world, authority, tmp_path):
+def test_an_expired_server(world, authority, tmp_path):
     past = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=2)
     own = authority.issue_cert("127.0.0.1", not_after=past)
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     own.private_key_pem.write_to_path(tmp_path / "server.key")
     own.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
+    release = shutil.copytree(world.release, tmp_path / "release")
     with bare_server(
-        world.release / "models", tmp_path, "--grpc-use-ssl=true", f"--grpc-server-cert={tmp_path / 'server.pem'}",
+        release / "models", tmp_path, "--grpc-use-ssl=true", f"--grpc-server-cert={tmp_path / 'server.pem'}",
         f"--grpc-server-key={tmp_path / 'server.key'}",
     ) as address:  # fmt: skip
-        error = timed(lambda: make(address, deadline_s=1, tls=Tls(tmp_path / "ca.pem")).rank(REQUEST), 1)
+        with RankClient(address, deadline_s=1, tls=Tls(tmp_path / "ca.pem")) as client:
+            error = timed(lambda: client.rank(REQUEST), 1)
         assert isinstance(error, trirank.Unavailable | trirank.DeadlineExceeded)
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import psutil
+import pytest
 from support import bare_server
 from trirank_build.doctor.examine import examine_server
 from trirank_build.doctor.repository import Surroundings
@@ -58,15 +59,12 @@ def infer(stub, model, values):
     return None
 
 
-def test_nothing_is_wrong_with_ours(world, server):
-    assert found(server.grpc, recorded_requests(world.release)) == {}
-    assert found(server.grpc) == {}
-
-
-def test_nothing_is_wrong_with_one_that_swaps(world):
-    with TritonServer(world.release, swappable=True) as server:
+@pytest.mark.parametrize("swappable", [False, True])
+def test_nothing_is_wrong_with_ours(world, swappable):
+    with TritonServer(world.release, swappable=swappable) as server:
         server.wait_ready()
         assert found(server.grpc, recorded_requests(world.release)) == {}
+        assert found(server.grpc) == {}
 
 
 def test_a_stub_that_died_while_health_says_ready(world):
