@@ -53,7 +53,6 @@ class Attempt:
     endpoint: Endpoint
     started: float
     timeout_s: float
-    hedge: bool = False
 
 
 class Core:
@@ -166,7 +165,7 @@ class Call:
             del parameters[contract.DEADLINE_PARAMETER]
         self._address = endpoint.address
         self._tell("hedge" if hedge else "attempt")
-        return Attempt(endpoint, time.monotonic(), left, hedge)
+        return Attempt(endpoint, time.monotonic(), left)
 
     def may_hedge(self) -> bool:
         """Whether a second call may be made beside the one under way; it is paid for then."""
@@ -200,9 +199,10 @@ class Call:
         """
         status, details = error.code(), error.details() or error.code().name
         kind = kind_of(status, details)
-        self._core.pool.done(attempt.endpoint, healthy=_says_healthy(kind, status))
+        too_late = contract.TOO_LATE in details
+        self._core.pool.done(attempt.endpoint, healthy=None if too_late else _says_healthy(kind, status))
         found = self._error(kind, details, attempt, status)
-        if contract.TOO_LATE in details and self.left_s > _SKEW_S:
+        if too_late and self.left_s > _SKEW_S:
             if not attempt.endpoint.clock_agrees:
                 raise self._ended(found)
             attempt.endpoint.clock_agrees = False

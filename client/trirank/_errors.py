@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import grpc
 
+from trirank.contract import TOO_LATE
+
 
 class RankError(Exception):
     """Base of all that a client raises.
@@ -93,6 +95,8 @@ _TURNED_AWAY = ("Request timeout expired", "Exceeds maximum queue size")
 def kind_of(status: grpc.StatusCode, details: str) -> type[RankError]:
     """The error that a failed call is."""
     kind = _BY_STATUS.get(status, ServerError)
+    if kind is Unavailable and TOO_LATE in details:
+        return DeadlineExceeded
     if kind is Unavailable and any(words in details for words in _TURNED_AWAY):
         return Overloaded
     return kind

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from support import bare_server
+from trirank import RankClient, RankRequest, ServerError
 from trirank_build.doctor.examine import examine_server
 from trirank_build.doctor.repository import Surroundings
 from trirank_build.engines.machine import Machine
@@ -67,15 +68,24 @@ def test_nothing_is_wrong_with_ours(world, swappable):
         assert found(server.grpc) == {}
 
 
-def test_a_stub_that_died_while_health_says_ready(world):
-    with TritonServer(world.release) as server:
-        server.wait_ready()
-        stubs = psutil.Process(server.pid).children(recursive=True)
+def test_a_stub_that_died_while_health_says_ready(world, server):
+    """It is an error and no hang, the doctor finds it, and a client with another server goes round it. All in one, for
+    Triton takes ten seconds to notice."""
+    with TritonServer(world.release) as broken:
+        broken.wait_ready()
+        stubs = psutil.Process(broken.pid).children(recursive=True)
         (rerank,) = [stub for stub in stubs if any("rerank" in part for part in stub.cmdline())]
         rerank.kill()
-        findings = found(server.grpc)
+        with RankClient(broken.grpc, deadline_s=30) as client:
+            with pytest.raises(ServerError, match="Stub process") as caught:
+                client.rank(RankRequest(item_ids=[1]))
+            assert client.ready()
+        assert caught.value.elapsed_s < 15
+        findings = found(broken.grpc)
         assert set(findings) == {"LIVE03"}
         assert "health says ready, an inference INTERNAL" in findings["LIVE03"].reason
+        with RankClient([broken.grpc, server.grpc], deadline_s=10, balancing="round_robin") as client:
+            assert all(len(client.rank(RankRequest(item_ids=[1, 2, 3]))) > 0 for _ in range(4))
 
 
 WITHOUT_CODES = """
