@@ -70,7 +70,6 @@ def test_the_manifest_says_what_it_came_from(plans, world):
 
 
 @pytest.mark.parametrize("steps", [
-    [{"kind": "quantise"}],
     [{"kind": "prune", "ffn": 0.5, "history_length": 4}, {"kind": "fold"}, {"kind": "quantise"}],
     [{"kind": "quantise", "precision": "float16"}],
     [{"kind": "share", "codes": 16, "groups": 4}],
@@ -184,10 +183,10 @@ def test_options_that_this_flavour_has_not(world, trained, tmp_path, options, fl
     assert not list(tmp_path.glob("*.plan"))
 
 
-def test_options_are_part_of_the_key(world, trained, tmp_path):
-    spec = trained.features.spec
-    (plan,) = build_plans(world.onnx, spec, ["86"], tmp_path)
-    (plan,) = build_plans(world.onnx, spec, ["86"], tmp_path, options=BuildOptions(workspace_bytes=1 << 28))
+def test_options_are_part_of_the_key(plans, world, trained, tmp_path):
+    folder = shutil.copytree(plans[0].parent, tmp_path / "plans")
+    options = BuildOptions(workspace_bytes=1 << 28)
+    (plan,) = build_plans(world.onnx, trained.features.spec, ["86"], folder, options=options)
     assert load_plan_manifest(plan).workspace_bytes == 1 << 28
     assert verify(plan, world.onnx) == []
     assert BuildOptions(version_compatible=True, strip_weights=True).flags == [

@@ -193,11 +193,9 @@ def wait_for(condition, process, timeout_s=100):
         time.sleep(0.1)
 
 
-def test_a_fallback_scores_where_the_runtime_cannot(world, trained, tmp_path, capfd):
+def test_a_fallback_scores_where_the_runtime_cannot(world, trained, server, tmp_path, capfd):
     made = assemble(trained, Dataset.load(world.data), world.onnx, tmp_path, runtime="onnxruntime")
-    with TritonServer(made, fallback="onnxruntime") as server:
-        server.wait_ready()
-        with TritonServer(world.release) as usual:
-            usual.wait_ready()
-            assert answers(server.grpc, world.release) == answers(usual.grpc, world.release)
+    with TritonServer(made, fallback="onnxruntime") as fallen_back:
+        fallen_back.wait_ready()
+        assert answers(fallen_back.grpc, world.release) == answers(server.grpc, world.release)
     assert "no backend onnxruntime" in capfd.readouterr().err

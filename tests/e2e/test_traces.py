@@ -35,7 +35,13 @@ def test_spans_of_client_and_server_join(world, tmp_path):
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     release = shutil.copytree(world.release, tmp_path / "release")
     url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-    settings = ("mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={url}")
+    settings = (
+        "mode=opentelemetry",
+        "rate=1",
+        "level=TIMESTAMPS",
+        f"opentelemetry,url={url}",
+        "opentelemetry,bsp_schedule_delay=200",
+    )
     try:
         with bare_server(release / "models", tmp_path, *(f"--trace-config={each}" for each in settings)) as address:
             hooks = opentelemetry_hooks(provider.get_tracer("test"))
