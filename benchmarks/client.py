@@ -30,6 +30,7 @@ import grpc
 import numpy as np
 import psutil
 import tritonclient.grpc as triton
+import tritonclient.utils.shared_memory as shm
 from results import ROOT, Figure, write
 from serving import make_requests
 from trirank import AsyncRankClient, HedgePolicy, RankClient, RankError, RankRequest, _codec
@@ -267,6 +268,50 @@ def overruns(calls: int = 100, deadline_s: float = 0.05) -> list[Figure]:
     ]
 
 
+def shared(calls: int, rounds: int, size: int = 1000) -> list[Figure]:
+    """What shared memory would save: the same message to a real server with its two large tensors inline, and in a
+    region that is registered once and written before each call."""
+    release = build(ROOT / "work" / "demo")
+    ids = np.load(release / "features" / "catalogue" / "ids.npy")[:size]
+    request = RankRequest(item_ids=ids, top_k=TOP_K, retrieval_scores=np.linspace(1, 0, len(ids)))
+    large = ("ITEM_IDS", "RETRIEVAL_SCORES")
+    inline, _ = _codec.encode(request, c.ENSEMBLE)
+    contents = dict(zip([tensor.name for tensor in inline.inputs], inline.raw_input_contents, strict=True))
+    there = service_pb2.ModelInferRequest(model_name=c.ENSEMBLE)
+    offset = 0
+    for tensor in inline.inputs:
+        added = there.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        if tensor.name in large:
+            added.parameters["shared_memory_region"].string_param = "trirank"
+            added.parameters["shared_memory_offset"].int64_param = offset
+            added.parameters["shared_memory_byte_size"].int64_param = len(contents[tensor.name])
+            offset += len(contents[tensor.name])
+        else:
+            there.raw_input_contents.append(contents[tensor.name])
+    region = shm.create_shared_memory_region("trirank", f"/trirank_bench_{os.getpid()}", offset)
+    arrays = [np.frombuffer(contents[name], np.int64 if name == "ITEM_IDS" else np.float32) for name in large]
+    with TritonServer(release) as server:
+        server.wait_ready()
+        client = triton.InferenceServerClient(server.grpc)
+        client.register_system_shared_memory("trirank", f"/trirank_bench_{os.getpid()}", offset)
+        channel = grpc.insecure_channel(server.grpc, options=OPTIONS)
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        def through_region():
+            shm.set_shared_memory_region(region, arrays)
+            return stub.ModelInfer(there, timeout=5)
+
+        ways = {"inline": lambda: stub.ModelInfer(inline, timeout=5), "region": through_region}
+        assert through_region().raw_output_contents == ways["inline"]().raw_output_contents
+        times = in_turns(ways, calls * rounds).reshape(rounds, calls, 2)
+        client.unregister_system_shared_memory("trirank")
+        channel.close()
+    shm.destroy_shared_memory_region(region)
+    saved = list(np.median(times[..., 0] - times[..., 1], 1))
+    note = f"{len(ids)} candidates, {offset:,} bytes in the region, {rounds} rounds of {calls} calls of a real server"
+    return [_spread("shared_memory_saves_us_1000", saved, note)]
+
+
 def leaks(calls: int) -> list[Figure]:
     """Memory before and after many calls that send nothing, and fewer that do."""
     context = multiprocessing.get_context("spawn")
@@ -304,7 +349,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--leak", type=int, default=1_000_000, help="calls; 0: leave it out")
-    parser.add_argument("--only", choices=["costs", "hedging", "overruns", "leaks"])
+    parser.add_argument("--only", choices=["costs", "hedging", "overruns", "shared", "leaks"])
     arguments = parser.parse_args()
     figures = []
     if arguments.only in (None, "costs"):
@@ -313,6 +358,8 @@ def main() -> None:
         figures += hedging(max(3, arguments.rounds // 2))
     if arguments.only in (None, "overruns"):
         figures += overruns()
+    if arguments.only in (None, "shared"):
+        figures += shared(arguments.calls // 5, arguments.rounds)
     if arguments.leak and arguments.only in (None, "leaks"):
         figures += leaks(arguments.leak)
     write(
