@@ -362,7 +362,7 @@ def client() -> str:
 def shared_memory() -> str:
     """Why the client has none."""
     saved = read("client")["shared_memory_saves_us_1000"]
-    verdict = "saves" if saved.low > 0 else "costs" if saved.high < 0 else "neither saves nor costs, within the noise,"
+    verdict = "saves" if saved.low > 0 else "costs" if saved.high < 0 else "neither saves nor costs"
     return (
         f"Shared memory for a server on the same host is not offered, because it {verdict} time: the difference is "
         f"{saved.value:+.0f} ({saved.low:+.0f} to {saved.high:+.0f}) µs a call in favour of it ({saved.note}). A region "
