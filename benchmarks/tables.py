@@ -365,8 +365,8 @@ def shared_memory() -> str:
     verdict = "saves" if saved.low > 0 else "costs" if saved.high < 0 else "neither saves nor costs"
     return (
         f"Shared memory for a server on the same host is not offered, because it {verdict} time: the difference is "
-        f"{saved.value:+.0f} ({saved.low:+.0f} to {saved.high:+.0f}) µs a call in favour of it ({saved.note}). A region "
-        "would have to be registered with every server, and guarded against reuse after a deadline."
+        f"{saved.value:+.0f} ({saved.low:+.0f} to {saved.high:+.0f}) µs a call in favour of it ({saved.note}). A "
+        "region would have to be registered with every server, and guarded against reuse after a deadline."
     )
 
 
