@@ -76,6 +76,19 @@ def test_plans_for_more_than_one(release, server, tmp_path):
     assert "version: " in unfit(wide, server, Machine(("sm89",), "11.0.0", "12"))[0]
 
 
+def test_a_plan_for_more_than_one_is_found_by_triton(world, trained, tmp_path):
+    plan = tmp_path / "sm86.plan"
+    plan.write_bytes(b"a plan")
+    for compatibility, default in (("none", ""), ("ampere_plus", "sm86.plan")):
+        manifest = manifest_of(plan, world.onnx, hardware_compatibility=compatibility)
+        manifest_path(plan).write_text(json.dumps(manifest.to_json()))
+        dataset, out = Dataset.load(world.data), tmp_path / compatibility
+        made = assemble(trained, dataset, world.onnx, out, runtime="tensorrt", plans=[plan])
+        config = parse_config((made / MODELS / "ranker" / "config.pbtxt").read_text())
+        assert config.default_model_filename == default
+        assert verify(made) == []
+
+
 def test_a_plan_of_the_other_flavour(release, server, tmp_path):
     other = changed(release, tmp_path, flavour="tensorrt_rtx")
     assert "flavour: sm86.plan is of tensorrt_rtx" in unfit(other, server, HERE)[0]

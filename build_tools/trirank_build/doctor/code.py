@@ -19,9 +19,9 @@ _OPENS = {
 @rule("CODE01", Severity.ERROR, "Define class TritonPythonModel with a method execute(self, requests).")
 def no_model_class(repository: Repository, around: Surroundings) -> Found:
     """model.py is no Python, or has no TritonPythonModel.execute."""
-    for model, path, tree in _sources(repository):
+    for model, place, tree in _sources(repository):
         if isinstance(tree, SyntaxError):
-            yield model.name, f"{path.parent.name}/{path.name} line {tree.lineno}: {tree.msg}"
+            yield model.name, f"{place} line {tree.lineno}: {tree.msg}"
             continue
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TritonPythonModel"]
         imported = any(
@@ -33,7 +33,7 @@ def no_model_class(repository: Repository, around: Surroundings) -> Found:
         inherits = any(class_.bases for class_ in classes)
         methods = {node.name for class_ in classes for node in class_.body if isinstance(node, _FUNCTIONS)}
         if not imported and not inherits and "execute" not in methods:
-            yield model.name, f"{path.parent.name}/{path.name} has no TritonPythonModel.execute"
+            yield model.name, f"{place} has no TritonPythonModel.execute"
 
 
 @rule(
@@ -42,15 +42,13 @@ def no_model_class(repository: Repository, around: Surroundings) -> Found:
 )  # fmt: skip
 def opened_at_import(repository: Repository, around: Surroundings) -> Found:
     """model.py starts threads, opens a store or loads a model when it is imported; threads and forks do not mix."""
-    for model, path, tree in _sources(repository):
-        if isinstance(tree, SyntaxError):
-            continue
+    for model, place, tree in _modules(repository):
         for node in tree.body:
             if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
                 continue
             for call in (each for each in ast.walk(node) if isinstance(each, ast.Call)):
                 if _last_name(call.func) in _OPENS:
-                    yield model.name, f"{path.parent.name}/{path.name} line {call.lineno}: {ast.unparse(call.func)}"
+                    yield model.name, f"{place} line {call.lineno}: {ast.unparse(call.func)}"
 
 
 @rule(
@@ -59,13 +57,11 @@ def opened_at_import(repository: Repository, around: Surroundings) -> Found:
 )  # fmt: skip
 def calls_other_models(repository: Repository, around: Surroundings) -> Found:
     """model.py calls other models itself (BLS), which costs more a hop than an ensemble."""
-    for model, path, tree in _sources(repository):
-        if isinstance(tree, SyntaxError):
-            continue
+    for model, place, tree in _modules(repository):
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         asks = [call for call in calls if _last_name(call.func) == "InferenceRequest"]
         if asks:
-            yield model.name, f"{path.parent.name}/{path.name} line {asks[0].lineno}: InferenceRequest"
+            yield model.name, f"{place} line {asks[0].lineno}: InferenceRequest"
 
 
 @rule(
@@ -75,24 +71,29 @@ def calls_other_models(repository: Repository, around: Surroundings) -> Found:
 )
 def errors_without_a_code(repository: Repository, around: Surroundings) -> Found:
     """model.py answers errors without a code; callers see INTERNAL, and retry what can never succeed."""
-    for model, path, tree in _sources(repository):
-        if isinstance(tree, SyntaxError):
-            continue
+    for model, place, tree in _modules(repository):
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             if _last_name(call.func) == "TritonError" and len(call.args) + len(call.keywords) < 2:
-                yield model.name, f"{path.parent.name}/{path.name} line {call.lineno}: {ast.unparse(call)}"
+                yield model.name, f"{place} line {call.lineno}: {ast.unparse(call)}"
 
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def _sources(repository: Repository) -> Iterator[tuple[Model, Path, ast.Module | SyntaxError]]:
+def _modules(repository: Repository) -> Iterator[tuple[Model, str, ast.Module]]:
+    """Those that are Python; CODE01 tells of the others."""
+    for model, place, tree in _sources(repository):
+        if isinstance(tree, ast.Module):
+            yield model, place, tree
+
+
+def _sources(repository: Repository) -> Iterator[tuple[Model, str, ast.Module | SyntaxError]]:
     for model in repository.models.values():
         if model.backend == "python":
             for version in model.versions:
                 path = version / (model.config.default_model_filename or "model.py")
                 if path.is_file():
-                    yield model, path, _parsed(path)
+                    yield model, f"{version.name}/{path.name}", _parsed(path)
 
 
 def _parsed(path: Path) -> ast.Module | SyntaxError:

@@ -44,7 +44,7 @@ class Server:
         statistics: name → of Triton.
         probes: name → status and words of one inference each; None: it was answered.
         bad_request: model → status of a request that breaks its contract, and what was wrong with it.
-        control: status of an attempt to load a model that there is not.
+        control: ``open`` if it would load a model for anybody, else ``shut``.
     """
 
     address: str

@@ -6,7 +6,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from trirank_build.doctor.finding import Found, Severity, rule
 from trirank_build.doctor.repository import Repository, Surroundings
-from trirank_build.engines.plan import load_plan_manifest, manifest_path
+from trirank_build.engines.plan import compute_capability, load_plan_manifest, manifest_path
 from trirank_build.errors import BadModel
 
 _PERSONAL = ("user", "session", "customer", "visitor", "member", "account", "history")
@@ -87,8 +87,7 @@ def plan_of_another_gpu(repository: Repository, around: Surroundings) -> Found:
             continue
         named = model.config.cc_model_filenames
         for sm in dict.fromkeys(around.machine.sms):
-            digits = sm.removeprefix("sm")
-            capability = f"{digits[:-1]}.{digits[-1]}"
+            capability = compute_capability(sm)
             default = model.config.default_model_filename or "model.plan"
             there = any((version / default).exists() for version in model.versions)
             if named and capability not in named and not there:

@@ -43,8 +43,7 @@ class PlanManifest:
     @property
     def compute_capability(self) -> str:
         """As Triton writes it: ``8.6``."""
-        digits = self.sm.removeprefix("sm")
-        return f"{digits[:-1]}.{digits[-1]}"
+        return compute_capability(self.sm)
 
     def runs_on(self, sm: str) -> bool:
         """Whether it was built for a GPU of this architecture."""
@@ -81,6 +80,12 @@ def sm_name(target: str) -> str:
     if not match or len(match[1]) > 2:
         raise BadModel(f"--sm {target} is no GPU architecture; write 86 or sm86")
     return f"sm{match[1]}{match[2]}"
+
+
+def compute_capability(sm: str) -> str:
+    """``8.6`` of ``sm86``."""
+    digits = sm.removeprefix("sm")
+    return f"{digits[:-1]}.{digits[-1]}"
 
 
 def sm_number(sm: str) -> int:

@@ -83,7 +83,8 @@ def assemble(
     capabilities = {m.compute_capability: f"{m.sm}.plan" for _, m in plan_files}
     if engine is None and runtime == "python":
         engine = gate["engine"] if gate else fastest_engine(onnx_path, spec, exact_engines())[0]
-    chosen = RankerRuntime(runtime, engine or "", provider, threads, capabilities)
+    compatible = [f"{m.sm}.plan" for _, m in plan_files if m.hardware_compatibility != "none"]
+    chosen = RankerRuntime(runtime, engine or "", provider, threads, capabilities, next(iter(compatible), ""))
     policies = run.recipe.policies_for(spec.tasks)
     for name, policy in policies.items():
         check_policy(name, policy, spec.tasks)

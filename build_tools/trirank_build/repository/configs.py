@@ -52,6 +52,7 @@ class RankerRuntime:
         provider: for ``onnxruntime``: one of PROVIDERS.
         threads: for ``onnxruntime``: of one call on a CPU.
         plans: for ``tensorrt``: compute capability ("8.6") → plan file, one optimisation profile a bucket in each.
+        other_gpus: for ``tensorrt``: the plan for GPUs that ``plans`` does not name; empty: none runs on them.
     """
 
     name: str = "python"
@@ -59,6 +60,7 @@ class RankerRuntime:
     provider: str = "cpu"
     threads: int = 1
     plans: Mapping[str, str] = field(default_factory=dict)
+    other_gpus: str = ""
 
     def __post_init__(self) -> None:
         """Raises BadModel if the runtime or provider is not known."""
@@ -157,7 +159,7 @@ def _ranker(packed: Sequence[TensorSpec], scores: Sequence[TensorSpec], runtime:
     elif runtime.name == "onnxruntime":
         config = _onnxruntime(packed, scores, runtime, count)
     else:
-        config = _tensorrt(packed, scores, runtime.plans)
+        config = _tensorrt(packed, scores, runtime)
     config.parameters[BUCKETS_PARAMETER].string_value = ",".join(str(bucket) for bucket in contract.BUCKETS)
     return config
 
@@ -197,13 +199,14 @@ def _onnxruntime(
     return config
 
 
-def _tensorrt(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], plans: Mapping[str, str]) -> Any:
+def _tensorrt(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], runtime: RankerRuntime) -> Any:
     config = pb.ModelConfig(name=contract.RANKER, platform="tensorrt_plan", max_batch_size=contract.MAX_BATCH)
     _add_tensors(config, inputs, outputs)
     group = config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_GPU)
     group.profile.extend(str(index) for index in range(len(contract.BUCKETS)))
-    for capability, file in sorted(plans.items()):
+    for capability, file in sorted(runtime.plans.items()):
         config.cc_model_filenames[capability] = file
+    config.default_model_filename = runtime.other_gpus
     cuda = config.optimization.cuda
     cuda.graphs = True
     for bucket in contract.BUCKETS:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from trirank_build.repository.release import MANIFEST, load_manifest, verify
 
 CURRENT, PROMOTIONS = "current", "promotions.jsonl"
 _LOCK = ".lock"
+_ABANDONED_S = 3600
+"""After so long nobody works in a scratch folder any more."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def gc(folder: Path, keep: int, dry_run: bool = False) -> list[str]:
                 shutil.rmtree(trash)
         if not dry_run:
             for left in (*folder.glob(".removing.*"), *folder.glob(".assembling.*")):
-                if _made(left) < datetime.fromtimestamp(_now().timestamp() - 3600, timezone.utc).isoformat():
+                if time.time() - left.stat().st_mtime > _ABANDONED_S:
                     shutil.rmtree(left, ignore_errors=True)
     return removed
 

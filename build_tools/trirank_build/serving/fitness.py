@@ -13,8 +13,6 @@ from trirank_build.engines.plan import PlanManifest
 from trirank_build.repository.release import load_manifest, model_config, plan_manifests
 from trirank_build.serving.tritonserver import TritonBinary
 
-_BACKENDS = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
-
 
 def unfit(release: Path, binary: TritonBinary, machine: Machine | None = None) -> list[str]:
     """Why a release's ranker cannot run here; nothing is a good answer.
@@ -28,9 +26,9 @@ def unfit(release: Path, binary: TritonBinary, machine: Machine | None = None) -
         return []
     machine = machine or Machine.here()
     problems = []
-    backend = _BACKENDS[runtime]
-    if binary.backends is not None and not (binary.backends / backend).is_dir():
-        problems.append(f"the server at {binary.path} has no backend {backend}, which NVIDIA's container has")
+    # Triton's backends of these runtimes have their names.
+    if binary.backends is not None and not (binary.backends / runtime).is_dir():
+        problems.append(f"the server at {binary.path} has no backend {runtime}, which NVIDIA's container has")
     gpu = model_config(release, contract.RANKER).instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
     if gpu and not machine.sms:
         problems.append("there is no GPU (nvidia-smi finds none)")

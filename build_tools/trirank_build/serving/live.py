@@ -7,7 +7,6 @@ configuration of ``rank`` it is taken up by names one release alone.
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +99,6 @@ class LiveRepository:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _write(self, ensemble: Any) -> None:
-        os.makedirs(self.folder / ensemble.name / "1", exist_ok=True)
+        (self.folder / ensemble.name / "1").mkdir(parents=True, exist_ok=True)
         with atomic_file(self.folder / ensemble.name / "config.pbtxt") as scratch:
             scratch.write_text(config_text(ensemble))
