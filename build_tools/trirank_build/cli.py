@@ -322,12 +322,17 @@ def assemble(
     onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
     target: Annotated[Path, typer.Option("--out", help="Folder of releases.")],
     runtime: Annotated[str, typer.Option(help="python, onnxruntime or tensorrt.")] = "python",
+    pipeline: Annotated[
+        str, typer.Option(help="ensemble: a model a stage. single: all stages in one process, for --runtime python.")
+    ] = "ensemble",
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="For tensorrt: a plan, once for each.")] = None,
     provider: Annotated[
         str, typer.Option(help="For onnxruntime: its execution provider, cpu, openvino, cuda or tensorrt.")
     ] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="For onnxruntime: threads of one call on a CPU.")] = 1,
-    ranker_instances: Annotated[int, typer.Option(min=1, help="Rankers at work at a time; not for tensorrt.")] = 1,
+    ranker_instances: Annotated[
+        int, typer.Option(min=1, help="Rankers at work at a time; for single, whole pipelines. Not for tensorrt.")
+    ] = 1,
     engine: Annotated[
         str | None, typer.Option(help="For python: what runs the graph; by default the gate's, else the fastest here.")
     ] = None,
@@ -351,8 +356,9 @@ def assemble(
             onnx,
             target,
             runtime=runtime,
+            pipeline=pipeline,
             plans=plan,
-            instances=Instances(ranker=ranker_instances),
+            instances=Instances(ranker=ranker_instances, single=ranker_instances),
             engine=engine,
             provider=provider,
             threads=threads,

@@ -13,7 +13,7 @@ import hashlib
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 """Raised whenever a client or a release of the older version could not be understood."""
 
 BUCKETS = (64, 128, 256, 512, 1024)
@@ -111,8 +111,14 @@ def ranker_outputs(shape: PackedShape) -> tuple[TensorSpec, ...]:
     return (TensorSpec("scores", "FP32", (-1, shape.tasks), "[N, T], one column a task"),)
 
 
-ITEMS = TensorSpec("items", "INT32", (-1, 2), "[N, 2]: catalogue row (-1: not to be ranked), Signal bit mask")
-PREPROCESS_STATUS = TensorSpec("preprocess_status", "INT32", (4,), "as STATUS")
+HANDOVER = TensorSpec(
+    "handover",
+    "INT32",
+    (-1,),
+    "[5 + 2 N]: as STATUS without its last number, TOP_K, the scenario's place among the release's policies, then of each "
+    "candidate the catalogue row (-1: not to be ranked), then of each the Signal bit mask",
+)
+"""What preprocess tells rerank past the ranker; one tensor, since each one that crosses a process boundary costs time."""
 
 
 class Behaviour(IntEnum):

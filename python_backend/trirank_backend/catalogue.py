@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trirank.contract import PAD_ITEM_ID
 
 from trirank_backend.errors import InvalidRelease
+from trirank_backend.lookup_kernels import find_rows
 
 NO_ROW = -1
 
@@ -48,9 +49,9 @@ class Catalogue:
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int32]:
         """Row of each id, of any shape; -1 for ids that are not in the catalogue."""
-        at = np.searchsorted(self.ids, ids)
-        at[at == len(self.ids)] = 0
-        return np.where(self.ids[at] == ids, at, NO_ROW).astype(np.int32)
+        rows = np.empty(ids.shape, np.int32)
+        find_rows(read_only(self.ids), read_only(np.ascontiguousarray(ids, np.int64).reshape(-1)), rows.reshape(-1))
+        return rows
 
     def item_ids(self, rows: NDArray[np.int32]) -> NDArray[np.int64]:
         """Id of each row; -1 for row -1."""
@@ -82,3 +83,11 @@ class Catalogue:
             if name != "ids" and len(array) != items + 1:
                 raise InvalidRelease(f"catalogue column {name} has {len(array)} rows, not {items + 1}; assemble again")
         return cls(**columns)
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be written to. numba compiles a kernel once for arrays that can and once for those that cannot;
+    what comes from a mapped file cannot, so everything else is handed over like that too."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

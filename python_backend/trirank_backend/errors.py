@@ -1,6 +1,11 @@
 """BackendError
 ├── InvalidInput       a request breaks the contract; becomes INVALID_ARGUMENT
+├── TooLate            its caller's deadline has passed; becomes UNAVAILABLE
+├── BrokenScores       the ranker gave what is no number; becomes INTERNAL
+├── StageFailed        something else went wrong in one request; becomes INTERNAL
 └── InvalidRelease     the files of a release are missing, damaged or of another contract
+
+All but the last belong to one request: a step gives them in the place of that request's answer.
 """
 
 
@@ -10,6 +15,18 @@ class BackendError(Exception):
 
 class InvalidInput(BackendError, ValueError):
     """The message says which tensor, which value, and the limit."""
+
+
+class TooLate(BackendError):
+    """Nobody waits for the answer any more."""
+
+
+class BrokenScores(BackendError):
+    """The message says which item's score."""
+
+
+class StageFailed(BackendError):
+    """The message says what failed; Triton's log has the traceback."""
 
 
 class InvalidRelease(BackendError):

@@ -15,6 +15,10 @@ from trirank.contract import PAD_ITEM_ID
 from trirank_backend.errors import InvalidRelease
 
 
+UNKNOWN_TIME = -1
+"""Timestamp of an event of which nobody knows when it was."""
+
+
 @dataclass(frozen=True)
 class Events:
     """One user's events, oldest first: ids int64 [H], behaviours int32 [H], timestamps int64 [H]."""
@@ -37,7 +41,7 @@ class HistoryBatch:
     Attributes:
         item_ids: [B, L] int64, -1 where there is no event.
         behaviours: [B, L] int32 Behaviour codes, 0 where there is no event.
-        timestamps: [B, L] int64 seconds since 1970.
+        timestamps: [B, L] int64 seconds since 1970; UNKNOWN_TIME where nobody knows.
     """
 
     item_ids: NDArray[np.int64]
@@ -69,6 +73,9 @@ class UserStore(Protocol):
         ...
 
 
+_OF_USER = "SELECT item_ids, behaviours, timestamps FROM histories WHERE user_id = ?"
+
+
 class SqliteUserStore:
     """Histories in one SQLite file, a row a user, columns as little-endian blobs."""
 
@@ -86,15 +93,15 @@ class SqliteUserStore:
 
     def get(self, user_ids: list[int]) -> dict[int, Events]:
         """Events of the users that are known."""
-        marks = ",".join("?" * len(user_ids))
-        rows = self._connection.execute(
-            f"SELECT user_id, item_ids, behaviours, timestamps FROM histories WHERE user_id IN ({marks})",
-            user_ids,
-        )
-        return {
-            user_id: Events(np.frombuffer(ids, "<i8"), np.frombuffer(behaviours, "<i4"), np.frombuffer(times, "<i8"))
-            for user_id, ids, behaviours, times in rows
-        }
+        found = {}
+        for user_id in user_ids:  # one statement that stays prepared; one of many values would be another for each count
+            row = self._connection.execute(_OF_USER, (user_id,)).fetchone()
+            if row is not None:
+                ids, behaviours, times = row
+                found[user_id] = Events(
+                    np.frombuffer(ids, np.int64), np.frombuffer(behaviours, np.int32), np.frombuffer(times, np.int64)
+                )
+        return found
 
     def close(self) -> None:
         """Close the file."""

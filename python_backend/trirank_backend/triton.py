@@ -1,4 +1,4 @@
-"""Between Triton's Python backend and ``stages``: tensors in, tensors out, errors with their codes.
+"""Between Triton's Python backend and the steps: tensors in, tensors out, errors with their codes.
 
 Nothing is opened at import: a stub process loads this before Triton calls ``initialize``, and threads, forks and
 open stores do not mix (triton-inference-server/server #7690, #4776).
@@ -8,28 +8,40 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from trirank import contract
 
-from trirank_backend.errors import InvalidInput
-from trirank_backend.stages import Tensors
+from trirank_backend.errors import BackendError, InvalidInput, StageFailed, TooLate
+from trirank_backend.requests import Tensors
 
 try:
     import triton_python_backend_utils as pb_utils  # there only inside a stub process
 except ImportError:
     pb_utils = None
 
+Run = Callable[[list[Tensors], list[float]], list[Any]]
+"""Tensors of requests, and their deadlines (µs since 1970) → an answer each: tensors, or a BackendError."""
+REPORT_EVERY_S = 1.0
 
-def release_of(args: dict[str, str]) -> Path:
+
+def release_of(args: Mapping[str, str]) -> Path:
     """The release that a model belongs to: what its parameter ``release`` says, else the place that it lies in,
     ``RELEASE/models/NAME``."""
     said = json.loads(args["model_config"]).get("parameters", {}).get("release")
     return Path(said["string_value"]) if said else Path(args["model_repository"]).resolve().parents[1]
+
+
+def graph_of(args: Mapping[str, str]) -> tuple[Path, str]:
+    """The ranker's ONNX file beside a model, and the engine that its configuration names."""
+    engine = json.loads(args["model_config"])["parameters"]["engine"]["string_value"]
+    return Path(args["model_repository"], args["model_version"]) / "model.onnx", engine
 
 
 def report_quality(release: Path) -> list[Any]:
@@ -54,10 +66,50 @@ def report_quality(release: Path) -> list[Any]:
     return kept
 
 
-class Stage:
-    """One model: reads the tensors its config.pbtxt names, runs a callable over all requests at once."""
+class StageTimes:
+    """Exports what each stage of a pipeline in one process costs, beside Triton's own metrics, as the counters
+    ``trirank_stage_requests_total`` and ``trirank_stage_seconds_total{stage, model}``.
 
-    def __init__(self, args: dict[str, str], run: Callable[[list[Tensors]], list[Any]]) -> None:
+    A thread of its own does so every second: a count costs a message to the server, 0.1 ms, which no request shall pay.
+    """
+
+    def __init__(self, model: str, seconds: Mapping[str, float], requests: Mapping[str, int]) -> None:
+        self._sources = (requests, seconds)
+        kind = pb_utils.MetricFamily.COUNTER
+        self._families = [
+            pb_utils.MetricFamily(name="trirank_stage_requests_total", description="Requests of a stage", kind=kind),
+            pb_utils.MetricFamily(name="trirank_stage_seconds_total", description="Seconds of a stage", kind=kind),
+        ]
+        self._metrics = [
+            {stage: family.Metric(labels={"stage": stage, "model": model}) for stage in contract.STAGES}
+            for family in self._families
+        ]
+        self._told: list[dict[str, float]] = [dict.fromkeys(contract.STAGES, 0.0) for _ in self._families]
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._report, name="trirank-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop reporting."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _report(self) -> None:
+        while not self._stopped.wait(REPORT_EVERY_S):
+            for source, metrics, told in zip(self._sources, self._metrics, self._told, strict=True):
+                for stage, metric in metrics.items():
+                    if (grown := source[stage] - told[stage]) > 0:
+                        metric.increment(grown)
+                        told[stage] += grown
+
+
+class Stage:
+    """One model: reads the tensors that its config.pbtxt names, runs a step over all requests at once.
+
+    Whatever goes wrong in one request is that request's answer: a batch is made of different callers' requests.
+    """
+
+    def __init__(self, args: Mapping[str, str], run: Run) -> None:
         config = json.loads(args["model_config"])
         self._name = config["name"]
         self._inputs = [tensor["name"] for tensor in config["input"]]
@@ -67,29 +119,69 @@ class Stage:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order. What comes too late for its caller is refused, not worked on."""
         now = time.time() * 1e6
-        late = [_deadline(request) < now for request in requests]
-        in_time = [self._read(request) for request, is_late in zip(requests, late, strict=True) if not is_late]
-        answers = iter(self._run(in_time) if in_time else ())
-        return [self._too_late() if is_late else self._response(next(answers)) for is_late in late]
+        answers: list[Any] = [None] * len(requests)
+        places, batch, deadlines = [], [], []
+        for at, request in enumerate(requests):
+            try:
+                deadline = _deadline(request)
+                if deadline < now:
+                    answers[at] = TooLate(f"{self._name} did not work on it: {contract.TOO_LATE}")
+                    continue
+                batch.append(self._read(request))
+            except Exception as error:  # a tensor that cannot be read is its own request's fault
+                answers[at] = self._failed(error)
+                continue
+            places.append(at)
+            deadlines.append(deadline)
+        for at, answer in zip(places, self._answers(batch, deadlines), strict=True):
+            answers[at] = answer
+        return [self._response(answer) for answer in answers]
+
+    def _answers(self, batch: list[Tensors], deadlines: list[float]) -> list[Any]:
+        if not batch:
+            return []
+        try:
+            return self._run(batch, deadlines)
+        except Exception as error:
+            if len(batch) == 1:
+                return [error if isinstance(error, BackendError) else self._failed(error)]
+        # One of them is at fault, and the others shall not know.
+        return [self._answers([one], [deadline])[0] for one, deadline in zip(batch, deadlines, strict=True)]
+
+    def _failed(self, error: Exception) -> StageFailed:
+        pb_utils.Logger.log_error(f"{self._name}: {''.join(traceback.format_exception(error))}")
+        return StageFailed(f"{self._name} failed ({type(error).__name__}: {error}); the server's log says where")
 
     def _response(self, answer: Any) -> Any:
-        if isinstance(answer, InvalidInput):
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), pb_utils.TritonError.INVALID_ARG))
+        if isinstance(answer, BackendError):
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _code(answer)))
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, np.ascontiguousarray(answer[name])) for name in self._outputs]
         )
 
-    def _too_late(self) -> Any:
-        message = f"{self._name} did not work on it: {contract.TOO_LATE}"
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
-
     def _read(self, request: Any) -> Tensors:
-        tensors = {}
-        for name in self._inputs:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is not None:
-                tensors[name] = tensor.as_numpy()
-        return tensors
+        return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def each(step: Callable[[Tensors], Tensors]) -> Run:
+    """A step of single requests as one of batches."""
+
+    def run(requests: list[Tensors], deadlines: list[float]) -> list[Any]:
+        answers: list[Any] = []
+        for tensors in requests:
+            try:
+                answers.append(step(tensors))
+            except BackendError as error:  # noqa: PERF203  # belongs to this request
+                answers.append(error)
+        return answers
+
+    return run
+
+
+def _code(error: BackendError) -> Any:
+    if isinstance(error, InvalidInput):
+        return pb_utils.TritonError.INVALID_ARG
+    return pb_utils.TritonError.UNAVAILABLE if isinstance(error, TooLate) else pb_utils.TritonError.INTERNAL
 
 
 def _deadline(request: Any) -> float:
@@ -99,16 +191,6 @@ def _deadline(request: Any) -> float:
     if contract.DEADLINE_PARAMETER not in parameters:
         return math.inf
     try:
-        return float(json.loads(parameters)[contract.DEADLINE_PARAMETER])
+        return float(json.loads(parameters).get(contract.DEADLINE_PARAMETER, math.inf))
     except (TypeError, ValueError):
         return math.inf
-
-
-def score_batches(ranker: Callable[[Tensors], Any], requests: list[Tensors]) -> list[Tensors]:
-    """One run of the ranker over all requests. Triton batches only equal shapes, so they concatenate."""
-    if len(requests) == 1:
-        return [{"scores": ranker(requests[0])}]
-    joined = {name: np.concatenate([request[name] for request in requests]) for name in requests[0]}
-    scores = ranker(joined)
-    ends = np.cumsum([len(request["context"]) for request in requests])[:-1]
-    return [{"scores": part} for part in np.split(scores, ends)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,10 @@ from hypothesis import strategies as st
 from trirank.contract import Behaviour, Signal
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.errors import InvalidRelease
-from trirank_backend.features import CONTEXT, DENSE, FeatureSpec, Packer, RequestBatch
+from reference import ReferencePacker
+from trirank_backend.features import CONTEXT, DENSE, INPUTS, FeatureSpec, Lines, Packed, Packer
+from trirank_backend.features.table import CONTEXT_TABLE, DENSE_TABLE, left_out, passes
+from trirank_backend.histories import UNKNOWN_TIME
 from trirank_backend.text import query_trigrams, title_trigrams
 
 NOW = 1_770_000_000
@@ -60,11 +66,12 @@ def request(
         times[0, -len(history) :] = NOW - np.array(ages or [3600] * len(history))
     tokens = np.zeros((1, SPEC.query_length), np.int32)
     tokens[0, : len(query)] = query
-    return RequestBatch(
-        rows=np.array([rows], np.int32),
-        retrieval_scores=np.array([[np.nan] * len(rows) if scores is None else scores], np.float32),
+    return Lines(
+        starts=np.array([0, len(rows)]),
+        rows=np.array(rows, np.int32),
+        scores=np.array([np.nan] * len(rows) if scores is None else scores, np.float32),
         query=tokens,
-        query_trigrams=query_trigrams([words]),
+        words=query_trigrams([words]),
         timestamps=np.array([NOW]),
         anonymous=np.array([anonymous]),
         history_rows=past,
@@ -74,18 +81,18 @@ def request(
 
 
 def dense(name, **kinds):
-    return PACKER.pack(request(**kinds)).dense[0, :, D[name]].tolist()
+    return PACKER.pack(request(**kinds)).dense[:, D[name]].tolist()
 
 
 def signals(**kinds):
-    return [Signal(int(bits)) for bits in PACKER.pack(request(**kinds)).signals[0]]
+    return [Signal(int(bits)) for bits in PACKER.pack(request(**kinds)).signals]
 
 
 def test_items_bring_their_fields_and_padding_brings_zeros():
     packed = PACKER.pack(request())
-    assert packed.candidates[0].tolist() == [[1, 5, 7, 9], [2, 5, 7, 9], [3, 6, 8, 10], [0, 0, 0, 0]]
-    assert not packed.dense[0, 3].any()
-    assert packed.signals[0, 3] == 0
+    assert packed.candidates.tolist() == [[1, 5, 7, 9], [2, 5, 7, 9], [3, 6, 8, 10], [0, 0, 0, 0]]
+    assert not packed.dense[3].any()
+    assert packed.signals[3] == 0
 
 
 def test_static_numbers():
@@ -199,36 +206,124 @@ def test_without_text_embeddings_the_query_is_hidden_but_still_matched():
     packer = Packer(replace(SPEC, embed_text=False), CATALOGUE, np.ones(SPEC.vocabulary_size, np.float32))
     packed = packer.pack(request(query=[20, 21]))
     assert not packed.query.any()
-    assert packed.dense[0, 0, D["query_coverage"]] == 1
+    assert packed.dense[0, D["query_coverage"]] == 1
+
+
+def test_an_event_of_unknown_time_has_a_missing_gap_and_not_the_oldest():
+    lines = request(history=[0, 2])
+    lines.history_timestamps[0, -2] = UNKNOWN_TIME
+    gaps = PACKER.pack(lines).history[0, -2:, -1]
+    assert gaps[0] == 0
+    assert gaps[1] >= 37
 
 
 def joined(batches):
-    return RequestBatch(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(RequestBatch)})
+    columns = {name: np.concatenate([getattr(b, name) for b in batches]) for name in Lines._fields if name != "starts"}
+    return Lines(starts=np.cumsum([0, *(len(b.rows) for b in batches)]), **columns)
+
+
+def drawn(rng, width, count=None):
+    """One line with anything in it."""
+    events = int(rng.integers(0, 5))
+    scores = None
+    if rng.random() < 0.7:
+        scores = rng.normal(size=width) * 10.0 ** rng.integers(-3, 6)
+        if rng.random() < 0.5:
+            scores = np.sort(scores)[::-1]
+        scores = np.where(rng.random(width) < 0.1, np.nan, np.round(scores, 1))  # some alike, some missing
+    return request(
+        rows=tuple(rng.integers(-1, 4, width)),
+        scores=scores,
+        query=tuple(rng.integers(20, 30, int(rng.integers(0, 4)))),
+        words=str(rng.choice(["", "red shoe", "a", "lamp lamp odd", "shoes redd greenish things of all kinds x y z"])),
+        history=list(rng.integers(-1, 4, events)),
+        behaviours=list(rng.integers(1, 6, events)),
+        ages=list(rng.integers(0, 10**8, events)),
+        anonymous=bool(rng.random() < 0.3),
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(seed=st.integers(0, 2**32 - 1), lines=st.integers(1, 5), width=st.integers(1, 40), timed=st.booleans())
+def test_kernels_give_what_the_reference_gives(seed, lines, width, timed):
+    rng = np.random.default_rng(seed)
+    spec, rarity = replace(SPEC, timed=timed), rng.random(SPEC.vocabulary_size).astype(np.float32)
+    batch = joined([drawn(rng, width) for _ in range(lines)])
+    found = Packer(spec, CATALOGUE, rarity).pack(batch).by_line()
+    for name, expected in ReferencePacker(spec, CATALOGUE, rarity).pack(batch).items():
+        np.testing.assert_allclose(getattr(found, name), expected, atol=2e-6, rtol=2e-6, err_msg=name)
+
+
+def test_every_feature_has_a_kernel_of_its_own_and_a_group():
+    for table in (DENSE_TABLE, CONTEXT_TABLE):
+        assert sorted(c for each in passes(table, timed=True) for c in each.columns) == list(range(len(table)))
+        assert len({each.kernel for each in passes(table, timed=True)}) == len(passes(table, timed=True))
+        assert all(set(feature.groups) <= set(INPUTS) for feature in table)
+
+
+@pytest.mark.parametrize("group", ["retrieval", "dense", "text", "price", "context"])
+def test_what_a_recipe_leaves_out_is_zero_and_policies_see_it_all_the_same(group):
+    everything = request(scores=[3, 2, 1, 0], query=[20, 21], words="red shoe", history=[0, 2])
+    plain = PACKER.pack(everything)
+    packed = Packer(replace(SPEC, without=(group,)), CATALOGUE, PACKER.token_idf).pack(everything)
+    for table, name in ((DENSE_TABLE, "dense"), (CONTEXT_TABLE, "context")):
+        hidden = left_out(table, (group,))
+        assert not getattr(packed, name)[:, hidden].any()
+        kept = np.setdiff1d(np.arange(len(table)), hidden)
+        np.testing.assert_array_equal(getattr(packed, name)[:, kept], getattr(plain, name)[:, kept])
+    np.testing.assert_array_equal(packed.signals, plain.signals)
+
+
+@pytest.mark.parametrize("field", ["item", "brand", "category", "price"])
+def test_a_field_that_is_left_out_is_missing_in_candidates_and_history(field):
+    packed = Packer(replace(SPEC, without=(field,)), CATALOGUE, PACKER.token_idf).pack(request(history=[0, 2]))
+    at = SPEC.item_fields.index(field)
+    assert not packed.candidates[:, at].any()
+    assert not packed.history[:, :, at].any()
+    assert packed.candidates.any()
+
+
+def test_a_folded_ranker_is_given_rows_alone():
+    packed = Packer(replace(SPEC, folded=5), CATALOGUE, PACKER.token_idf).pack(request(history=[0, 2]))
+    assert packed.candidates.tolist() == [[1], [2], [3], [0]]
+    assert packed.history[0, :, 0].tolist() == [0, 0, 1, 3]
+
+
+def test_nothing_is_compiled_once_the_kernels_have_been_rehearsed():
+    """Whatever the number of lines and the kind of array: a compiler at work would cost a request a second."""
+    code = """
+import numpy as np, sys
+sys.path += sys.argv[1:]
+from trirank_backend import lookup_kernels, ranking_kernels, rehearsal
+from trirank_backend.features import kernels, text_kernels
+rehearsal.rehearse()
+modules = (kernels, text_kernels, lookup_kernels, ranking_kernels)
+def count(): return {k: len(f.signatures) for m in modules for k, f in vars(m).items() if hasattr(f, "signatures")}
+before = count()
+import test_features as t
+rng = np.random.default_rng(0)
+for lines in (1, 2, 3, 32):
+    t.PACKER.pack(t.joined([t.drawn(rng, 64) for _ in range(lines)]))
+    t.CATALOGUE.rows(np.arange(5)), t.CATALOGUE.rows(np.zeros((2, 3), np.int32))
+print(sorted(k for k, v in count().items() if v != before[k]))
+"""
+    folder = Path(__file__).parent
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 @settings(deadline=None)
-@given(st.data())
-def test_a_request_does_not_depend_on_its_company(data):
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-
-    def draw():
-        count = int(rng.integers(0, 5))
-        return request(
-            rows=tuple(rng.integers(-1, 4, 6)),
-            scores=rng.normal(size=6) if rng.random() < 0.5 else None,
-            query=tuple(rng.integers(20, 30, int(rng.integers(0, 4)))),
-            words=str(rng.choice(["", "red shoe", "a", "lamp lamp odd"])),
-            history=list(rng.integers(0, 4, count)),
-        )
-
-    batches = [draw() for _ in range(4)]
-    together = PACKER.pack(joined(batches))
+@given(st.integers(0, 2**32 - 1))
+def test_a_line_does_not_depend_on_its_company(seed):
+    rng = np.random.default_rng(seed)
+    batches = [drawn(rng, int(rng.integers(1, 70))) for _ in range(4)]
+    together, start = PACKER.pack(joined(batches)), 0
     for at, batch in enumerate(batches):
-        alone = PACKER.pack(batch)
-        for part in fields(alone):
-            np.testing.assert_allclose(
-                getattr(together, part.name)[at], getattr(alone, part.name)[0], atol=1e-6, err_msg=part.name
-            )
+        alone, end = PACKER.pack(batch), start + len(batch.rows)
+        for name in Packed._fields:
+            part = slice(start, end) if name in ("candidates", "dense", "signals") else slice(at, at + 1)
+            np.testing.assert_array_equal(getattr(together, name)[part], getattr(alone, name), err_msg=name)
+        start = end
 
 
 @given(st.permutations(range(6)))
@@ -237,8 +332,8 @@ def test_a_candidate_does_not_depend_on_its_place(order):
     scores = np.array([5.0, 4, 3, 2, 1, 0])
     plain = PACKER.pack(request(rows=tuple(rows), scores=scores, query=[21], history=[1]))
     moved = PACKER.pack(request(rows=tuple(rows[list(order)]), scores=scores[list(order)], query=[21], history=[1]))
-    np.testing.assert_allclose(moved.dense[0], plain.dense[0][list(order)], atol=1e-6)
-    np.testing.assert_array_equal(moved.signals[0], plain.signals[0][list(order)])
+    np.testing.assert_allclose(moved.dense, plain.dense[list(order)], atol=1e-6)
+    np.testing.assert_array_equal(moved.signals, plain.signals[list(order)])
 
 
 def test_a_spec_survives_the_disk_and_refuses_other_features(tmp_path):

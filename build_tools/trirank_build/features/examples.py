@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 from trirank import History, RankRequest
 from trirank.contract import ANONYMOUS_USER
-from trirank_backend.features import Packed, RequestBatch
+from trirank_backend.features import Lines, Packed, even_starts
 from trirank_backend.text import query_trigrams
 
 from trirank_build.data.dataset import OPTIMUM, Dataset
@@ -142,7 +142,7 @@ class Examples:
         self.optimum = array("optimum", (width,), np.float32, -np.inf) if optimum else None
         self.queries: list[str] = []
         self._query = array("query", (spec.query_length,), np.int32, 0)
-        self._trigrams = array("trigrams", query_trigrams([""]).shape[1:], np.uint8, 0)
+        self._words = array("words", query_trigrams([""]).shape[1:], np.uint64, 0)
 
     @classmethod
     def read(
@@ -185,7 +185,7 @@ class Examples:
             width = max(one.shape[1], two.shape[1])
             parts = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in (one, two)]
             setattr(both, name, np.concatenate(parts))
-        for name in ("users", "times", "_query", "_trigrams"):
+        for name in ("users", "times", "_query", "_words"):
             setattr(both, name, np.concatenate([getattr(self, name), getattr(other, name)]))
         both.queries = self.queries + other.queries
         both.optimum = None
@@ -212,7 +212,7 @@ class Examples:
         self.users[at], self.times[at] = part["user_id"].to_numpy(), part["timestamp"].to_numpy()
         queries = part["query"].to_list()
         self._query[at] = self._features.text.encode(queries, self._features.spec.query_length)
-        self._trigrams[at] = query_trigrams(queries)
+        self._words[at] = query_trigrams(queries)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -237,19 +237,19 @@ class Examples:
         """Pack the given candidates [B, N] of the requests ``which`` [B]."""
         spec = self._features.spec
         past = self._history.before(self.users[which], self.times[which], spec.history_length)
-        packed = self._features.packer.pack(
-            RequestBatch(
-                rows=rows,
-                retrieval_scores=scores,
-                query=self._query[which],
-                query_trigrams=self._trigrams[which],
-                timestamps=self.times[which],
-                anonymous=self.users[which] == ANONYMOUS_USER,
-                history_rows=past[0],
-                history_behaviours=past[1],
-                history_timestamps=past[2],
-            )
+        lines = Lines(
+            starts=even_starts(*rows.shape),
+            rows=rows.reshape(-1).astype(np.int32, copy=False),
+            scores=scores.reshape(-1).astype(np.float32, copy=False),
+            query=self._query[which],
+            words=self._words[which],
+            timestamps=self.times[which],
+            anonymous=self.users[which] == ANONYMOUS_USER,
+            history_rows=past[0],
+            history_behaviours=past[1],
+            history_timestamps=past[2],
         )
+        packed = self._features.packer.pack(lines).by_line()
         return Batch(packed, labels, rows >= 0, rows, scores, listed)
 
     def request(self, at: int, scenario: str) -> RankRequest:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from trirank.contract import Behaviour, Signal
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.features import TIME_GAPS, FeatureSpec, Packer
-from trirank_backend.stages import load_packer
+from trirank_backend.release import load_packer
 from trirank_backend.text import TextEncoder, title_trigrams
 
 from trirank_build.baselines.popularity import popularity

@@ -29,12 +29,12 @@ from trirank_build.repository.model_card import model_card
 from trirank_build.repository.release import (
     CARD,
     FEATURES,
-    GRAPH,
     ITEMS,
     MANIFEST,
     MODELS,
     REQUESTS,
     TEMPLATES,
+    graph_place,
     release_name,
 )
 from trirank_build.repository.reports import gate_of, parity_of
@@ -51,6 +51,7 @@ def assemble(
     out: Path,
     *,
     runtime: str = "python",
+    pipeline: str = "ensemble",
     plans: list[Path] | None = None,
     instances: Instances | None = None,
     engine: str | None = None,
@@ -62,6 +63,7 @@ def assemble(
 
     Args:
         runtime: one of repository.configs.RUNTIMES.
+        pipeline: one of repository.configs.PIPELINES.
         plans: for the runtime ``tensorrt``, one a GPU architecture.
         engine: what runs the graph with the runtime ``python``; None: the gate's, else the fastest that is exact.
         provider, threads: of the runtime ``onnxruntime``.
@@ -88,7 +90,7 @@ def assemble(
     policies = run.recipe.policies_for(spec.tasks)
     for name, policy in policies.items():
         check_policy(name, policy, spec.tasks)
-    configs = model_configs(spec.shape, chosen, instances or Instances())
+    configs = model_configs(spec.shape, chosen, instances or Instances(), pipeline)
 
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".assembling.", dir=out) as folder:
@@ -97,14 +99,14 @@ def assemble(
             version = scratch / MODELS / name / "1"
             version.mkdir(parents=True)
             (version.parent / "config.pbtxt").write_text(text)
-            template = TEMPLATES / name / "1" / "model.py"
+            template = TEMPLATES / ("single" if pipeline == "single" else name) / "1" / "model.py"
             if template.is_file() and not (name == contract.RANKER and runtime != "python"):
                 shutil.copyfile(template, version / "model.py")
-        ranker = scratch / MODELS / contract.RANKER / "1"
         # Beside plans too: `trirank serve --fallback onnxruntime` takes it where no plan fits.
-        shutil.copyfile(onnx_path, ranker / GRAPH)
+        graph = scratch / graph_place(pipeline)
+        shutil.copyfile(onnx_path, graph)
         for path, manifest in plan_files:
-            shutil.copyfile(path, ranker / f"{manifest.sm}.plan")
+            shutil.copyfile(path, graph.with_name(f"{manifest.sm}.plan"))
         shutil.copytree(run.directory / FEATURES, scratch / FEATURES)
         save_policies(policies, scratch / FEATURES / "policies.json")
         SqliteUserStore.write(scratch / FEATURES / "users.sqlite", _histories(dataset.events))
@@ -117,6 +119,7 @@ def assemble(
             "release": release,
             "contract": contract.CONTRACT_VERSION,
             "runtime": runtime,
+            "pipeline": pipeline,
             "engine": engine,
             "metrics": _metrics(run, gate),
             "onnx": file_digest(onnx_path),

@@ -20,6 +20,8 @@ from trirank_build.errors import BadModel
 OPEN_SHAPE = PackedShape(*[-1] * len(PackedShape._fields))
 """Sizes not yet decided by a release."""
 RUNTIMES = ("python", "onnxruntime", "tensorrt")
+PIPELINES = ("ensemble", "single")
+"""How the stages run: as three models and an ensemble of them, or all in the process of one Python model."""
 PROVIDERS = ("cpu", "openvino", "cuda", "tensorrt")
 """Execution providers of Triton's ONNX Runtime backend."""
 QUEUE_TIMEOUT_US = 10_000_000
@@ -28,18 +30,18 @@ GRAPH_BATCHES = ((1, 1), (8, 2))
 """Batch sizes of the CUDA graphs of each bucket, and the smallest batch that each may serve."""
 BUCKETS_PARAMETER = "candidate_buckets"
 """Says in the ranker's configuration which lengths its variable axis takes, so that equal shapes do meet."""
-_FORWARDED = ("TOP_K", "SCENARIO")
-"""What rerank reads straight from the request."""
 
 
 @dataclass(frozen=True)
 class Instances:
-    """Instances of each stage. More rankers than one answer some more requests a second where there are cores for
-    them, and answer single requests a little later, since each instance has caches of its own to warm."""
+    """Instances of each stage, or of the pipeline ``single``. More rankers than one answer some more requests a second
+    where there are cores for them, and answer single requests a little later, since each instance has caches of its own
+    to warm."""
 
     preprocess: int = 1
     ranker: int = 1
     rerank: int = 1
+    single: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,42 @@ class RankerRuntime:
             raise BadModel(f"threads is {self.threads}; a call needs 1 or more")
 
 
-def model_configs(shape: PackedShape, runtime: RankerRuntime, instances: Instances) -> dict[str, str]:
-    """Model name → text of its config.pbtxt."""
-    request, answer = contract.REQUEST, contract.RESPONSE
+def models_of(pipeline: str) -> tuple[str, ...]:
+    """Names of the models that a release of this pipeline holds.
+
+    Raises:
+        BadModel: there is no such pipeline.
+    """
+    if pipeline not in PIPELINES:
+        raise BadModel(f"pipeline {pipeline!r} is none of {', '.join(PIPELINES)}")
+    return (contract.ENSEMBLE,) if pipeline == "single" else (contract.ENSEMBLE, *contract.STAGES)
+
+
+def model_configs(
+    shape: PackedShape, runtime: RankerRuntime, instances: Instances, pipeline: str = "ensemble"
+) -> dict[str, str]:
+    """Model name → text of its config.pbtxt.
+
+    Raises:
+        BadModel: there is no such pipeline, or the runtime does not run in it.
+    """
+    models_of(pipeline)
+    if pipeline == "single":
+        return {contract.ENSEMBLE: config_text(_single(runtime, instances.single))}
     packed, scores = contract.ranker_inputs(shape), contract.ranker_outputs(shape)
-    between = (contract.ITEMS, contract.PREPROCESS_STATUS)
-    forwarded = tuple(spec for spec in request if spec.name in _FORWARDED)
-    to_preprocess = tuple(spec for spec in request if spec.name not in _FORWARDED)
-    preprocess = _python(contract.PREPROCESS, (*to_preprocess, *forwarded), (*packed, *between), instances.preprocess)
-    rerank = _python(contract.RERANK, (*scores, *between, *forwarded), answer, instances.rerank)
+    preprocess = _python(contract.PREPROCESS, contract.REQUEST, (*packed, contract.HANDOVER), instances.preprocess)
+    rerank = _python(contract.RERANK, (*scores, contract.HANDOVER), contract.RESPONSE, instances.rerank)
     ranker = _ranker(packed, scores, runtime, instances.ranker)
     configs = {config.name: config for config in (preprocess, ranker, rerank, _ensemble(preprocess, ranker, rerank))}
     return {name: config_text(config) for name, config in configs.items()}
+
+
+def front(model: Any, name: str) -> Any:
+    """An ensemble of one model alone. Pointing it at another model is one step, and a request holds on to the one that
+    it was taken up by."""
+    config = _ensemble(model)
+    config.name = name
+    return config
 
 
 def ranker_config(shape: PackedShape, runtime: RankerRuntime) -> Any:
@@ -111,13 +137,11 @@ def packed_shape(ranker: Any) -> PackedShape:
 def problems_of(config: Any) -> list[str]:
     """In what a stage's configuration, or the ensemble's, differs from the contract."""
     packed, scores = contract.ranker_inputs(OPEN_SHAPE), contract.ranker_outputs(OPEN_SHAPE)
-    between = (contract.ITEMS, contract.PREPROCESS_STATUS)
-    forwarded = tuple(spec for spec in contract.REQUEST if spec.name in _FORWARDED)
     wanted = {
         contract.ENSEMBLE: (contract.REQUEST, contract.RESPONSE),
-        contract.PREPROCESS: (contract.REQUEST, (*packed, *between)),
+        contract.PREPROCESS: (contract.REQUEST, (*packed, contract.HANDOVER)),
         contract.RANKER: (packed, scores),
-        contract.RERANK: ((*scores, *between, *forwarded), contract.RESPONSE),
+        contract.RERANK: ((*scores, contract.HANDOVER), contract.RESPONSE),
     }
     problems = []
     for kind, specs, tensors in zip(
@@ -174,6 +198,18 @@ def _python(
         tensor.allow_ragged_batch = ragged and -1 in tensor.dims
     config.instance_group.add(count=count, kind=pb.ModelInstanceGroup.KIND_CPU)
     _batch(config)
+    return config
+
+
+def _single(runtime: RankerRuntime, count: int) -> Any:
+    if runtime.name != "python":
+        raise BadModel(
+            f"--pipeline single runs the ranker in its own process, with --runtime python; {runtime.name} needs a model "
+            "of its own: --pipeline ensemble"
+        )
+    config = _python(contract.ENSEMBLE, contract.REQUEST, contract.RESPONSE, count)
+    config.parameters["engine"].string_value = runtime.engine
+    config.parameters[contract.CONTRACT_PARAMETER].string_value = str(contract.CONTRACT_VERSION)
     return config
 
 
@@ -267,10 +303,17 @@ def _type(spec: TensorSpec) -> int:
     return int(pb.DataType.Value("TYPE_STRING" if spec.dtype == "BYTES" else f"TYPE_{spec.dtype}"))
 
 
+def templates() -> dict[str, str]:
+    """Folder of ``model_repository/`` → text of its config.pbtxt."""
+    runtime, instances = RankerRuntime(), Instances()
+    single = model_configs(OPEN_SHAPE, runtime, instances, "single")[contract.ENSEMBLE]
+    return model_configs(OPEN_SHAPE, runtime, instances) | {"single": single}
+
+
 def main() -> None:
     """Write the files of ``model_repository/`` again."""
     folder = Path(__file__).parent.parent / "model_repository"
-    for name, text in model_configs(OPEN_SHAPE, RankerRuntime(), Instances()).items():
+    for name, text in templates().items():
         (folder / name / "config.pbtxt").write_text(text)
 
 

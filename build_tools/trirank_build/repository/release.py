@@ -23,7 +23,7 @@ from trirank import RankRequest, contract
 from trirank_build.artefacts import combined_digest, tree_digests
 from trirank_build.engines.plan import PlanManifest
 from trirank_build.errors import BadModel
-from trirank_build.repository.configs import parse_config, problems_of
+from trirank_build.repository.configs import models_of, parse_config, problems_of
 
 MODELS, FEATURES, MANIFEST, ITEMS, REQUESTS, CARD = (
     "models",
@@ -45,6 +45,12 @@ def release_name(files: dict[str, str]) -> str:
     return combined_digest(served | {"contract": str(contract.CONTRACT_VERSION)})[:12]
 
 
+def graph_place(pipeline: str) -> str:
+    """Where a release of this pipeline has its ONNX graph."""
+    model = contract.ENSEMBLE if pipeline == "single" else contract.RANKER
+    return f"{MODELS}/{model}/1/{GRAPH}"
+
+
 def load_manifest(release: Path) -> dict[str, Any]:
     """The manifest of a release.
 
@@ -53,7 +59,7 @@ def load_manifest(release: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((release / MANIFEST).read_text())
-        missing = [key for key in ("release", "contract", "runtime", "engines", "files") if key not in manifest]
+        missing = [key for key in ("release", "contract", "runtime", "pipeline", "engines", "files") if key not in manifest]
     except (OSError, ValueError, TypeError) as error:
         raise BadModel(f"{release} is no release ({error}); make one with `trirank assemble`") from error
     if missing:
@@ -120,7 +126,7 @@ def _problems(release: Path, manifest: dict[str, Any]) -> Iterator[str]:
         yield f"its folder is named {release.resolve().name}, not {manifest['release']}"
     if manifest["contract"] != contract.CONTRACT_VERSION:
         yield f"contract is {manifest['contract']}, this trirank speaks {contract.CONTRACT_VERSION}"
-    for model in (contract.ENSEMBLE, *contract.STAGES):
+    for model in models_of(manifest["pipeline"]):
         yield from (f"{model}: {problem}" for problem in _config_problems(release, model))
     for plan in plan_manifests(manifest):
         file = f"{MODELS}/{contract.RANKER}/1/{plan.sm}.plan"

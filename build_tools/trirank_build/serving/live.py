@@ -1,7 +1,7 @@
 """The repository that a running server reads: models of one release, or of two while one takes the other's place.
 
 Every stage is named after its release (``ranker_8c8d4e1ce682``), and so is an ensemble of them; the ensemble ``rank``
-has the steps of one release. So no request can meet features of one release and scores of another: whichever
+has the steps of one release, or its one model where the stages share a process. So no request can meet features of one release and scores of another: whichever
 configuration of ``rank`` it is taken up by names one release alone.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from trirank import contract
 
 from trirank_build.artefacts import atomic_directory, atomic_file
-from trirank_build.repository.configs import RankerRuntime, config_text, packed_shape, ranker_config
+from trirank_build.repository.configs import RankerRuntime, config_text, front, packed_shape, ranker_config
 from trirank_build.repository.release import GRAPH, MODELS, TEMPLATES, load_manifest, model_config
 
 
@@ -26,11 +26,13 @@ class Served:
     Attributes:
         release: its folder.
         name: its digest, which its models' names end in.
+        pipeline: one of repository.configs.PIPELINES.
         fallback: engine of the runtime ``python`` that takes the place of the release's own runtime, if any.
     """
 
     release: Path
     name: str
+    pipeline: str = "ensemble"
     fallback: str | None = None
 
     @classmethod
@@ -40,20 +42,34 @@ class Served:
         Raises:
             BadModel: this is no release.
         """
-        return cls(release.resolve(), load_manifest(release)["release"], fallback)
+        manifest = load_manifest(release)
+        return cls(release.resolve(), manifest["release"], manifest["pipeline"], fallback)
 
     def model(self, stage: str) -> str:
         """The name of a stage's model, or of the ensemble, of this release."""
         return f"{stage}_{self.name}"
 
     @property
+    def entry(self) -> str:
+        """The name of the model that answers whole requests with this release: its ensemble, or its only model."""
+        return self.model(contract.ENSEMBLE)
+
+    @property
     def stages(self) -> list[str]:
-        """Names of its three models, in order."""
-        return [self.model(stage) for stage in contract.STAGES]
+        """Names of the models that do the work, in order."""
+        return [self.entry] if self.pipeline == "single" else [self.model(stage) for stage in contract.STAGES]
+
+    @property
+    def models(self) -> list[str]:
+        """Names of all its models, those first that others need."""
+        return list(dict.fromkeys([*self.stages, self.entry]))
 
     def ensemble(self, name: str) -> Any:
         """Configuration of an ensemble of its models."""
         config = model_config(self.release, contract.ENSEMBLE)
+        if self.pipeline == "single":
+            config.name = self.entry
+            return front(config, name)
         config.name = name
         for step in config.ensemble_scheduling.step:
             step.model_name = self.model(step.model_name)
@@ -69,7 +85,7 @@ class LiveRepository:
 
     def add(self, served: Served) -> None:
         """Put a release's models beside those that are there."""
-        for stage in contract.STAGES:
+        for stage in (contract.ENSEMBLE,) if served.pipeline == "single" else contract.STAGES:
             config = model_config(served.release, stage)
             files = list((served.release / MODELS / stage / "1").iterdir())
             if stage == contract.RANKER and served.fallback is not None:
@@ -87,7 +103,8 @@ class LiveRepository:
                         shutil.copyfile(file, scratch / "1" / file.name)
                     elif file.is_file():
                         (scratch / "1" / file.name).symlink_to(file)
-        self._write(served.ensemble(served.model(contract.ENSEMBLE)))
+        if served.pipeline != "single":
+            self._write(served.ensemble(served.entry))
 
     def point(self, served: Served) -> None:
         """Give ``rank`` the steps of a release that has been added."""
@@ -95,7 +112,7 @@ class LiveRepository:
 
     def remove(self, served: Served) -> None:
         """Take a release's models away."""
-        for name in (served.model(contract.ENSEMBLE), *served.stages):
+        for name in served.models:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _write(self, ensemble: Any) -> None:

@@ -206,7 +206,8 @@ class TritonServer:
         finally:
             client.close()
         found = {model["name"]: model for model in reply["model_stats"]}
-        names = {stage: self.served.model(stage) for stage in contract.STAGES}
+        stages = ("single",) if self.served.pipeline == "single" else contract.STAGES
+        names = dict(zip(stages, self.served.stages, strict=True))
         return {stage: found[name] for stage, name in (*names.items(), (contract.ENSEMBLE, contract.ENSEMBLE))}
 
     def _fitting(self, release: Path) -> Served:

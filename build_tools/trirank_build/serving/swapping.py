@@ -82,12 +82,11 @@ def switch(control: Control, address: str, live: LiveRepository, old: Served, ne
     Raises:
         ServeError: the new one cannot be loaded or does not answer; the old one is served as before.
     """
-    ensemble = new.model(contract.ENSEMBLE)
     with _nothing_left_of(new, control, live):
         live.add(new)
-        for model in (*new.stages, ensemble):
+        for model in new.models:
             control.load(model)
-        warm_up(address, new, ensemble)
+        warm_up(address, new, new.entry)
         try:
             live.point(new)
             control.load(contract.ENSEMBLE)
@@ -134,7 +133,7 @@ def _drain(control: Control, old: Served) -> None:
 
 def _take_away(served: Served, control: Control, live: LiveRepository) -> None:
     loaded = control.loaded()
-    for model in (served.model(contract.ENSEMBLE), *served.stages):
+    for model in reversed(served.models):
         if model in loaded:
             control.unload(model)
     live.remove(served)

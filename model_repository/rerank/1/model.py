@@ -1,13 +1,13 @@
-"""Step 3 of the ensemble: scores become the best K after the scenario's rules."""
+"""Step 3 of the ensemble: scores become the best K after the scenario's policy."""
 
-from trirank_backend.stages import Rerank
-from trirank_backend.triton import Stage, release_of, report_quality
+from trirank_backend.rerank import Rerank
+from trirank_backend.triton import Stage, each, release_of, report_quality
 
 
 class TritonPythonModel:
     def initialize(self, args):
         release = release_of(args)
-        self.stage = Stage(args, Rerank.load(release))
+        self.stage = Stage(args, each(Rerank.load(release).tensors))
         self.quality = report_quality(release)
 
     def execute(self, requests):

@@ -1,0 +1,20 @@
+"""All three steps in one process: the model ``rank`` of the pipeline ``single``."""
+
+from trirank_backend.pipeline import Pipeline
+from trirank_backend.triton import Stage, StageTimes, graph_of, release_of, report_quality
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        release = release_of(args)
+        self.pipeline = Pipeline.load(release, *graph_of(args))
+        self.stage = Stage(args, self.pipeline)
+        self.quality = report_quality(release)
+        self.times = StageTimes(args["model_name"], self.pipeline.seconds, self.pipeline.requests)
+
+    def execute(self, requests):
+        return self.stage.execute(requests)
+
+    def finalize(self):
+        self.times.close()
+        self.pipeline.close()

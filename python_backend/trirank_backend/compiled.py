@@ -1,0 +1,87 @@
+"""Loops over candidates, compiled to machine code by numba: once a machine, kept on disk, never during a request.
+
+Compiled code lies in a folder whose name is a digest of all that it depends on: the sources of every kernel, the versions
+of numba and Python, the processor. numba's own check sees only the file that a function stands in, and would go on with
+old code where a kernel that another one calls has changed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+VARIABLE = "TRIRANK_CACHE"
+_SOURCES = "*kernels.py"
+"""Modules of kernels are named so."""
+_COMPLETE = "complete"
+
+
+@lru_cache(1)
+def folder() -> Path:
+    """Where this version's compiled code is kept on this machine: below ``$TRIRANK_CACHE``, ``$XDG_CACHE_HOME`` or
+    ``~/.cache``; where none can be written to (a container with a read-only root), in a folder of this process alone."""
+    home = os.environ.get(VARIABLE) or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = Path(home) / "trirank" / "kernels" / _fingerprint()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            return place
+    except OSError:
+        place = Path(tempfile.mkdtemp(prefix="trirank-kernels-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        return place
+
+
+def are_compiled() -> bool:
+    """Whether this machine has the code of this version, so that nothing has to wait for the compiler. Imports no
+    compiler itself."""
+    return (folder() / _COMPLETE).is_file()
+
+
+def compile_all() -> None:
+    """Compile every kernel by running it on made-up requests, or load what is compiled already."""
+    from trirank_backend.rehearsal import rehearse
+
+    rehearse()
+    (folder() / _COMPLETE).touch()
+
+
+def kernel(function: F) -> F:
+    """A function compiled with numba: it runs without Python's lock, and its code is kept on disk."""
+    import numba
+
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder())  # is read while the decorator runs
+    try:
+        compiled: F = numba.njit(function, cache=True, nogil=True, error_model="numpy")
+    finally:
+        numba.config.CACHE_DIR = before
+    return compiled
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob(_SOURCES)):
+        digest.update(source.read_bytes())
+    versions = [f"{package} {metadata.version(package)}" for package in ("numba", "llvmlite")]
+    digest.update(" ".join([*versions, platform.python_version(), _processor()]).encode())
+    return digest.hexdigest()[:12]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return " ".join(next((line for line in lines if line.startswith(word)), "") for word in ("model name", "flags"))

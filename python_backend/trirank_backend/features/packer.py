@@ -1,0 +1,109 @@
+"""Requests → the ranker's tensors. Training, evaluation and serving all pack with this; there is no second one."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trirank_backend.catalogue import Catalogue, read_only
+from trirank_backend.features import kernels
+from trirank_backend.features.batch import Lines, Packed
+from trirank_backend.features.spec import FeatureSpec
+from trirank_backend.features.table import (
+    CONTEXT,
+    CONTEXT_TABLE,
+    DENSE,
+    DENSE_TABLE,
+    HISTORY_EXTRA,
+    STATIC_DENSE,
+    fields_left_out,
+    left_out,
+    passes,
+)
+
+
+class Packer:
+    """Packs batches for one catalogue.
+
+    Args:
+        token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles.
+    """
+
+    def __init__(self, spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32]) -> None:
+        self.spec = spec
+        self.catalogue = catalogue
+        self.token_idf = token_idf
+        self._items = _items(spec, catalogue, token_idf)
+        self._dense, self._context = passes(DENSE_TABLE, spec.timed), passes(CONTEXT_TABLE, spec.timed)
+        self._hidden_dense, self._hidden_context = left_out(DENSE_TABLE, spec.without), left_out(CONTEXT_TABLE, spec.without)
+        names = ("row",) if spec.folded else spec.item_fields
+        self._hidden_fields = fields_left_out(names, spec.without)
+        self._hidden_history = fields_left_out((*names, *HISTORY_EXTRA), spec.without)
+        self._shows_query = spec.embed_text and "text" not in spec.without
+
+    def pack(self, lines: Lines) -> Packed:
+        """All tensors of a batch. An item's features depend on nothing but the item and its line."""
+        count, places = len(lines.timestamps), len(lines.rows)
+        dense = np.zeros((places, len(DENSE)), np.float32)
+        context = np.zeros((count, len(CONTEXT)), np.float32)
+        signals = self.catalogue.signals[lines.rows]
+        for kernel, columns in self._dense:
+            kernel(self._items, lines, tuple([dense[:, column] for column in columns]), signals)
+        for kernel, columns in self._context:
+            kernel(self._items, lines, tuple([context[:, column] for column in columns]), signals)
+        # A policy's signals do not depend on what the ranker is allowed to see.
+        if self._hidden_dense:
+            dense[:, self._hidden_dense] = 0
+        if self._hidden_context:
+            context[:, self._hidden_context] = 0
+        query = lines.query if self._shows_query else np.zeros_like(lines.query)
+        times = (lines.history_timestamps, lines.timestamps) if self.spec.timed else None
+        history = self._events(lines.history_rows, lines.history_behaviours, times)
+        return Packed(history, query, self.items(lines.rows), dense, context, signals)
+
+    def items(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """[..., F] the fields of items as the ranker sees them; folded: [..., 1] their rows + 1, 0 for none."""
+        if self.spec.folded:
+            return (rows + 1)[..., None].astype(np.int32, copy=False)
+        fields = self.catalogue.fields[rows]
+        if self._hidden_fields:
+            fields[..., self._hidden_fields] = 0
+        return fields
+
+    def history(self, rows: NDArray[np.int32], behaviours: NDArray[np.int32]) -> NDArray[np.int32]:
+        """[B, H, F+2] a history as the ranker sees it, of any length H, seen from no particular moment."""
+        return self._events(np.ascontiguousarray(rows, np.int32), np.ascontiguousarray(behaviours, np.int32), None)
+
+    def _events(
+        self,
+        rows: NDArray[np.int32],
+        codes: NDArray[np.int32],
+        times: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    ) -> NDArray[np.int32]:
+        """[B, H, F+2]; ``times`` are those of the events and the moments that they are seen from."""
+        items = self.items(rows)
+        history = np.zeros((*rows.shape, items.shape[2] + len(HISTORY_EXTRA)), np.int32)
+        history[..., : items.shape[2]] = items
+        behaviour, time_gap = (history[..., items.shape[2] + at] for at in range(len(HISTORY_EXTRA)))
+        kernels.behaviours(rows, codes, self.spec.tables["behaviour"][0], behaviour)
+        if times is not None:
+            kernels.time_gaps(rows, *times, self.spec.tables["time_gap"][0], time_gap)
+        if self._hidden_history:
+            history[..., self._hidden_history] = 0
+        return history
+
+
+def _items(spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32]) -> kernels.Items:
+    """The catalogue as kernels read it."""
+    columns = {
+        "prices": catalogue.dense[:, STATIC_DENSE.index("price")],
+        "popularity": catalogue.dense[:, STATIC_DENSE.index("popularity")],
+        "brands": catalogue.fields[:, spec.item_fields.index("brand")],
+        "categories": catalogue.fields[:, spec.item_fields.index("category")],
+        "products": catalogue.products,
+        "created_at": catalogue.created_at,
+        "titles": catalogue.titles,
+        "words": catalogue.trigrams.view(np.uint64),
+        "token_idf": token_idf,
+    }
+    return kernels.Items(**{name: read_only(column) for name, column in columns.items()})

@@ -1,0 +1,72 @@
+"""Made-up requests for a made-up catalogue: every kernel runs, and so is compiled or loaded before anybody waits for it."""
+
+from __future__ import annotations
+
+import numpy as np
+from trirank.contract import PAD_ITEM_ID, Behaviour
+
+from trirank_backend.catalogue import Catalogue
+from trirank_backend.features import FeatureSpec, Lines, Packer, even_starts
+from trirank_backend.handover import Handover
+from trirank_backend.lookup_kernels import drop_repeats
+from trirank_backend.policies import Policy
+from trirank_backend.rerank import Rerank
+from trirank_backend.text import query_trigrams, title_trigrams
+
+_TITLES = ["red shoe", "blue shoe", "green lamp"]
+_TOKENS = np.array([[20, 21], [22, 21], [23, 24], [0, 0]], np.int32)
+_NOW = 1_770_000_000
+_WIDTH = 4
+
+
+def rehearse() -> None:
+    """Lines alone and in company: numba takes columns of one number for contiguous and compiles once for each kind."""
+    catalogue = _catalogue()
+    spec = FeatureSpec(
+        history_length=2, query_length=2, item_fields=("item", "brand", "category", "price"),
+        tables={"item": (0, 5), "behaviour": (30, 6), "time_gap": (37, 17)}, tasks=("click",),
+    )  # fmt: skip
+    packer = Packer(spec, catalogue, np.ones(60, np.float32))
+    rerank = Rerank(catalogue, {"home": Policy({"click": 1.0}, boosts={"NEW_ITEM": 1.0})}, spec.tasks)
+    for count in (1, 2):
+        lines = _lines(catalogue, count)
+        packed = packer.pack(lines)
+        handover = Handover(
+            status=np.zeros((count, 3), np.int32),
+            top_k=np.full(count, 2, np.int32),
+            policy=np.zeros(count, np.int32),
+            rows=lines.rows.reshape(count, _WIDTH),
+            signals=packed.signals.reshape(count, _WIDTH),
+        )
+        rerank(np.zeros((count, _WIDTH, 1), np.float32), handover)
+
+
+def _lines(catalogue: Catalogue, count: int) -> Lines:
+    ids = np.array([10, 30, 30, PAD_ITEM_ID] * count, np.int64)
+    starts, rows = even_starts(count, _WIDTH), catalogue.rows(ids)
+    drop_repeats(ids, starts, PAD_ITEM_ID, rows, np.zeros((count, 2), np.int32))
+    return Lines(
+        starts=starts,
+        rows=rows,
+        scores=np.array([1, 3, 2, np.nan] * count, np.float32),
+        query=_TOKENS[[0] * count],
+        words=query_trigrams([_TITLES[0]] * count),
+        timestamps=np.full(count, _NOW),
+        anonymous=np.zeros(count, bool),
+        history_rows=np.array([[-1, 0]] * count, np.int32),
+        history_behaviours=np.full((count, 2), Behaviour.PURCHASE, np.int32),
+        history_timestamps=np.full((count, 2), _NOW - 60),
+    )
+
+
+def _catalogue() -> Catalogue:
+    return Catalogue(
+        ids=np.array([10, 20, 30]),
+        fields=np.array([[1, 5, 7, 9], [2, 5, 7, 9], [3, 6, 8, 9], [0, 0, 0, 0]], np.int32),
+        dense=np.zeros((4, 2), np.float32),
+        products=np.array([0, 0, 1, -1], np.int32),
+        created_at=np.array([_NOW - 60, 0, 0, 0]),
+        signals=np.zeros(4, np.int32),
+        titles=_TOKENS,
+        trigrams=np.concatenate([title_trigrams(_TITLES), np.zeros((1, 64), np.uint8)]),
+    )
