@@ -5,7 +5,16 @@ from __future__ import annotations
 import onnx
 import pytest
 from trirank import contract
-from trirank_build.repository.configs import OPEN_SHAPE, Instances, RankerRuntime, model_configs, parse_config
+from trirank_build.errors import BadModel
+from trirank_build.repository.configs import (
+    OPEN_SHAPE,
+    Instances,
+    RankerRuntime,
+    model_configs,
+    parse_config,
+    problems_of,
+    templates,
+)
 from trirank_build.repository.release import MODELS, TEMPLATES
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -32,7 +41,7 @@ def configs(request, world, trained):
 
 
 def test_the_four_models_are_there(configs):
-    assert set(configs[0]) == {contract.ENSEMBLE, *contract.STAGES}
+    assert {contract.ENSEMBLE, *contract.STAGES} <= set(configs[0]) <= {contract.ENSEMBLE, *contract.STAGES, "single"}
 
 
 def test_the_ensemble_is_the_contract(configs):
@@ -75,6 +84,33 @@ def test_batching_is_on_without_delay(configs):
         assert config.max_batch_size == contract.MAX_BATCH
 
 
+def test_no_queue_has_a_policy_that_lets_requests_sleep(configs):
+    for config in configs[0].values():
+        assert not config.dynamic_batching.HasField("default_queue_policy")
+
+
+def test_all_stages_in_one_model_are_the_contract():
+    text = model_configs(OPEN_SHAPE, RankerRuntime(engine="openvino"), Instances(single=2), "single")
+    assert list(text) == [contract.ENSEMBLE]
+    config = parse_config(text[contract.ENSEMBLE])
+    assert problems_of(config) == []
+    assert config.backend == "python"
+    assert config.instance_group[0].count == 2
+    assert config.parameters["engine"].string_value == "openvino"
+    assert config.parameters[contract.CONTRACT_PARAMETER].string_value == str(contract.CONTRACT_VERSION)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+def test_other_runtimes_need_a_model_of_their_own(runtime):
+    with pytest.raises(BadModel, match=f"{runtime} needs a model of its own: --pipeline ensemble"):
+        model_configs(OPEN_SHAPE, RankerRuntime(runtime), Instances(), "single")
+
+
+def test_a_pipeline_that_there_is_not():
+    with pytest.raises(BadModel, match="'duet' is none of ensemble, single"):
+        model_configs(OPEN_SHAPE, RankerRuntime(), Instances(), "duet")
+
+
 def test_no_cache_on_personal_answers(configs):
     assert not any(config.response_cache.enable for config in configs[0].values())
 
@@ -84,7 +120,7 @@ def test_no_name_is_both_input_and_output_of_the_ensemble():
 
 
 def test_the_files_in_the_repository_are_what_the_code_writes():
-    for name, text in model_configs(OPEN_SHAPE, RankerRuntime(), Instances()).items():
+    for name, text in templates().items():
         path = TEMPLATES / name / "config.pbtxt"
         assert path.read_text() == text, f"run python -m trirank_build.repository.configs to write {path} again"
 

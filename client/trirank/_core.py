@@ -157,8 +157,6 @@ class Call:
         self._tried |= {endpoint.address}
         self._sent += 1
         parameters = self.message.parameters
-        # Triton counts this anew in every queue; the moment holds for all of them together.
-        parameters["timeout"].int64_param = max(1, int(left * 1e6))
         if endpoint.clock_agrees:
             parameters[contract.DEADLINE_PARAMETER].int64_param = self._moment_us
         elif contract.DEADLINE_PARAMETER in parameters:

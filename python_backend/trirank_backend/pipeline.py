@@ -21,13 +21,12 @@ class Pipeline:
     """Preprocess, ranker and rerank.
 
     Attributes:
-        seconds: stage → seconds that it has worked so far, and ``requests`` that it had.
+        seconds: stage → seconds that it has worked so far.
     """
 
     def __init__(self, preprocess: Preprocess, ranker: Ranker, rerank: Rerank) -> None:
         self._preprocess, self._ranker, self._rerank = preprocess, ranker, rerank
         self.seconds = dict.fromkeys(contract.STAGES, 0.0)
-        self.requests = dict.fromkeys(contract.STAGES, 0)
 
     @classmethod
     def load(cls, release: Path, graph: Path, engine: str) -> Pipeline:
@@ -54,7 +53,7 @@ class Pipeline:
         started = time.perf_counter()
         prepared = self._preprocess(requests)
         answers: list[Tensors | BackendError] = []
-        self._count(contract.PREPROCESS, started, len(requests))
+        self._count(contract.PREPROCESS, started)
         for one, deadline in zip(prepared, deadlines or [math.inf] * len(requests), strict=True):
             if not isinstance(one, Prepared):
                 answers.append(one)
@@ -68,17 +67,16 @@ class Pipeline:
         try:
             started = time.perf_counter()
             scores = self._ranker(prepared.ranker)
-            started = self._count(contract.RANKER, started, 1)
+            started = self._count(contract.RANKER, started)
             answer = self._rerank(scores, prepared.handover)
-            self._count(contract.RERANK, started, 1)
+            self._count(contract.RERANK, started)
             return answer
         except BackendError as error:
             return error
         except Exception as error:  # of an engine, whose exceptions share no base; the others' requests are not at fault
             return StageFailed(f"{contract.RANKER}: {error}")
 
-    def _count(self, stage: str, started: float, requests: int) -> float:
+    def _count(self, stage: str, started: float) -> float:
         now = time.perf_counter()
         self.seconds[stage] += now - started
-        self.requests[stage] += requests
         return now

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -67,40 +66,36 @@ def report_quality(release: Path) -> list[Any]:
 
 
 class StageTimes:
-    """Exports what each stage of a pipeline in one process costs, beside Triton's own metrics, as the counters
-    ``trirank_stage_requests_total`` and ``trirank_stage_seconds_total{stage, model}``.
+    """Exports what each stage of a pipeline in one process costs, beside Triton's own metrics, as the counter
+    ``trirank_stage_seconds_total{stage, model}``.
 
-    A thread of its own does so every second: a count costs a message to the server, 0.1 ms, which no request shall pay.
+    A count is a message to the server and back, 0.1 ms, so it is told once a second, by the request that comes then: a
+    thread of its own had the stub stand still for half a second each time.
     """
 
-    def __init__(self, model: str, seconds: Mapping[str, float], requests: Mapping[str, int]) -> None:
-        self._sources = (requests, seconds)
-        kind = pb_utils.MetricFamily.COUNTER
-        self._families = [
-            pb_utils.MetricFamily(name="trirank_stage_requests_total", description="Requests of a stage", kind=kind),
-            pb_utils.MetricFamily(name="trirank_stage_seconds_total", description="Seconds of a stage", kind=kind),
-        ]
-        self._metrics = [
-            {stage: family.Metric(labels={"stage": stage, "model": model}) for stage in contract.STAGES}
-            for family in self._families
-        ]
-        self._told: list[dict[str, float]] = [dict.fromkeys(contract.STAGES, 0.0) for _ in self._families]
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._report, name="trirank-metrics", daemon=True)
-        self._thread.start()
+    def __init__(self, model: str, seconds: Mapping[str, float]) -> None:
+        self._seconds = seconds
+        self._family = pb_utils.MetricFamily(
+            name="trirank_stage_seconds_total",
+            description="Seconds that a stage has worked",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        self._metrics = {
+            stage: self._family.Metric(labels={"stage": stage, "model": model}) for stage in contract.STAGES
+        }
+        self._told = dict.fromkeys(contract.STAGES, 0.0)
+        self._next = 0.0
 
-    def close(self) -> None:
-        """Stop reporting."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _report(self) -> None:
-        while not self._stopped.wait(REPORT_EVERY_S):
-            for source, metrics, told in zip(self._sources, self._metrics, self._told, strict=True):
-                for stage, metric in metrics.items():
-                    if (grown := source[stage] - told[stage]) > 0:
-                        metric.increment(grown)
-                        told[stage] += grown
+    def report(self) -> None:
+        """Tell what has grown, if it is time."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + REPORT_EVERY_S
+        for stage, metric in self._metrics.items():
+            if (grown := self._seconds[stage] - self._told[stage]) > 0:
+                metric.increment(grown)
+                self._told[stage] += grown
 
 
 class Stage:

@@ -83,6 +83,11 @@ def add(model, text):
     return harm
 
 
+def queue(policy, model="ranker"):
+    """Give a model's queue a policy."""
+    return edit(model, (r"dynamic_batching \{.*?\}", f"dynamic_batching {{ default_queue_policy {{ {policy} }} }}"))
+
+
 def source(model, text):
     def harm(models):
         (models / model / "1" / "model.py").write_text(text)
@@ -125,7 +130,7 @@ DEFECTS = {
     "ENS04 no batch axis": ("ENS04", edit("ranker", (r"max_batch_size: 32", "max_batch_size: 0"))),
     "ENS05 an input left open": ("ENS05", add("rerank", 'input { name: "WEIGHT" data_type: TYPE_FP32 dims: 1 }')),
     "ENS06 nothing gives it": ("ENS06", edit("rank", (r'(output_map \{\s+key: "scores"\s+value: )"scores"', r'\1"marks"'))),
-    "ENS07 given twice": ("ENS07", edit("rank", (r'(output_map \{\s+key: "RANKED_IDS"\s+value: )"RANKED_IDS"', r'\1"items"'))),
+    "ENS07 given twice": ("ENS07", edit("rank", (r'(output_map \{\s+key: "RANKED_IDS"\s+value: )"RANKED_IDS"', r'\1"handover"'))),
     "ENS08 in a circle": ("ENS08", circle),
     "ENS09 an output named like an input": ("ENS09", edit("rank", (r"RANKED_IDS", "ITEM_IDS"))),
     "ENS10 smaller batches": ("ENS10", edit("ranker", (r"max_batch_size: 32", "max_batch_size: 16"))),
@@ -135,11 +140,12 @@ DEFECTS = {
     "BATCH02 shapes never meet": ("BATCH02", edit("ranker", (r'parameters \{\s+key: "candidate_buckets".*?\}\s*\}', ""))),
     "BATCH03 prefers too many": ("BATCH03", edit("ranker", (r"dynamic_batching \{", "dynamic_batching { preferred_batch_size: 64"))),
     "BATCH04 waits for company": ("BATCH04", edit("ranker", (r"dynamic_batching \{", "dynamic_batching { max_queue_delay_microseconds: 500000"))),
-    "BATCH05 nobody makes batches": ("BATCH05", edit("ranker", (r"dynamic_batching \{.*?\}\s*\}", ""))),
-    "QUEUE02 no limit": ("QUEUE02", edit("ranker", (r"dynamic_batching \{.*?\}\s*\}", "dynamic_batching { }"))),
-    "QUEUE03 a full queue in an ensemble": ("QUEUE03", edit("ranker", (r"default_queue_policy \{", "default_queue_policy { max_queue_size: 8"))),
-    "QUEUE04 late and executed": ("QUEUE04", edit("ranker", (r"default_queue_policy \{", "default_queue_policy { timeout_action: DELAY"))),
-    "QUEUE05 hurry is not heard": ("QUEUE05", edit("ranker", (r"allow_timeout_override: true", "allow_timeout_override: false"))),
+    "BATCH05 nobody makes batches": ("BATCH05", edit("ranker", (r"dynamic_batching \{.*?\}", ""))),
+    "QUEUE02 a timeout": ("QUEUE02", queue("default_timeout_microseconds: 1000000")),
+    "QUEUE02 an override": ("QUEUE02", queue("allow_timeout_override: true")),
+    "QUEUE02 a largest size": ("QUEUE02", queue("max_queue_size: 8")),
+    "QUEUE03 a full queue in an ensemble": ("QUEUE03", queue("max_queue_size: 8")),
+    "QUEUE04 late and executed": ("QUEUE04", queue("timeout_action: DELAY default_timeout_microseconds: 1000000")),
     "RES01 instances": ("RES01", edit("ranker", (r"count: 1", "count: 40"))),
     "RES05 cached": ("RES05", add("rank", "response_cache { enable: true }")),
     "CODE01 no execute": ("CODE01", source("rerank", "class TritonPythonModel:\n    pass\n")),
@@ -222,11 +228,7 @@ def test_shared_memory(releases):
 
 def test_timeouts_that_add_up(models):
     for stage in ("preprocess", "ranker", "rerank"):
-        edit(
-            stage,
-            (r"default_timeout_microseconds: \d+", "default_timeout_microseconds: 40000"),
-            (r"allow_timeout_override: true", "allow_timeout_override: false"),
-        )(models)
+        queue("default_timeout_microseconds: 40000", stage)(models)
     assert "QUEUE01" not in ids(models)
     tight = Surroundings(4, ROOMY.machine, None, deadline_ms=100)
     assert "QUEUE01" in ids(models, tight)
@@ -390,7 +392,7 @@ def test_by_command(models, releases, tmp_path):
     assert "ENS10" in table
     assert "Raise the step's max_batch_size" in " ".join(table.split())
     advice = shutil.copytree(releases["python"] / "models", tmp_path / "advice")
-    edit("ranker", (r"allow_timeout_override: true", "allow_timeout_override: false"))(advice)
+    edit("ranker", (r"dynamic_batching \{.*?\}", ""))(advice)
     assert run(app, ["doctor", str(advice)]).exit_code == 0
     assert run(app, ["doctor", str(advice), "--fail-on", "info"]).exit_code == 1
     gpu = ["doctor", str(releases["tensorrt"])]

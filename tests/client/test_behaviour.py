@@ -98,7 +98,7 @@ def test_the_deadline_travels(server):
         before = time.time()
         client.rank(REQUEST, deadline_s=0.5)
     parameters = server.seen[0][0].parameters
-    assert 0.4e6 < parameters["timeout"].int64_param <= 0.5e6
+    assert "timeout" not in parameters  # a queue that heard it would let requests sleep: docs/performance.md
     assert abs(parameters[contract.DEADLINE_PARAMETER].int64_param / 1e6 - before - 0.5) < 0.2
 
 

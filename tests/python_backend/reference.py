@@ -1,4 +1,4 @@
-"""Features and rerank in plain numpy, vectorised over batches of lines of one length: what the kernels are held to.
+"""Features in plain numpy, vectorised over batches of lines of one length: what the kernels are held to.
 
 Written before the kernels and without them; slower by an order of magnitude.
 """
@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from trirank.contract import Behaviour, Reason, Signal
+from trirank.contract import Behaviour, Signal
 from trirank_backend.features import CONTEXT, DENSE, HISTORY_EXTRA, Lines
-from trirank_backend.rerank import _REASONS
 
 TIME_GAPS, NEW_DAYS, DAY_S, MATCH_COVERAGE, FUZZY_SHARE = 16, 14, 86_400, 0.5, 0.6
 _NONE = np.array([-1, -1, 0, 0], np.int32)[:, None, None]
@@ -186,33 +185,3 @@ def _retrieval(scores: NDArray[np.float32], given: NDArray[np.bool_]) -> NDArray
         1 / np.log2(1 + rank),
     )
     return np.where(given[..., None], np.stack(columns, axis=-1), 0).astype(np.float32)
-
-
-def reference_rerank(
-    scores: NDArray[np.float32],
-    signals: NDArray[np.int32],
-    rows: NDArray[np.int32],
-    products: NDArray[np.int32],
-    weights: NDArray[np.float32],
-    boosts: dict[str, float],
-    excluded: int,
-    deduplicate: bool,
-    top_k: int,
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32], int]:
-    """Places, scores and reasons of one line's best, and how many candidates a rule dropped."""
-    dropped = (signals & excluded) != 0
-    final = (scores * weights).sum(1, dtype=np.float32)
-    fired = np.zeros(len(rows), bool)
-    for name, boost in sorted(boosts.items()):
-        fires = (signals & Signal[name].value) != 0
-        fired |= fires
-        final = np.where(fires, final + np.float32(boost), final)
-    alive = np.flatnonzero((rows >= 0) & ~dropped)
-    order = alive[np.argsort(-final[alive], kind="stable")]
-    if deduplicate:
-        of_order = products[order]
-        _, first = np.unique(of_order, return_index=True)
-        order = order[np.sort(np.concatenate([first[of_order[first] >= 0], np.flatnonzero(of_order < 0)]))]
-    order = order[:top_k]
-    reasons = _REASONS[signals[order]] | fired[order] * np.int32(Reason.BOOSTED)
-    return order, final[order], reasons, int(((rows >= 0) & dropped).sum())

@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 from trirank import contract
 from trirank.contract import Status
-from trirank_backend.errors import InvalidInput, InvalidRelease
-from trirank_backend.scoring import OnnxRanker
-from trirank_backend.stages import Preprocess, Rerank
-from trirank_backend.triton import score_batches
+from trirank_backend.errors import InvalidInput, InvalidRelease, StageFailed, TooLate
+from trirank_backend.pipeline import Pipeline
+from trirank_backend.preprocess import Preprocess
+from trirank_backend.rerank import Rerank
+from trirank_backend.scoring import GuardedRanker
+from trirank_backend.triton import each
 
 
 @pytest.fixture(scope="module")
-def line(world):
-    """ids → answer, through all three steps; a request that fails gives its error."""
-    preprocess, rerank = Preprocess.load(world.release), Rerank.load(world.release)
-    ranker = OnnxRanker(world.release / "models" / "ranker" / "1" / "model.onnx")
+def graph(world):
+    return world.release / "models" / "ranker" / "1" / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def pipeline(world, graph):
+    pipeline = Pipeline.load(world.release, graph, "onnxruntime")
+    yield pipeline
+    pipeline.close()
+
+
+@pytest.fixture(scope="module", params=["ensemble", "single"])
+def line(request, world, graph, pipeline):
+    """Requests → answers through all three steps; a request that fails gives its error.
+
+    ``ensemble``: as models hand tensors to each other; ``single``: in one process."""
+    if request.param == "single":
+        yield lambda *requests: pipeline(list(requests))
+        return
+    preprocess, rerank = Preprocess.load(world.release), each(Rerank.load(world.release).tensors)
+    ranker = GuardedRanker.load(world.release, graph, "onnxruntime")
 
     def run(*requests):
-        answers = preprocess(list(requests))
-        good = [(r, a) for r, a in zip(requests, answers, strict=True) if isinstance(a, dict)]
-        for _, tensors in good:
-            tensors["scores"] = score_batches(ranker, [tensors])[0]["scores"]
-        ranked = iter(rerank([{**a, "TOP_K": r["TOP_K"], "SCENARIO": r["SCENARIO"]} for r, a in good]) if good else [])
-        return [next(ranked) if isinstance(answer, dict) else answer for answer in answers]
+        answers = preprocess.tensors(list(requests), [])
+        for at, answer in enumerate(answers):
+            if isinstance(answer, dict):
+                scores = ranker([{name: tensor for name, tensor in answer.items() if name != "handover"}], [])[0]
+                answers[at] = rerank([scores | {"handover": answer["handover"]}], [])[0]
+        return answers
 
     yield run
     preprocess.close()
@@ -143,6 +163,11 @@ def test_different_buckets_share_a_batch(line):
 
 
 BAD = {
+    "too many rows": (
+        {name: np.repeat(tensor, 33, 0) for name, tensor in ask().items()},
+        "the request has 33 rows; the limit is 32",
+    ),
+    "rows differ": (ask(TOP_K=np.array([[1], [2]], np.int32)), "TOP_K has 2 rows, ITEM_IDS 1"),
     "no candidates": (ask(ids=()), "0 candidates; a request has 1 to 1024"),
     "only padding": (ask(ids=(-1, -1)), "0 candidates"),
     "too many candidates": (ask(ids=tuple(range(1025))), "1025 candidates; a request has 1 to 1024"),
@@ -184,13 +209,59 @@ def test_bad_requests_are_told_why_and_harm_nobody_else(line, request_, words):
     assert isinstance(after, dict)
 
 
+def test_a_failing_ranker_costs_the_one_request(world, graph):
+    pipeline = Pipeline.load(world.release, graph, "onnxruntime")
+    ranker, calls = pipeline._ranker, []
+
+    def fails_once(tensors):
+        calls.append(tensors)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return ranker(tensors)
+
+    pipeline._ranker = fails_once
+    answers = pipeline([ask(), ask(), ask()])
+    assert [type(answer) for answer in answers] == [dict, StageFailed, dict]
+    assert "out of memory" in str(answers[1])
+    pipeline.close()
+
+
+def test_in_one_process_too_nothing_is_done_for_those_who_have_gone(pipeline):
+    past, future = time.time() * 1e6 - 1e6, time.time() * 1e6 + 60e6
+    one, late, other = pipeline([ask(), ask(), ask()], [future, past, future])
+    assert isinstance(late, TooLate)
+    assert contract.TOO_LATE in str(late)
+    assert isinstance(one, dict)
+    assert isinstance(other, dict)
+
+
+def test_the_pipeline_counts_its_stages_seconds(pipeline):
+    before = dict(pipeline.seconds)
+    pipeline([ask()])
+    assert set(before) == set(contract.STAGES)
+    assert all(pipeline.seconds[stage] > before[stage] for stage in contract.STAGES)
+
+
+@pytest.mark.parametrize("name", ["candidates", "history", "query"])
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_the_ranker_refuses_ids_that_it_has_no_row_for(world, graph, name, wrong):
+    preprocess = Preprocess.load(world.release)
+    good = preprocess([ask()])[0].ranker
+    preprocess.close()
+    bad = good | {name: good[name].copy()}
+    bad[name].flat[-1] = wrong
+    answers = GuardedRanker.load(world.release, graph, "onnxruntime")([good, bad, good], [])
+    assert [type(answer) for answer in answers] == [dict, InvalidInput, dict]
+    assert str(wrong) in str(answers[1])
+
+
 def test_a_release_of_another_contract_is_refused(world, tmp_path):
     copy = tmp_path / "release"
     shutil.copytree(world.release, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"contract": 99}))
     for stage in (Preprocess, Rerank):
-        with pytest.raises(InvalidRelease, match="of contract 99, this backend speaks 1"):
+        with pytest.raises(InvalidRelease, match=f"of contract 99, this backend speaks {contract.CONTRACT_VERSION}"):
             stage.load(copy)
 
 
@@ -211,7 +282,7 @@ def test_training_and_serving_pack_the_same(world, trained):
             RETRIEVAL_SCORES=np.array([row["retrieval_scores"]], np.float32),
             TIMESTAMP=[[row["timestamp"]]],
         )
-        served = preprocess([request])[0]
+        served = preprocess([request])[0].ranker
         trained_on = examples.whole(np.array([at])).packed.tensors()
         n = len(row["item_ids"])
         for name, tensor in trained_on.items():

@@ -14,7 +14,7 @@ from trirank_backend.errors import InvalidInput
 
 
 class Fault:
-    INVALID_ARG, UNAVAILABLE = "INVALID_ARG", "UNAVAILABLE"
+    INVALID_ARG, UNAVAILABLE, INTERNAL = "INVALID_ARG", "UNAVAILABLE", "INTERNAL"
 
     def __init__(self, message, code):
         self.message, self.code = message, code
@@ -23,14 +23,18 @@ class Fault:
 @pytest.fixture
 def stage(monkeypatch):
     """One whose outputs are its inputs, and what it was run on."""
+    logged = []
     monkeypatch.setattr(triton, "pb_utils", SimpleNamespace(
         TritonError=Fault, Tensor=lambda name, array: (name, array.tolist()),
         InferenceResponse=lambda tensors=None, error=None: error or dict(tensors),
-        get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request.value),
+        Logger=SimpleNamespace(log_error=logged.append),
     ))  # fmt: skip
     seen = []
 
-    def run(requests):
+    def run(requests, deadlines):
+        assert len(requests) == len(deadlines)
+        if any(request["X"][0] == 13 for request in requests):
+            raise IndexError("row 13")
         seen.extend(request["X"].tolist() for request in requests)
         return [InvalidInput("below 0") if request["X"][0] < 0 else request for request in requests]
 
@@ -40,7 +44,37 @@ def stage(monkeypatch):
 
 def request(value, seconds=None):
     moment = {} if seconds is None else {contract.DEADLINE_PARAMETER: int((time.time() + seconds) * 1e6)}
-    return SimpleNamespace(value=np.array([value]), parameters=lambda: json.dumps(moment))
+    return asked(np.array([value]), moment)
+
+
+def asked(value, parameters):
+    tensor = SimpleNamespace(name=lambda: "X", as_numpy=lambda: value)
+    return SimpleNamespace(inputs=lambda: [tensor], parameters=lambda: json.dumps(parameters))
+
+
+def test_an_exception_costs_nobody_but_its_own_request(stage):
+    """A client that called rerank with a row out of range failed half of the others' requests."""
+    stage, seen = stage
+    one, bad, other = stage.execute([request(1), request(13), request(3)])
+    assert (one, other) == ({"X": [1]}, {"X": [3]})
+    assert bad.code == "INTERNAL"
+    assert "IndexError: row 13" in bad.message
+    assert seen == [[1], [3]]
+
+
+def test_a_tensor_that_cannot_be_read_costs_its_own_request(stage):
+    stage, _ = stage
+    broken = SimpleNamespace(inputs=lambda: 1 / 0, parameters=lambda: "{}")
+    one, bad = stage.execute([request(1), broken])
+    assert one == {"X": [1]}
+    assert bad.code == "INTERNAL"
+
+
+@pytest.mark.parametrize("value", ["soon", None, [], contract.DEADLINE_PARAMETER])
+def test_parameters_that_only_look_like_a_deadline(stage, value):
+    stage, _ = stage
+    for name in (contract.DEADLINE_PARAMETER, "note"):
+        assert stage.execute([asked(np.array([1]), {name: value}), request(2)]) == [{"X": [1]}, {"X": [2]}]
 
 
 def test_what_comes_too_late_is_refused_and_not_worked_on(stage):
@@ -56,9 +90,3 @@ def test_nothing_is_run_for_nobody(stage):
     stage, seen = stage
     assert stage.execute([request(1, -1)])[0].code == "UNAVAILABLE"
     assert seen == []
-
-
-def test_a_deadline_that_is_none_is_passed_over(stage):
-    stage, _ = stage
-    odd = SimpleNamespace(value=np.array([1]), parameters=lambda: json.dumps({contract.DEADLINE_PARAMETER: "soon"}))
-    assert stage.execute([odd]) == [{"X": [1]}]

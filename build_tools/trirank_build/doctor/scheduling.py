@@ -90,15 +90,22 @@ def timeouts_add_up(repository: Repository, around: Surroundings) -> Found:
 
 
 @rule(
-    "QUEUE02", Severity.WARNING, "Set default_queue_policy with timeout_action REJECT and a timeout.",
-    "triton-inference-server/server #6920, #7532",
+    "QUEUE02", Severity.WARNING,
+    "Take timeout, allow_timeout_override and max_queue_size out; callers' gRPC deadlines bound the wait as well.",
+    "triton-inference-server/core: PriorityQueue, RateLimiter::PayloadSlotAvailable",
 )  # fmt: skip
-def queue_without_limit(repository: Repository, around: Surroundings) -> Found:
-    """A queue may grow without limit: under overload all wait, and are worked on after their callers have gone."""
+def requests_may_sleep(repository: Repository, around: Surroundings) -> Found:
+    """A queue's policy forbids Triton to prepare the next batch while an instance works; a request that comes just when
+    one has answered may then sleep for half a second."""
     for model in _batching(repository):
         policy = _policy(model)
-        if not policy.default_timeout_microseconds and not policy.max_queue_size:
-            yield model.name, "its queue has neither a timeout nor a largest size"
+        said = {
+            "a timeout": policy.default_timeout_microseconds,
+            "allow_timeout_override": policy.allow_timeout_override,
+            "max_queue_size": policy.max_queue_size,
+        }
+        if any(said.values()):
+            yield model.name, f"its queue has {', '.join(name for name, value in said.items() if value)}"
 
 
 @rule(
@@ -122,15 +129,6 @@ def late_and_still_executed(repository: Repository, around: Surroundings) -> Fou
         delays = policy.timeout_action == pb.ModelQueuePolicy.DELAY
         if policy.default_timeout_microseconds and delays:
             yield model.name, f"timeout {policy.default_timeout_microseconds} µs with timeout_action DELAY"
-
-
-@rule("QUEUE05", Severity.INFO, "Set allow_timeout_override, so that a caller in a hurry is not kept waiting.")
-def hurry_is_not_heard(repository: Repository, around: Surroundings) -> Found:
-    """A queue has a timeout that no caller can shorten."""
-    for model in _batching(repository):
-        policy = _policy(model)
-        if policy.default_timeout_microseconds and not policy.allow_timeout_override:
-            yield model.name, f"timeout {policy.default_timeout_microseconds} µs without allow_timeout_override"
 
 
 def _batching(repository: Repository) -> Iterator[Model]:

@@ -24,8 +24,6 @@ PIPELINES = ("ensemble", "single")
 """How the stages run: as three models and an ensemble of them, or all in the process of one Python model."""
 PROVIDERS = ("cpu", "openvino", "cuda", "tensorrt")
 """Execution providers of Triton's ONNX Runtime backend."""
-QUEUE_TIMEOUT_US = 10_000_000
-"""A request that has waited so long in one queue is refused there. A caller may send a shorter one, not a longer."""
 GRAPH_BATCHES = ((1, 1), (8, 2))
 """Batch sizes of the CUDA graphs of each bucket, and the smallest batch that each may serve."""
 BUCKETS_PARAMETER = "candidate_buckets"
@@ -259,13 +257,15 @@ def _tensorrt(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], runti
 
 
 def _batch(config: Any) -> None:
-    """Batches form by themselves while the instances are busy, without a queue delay. What has waited too long is
-    refused; a queue's own limit would be another way, but on a step of an ensemble it can hang the ensemble's clients
-    (triton-inference-server/server #7512)."""
-    policy = config.dynamic_batching.default_queue_policy
-    policy.timeout_action = pb.ModelQueuePolicy.REJECT
-    policy.default_timeout_microseconds = QUEUE_TIMEOUT_US
-    policy.allow_timeout_override = True
+    """Batches form by themselves while the instances are busy, without a queue delay.
+
+    And without a queue policy: with a timeout, an override of it or a largest size, Triton's batcher prepares no batch
+    while an instance is at work, and a request that comes between an answer and the instance's return to its queue wakes
+    nobody, until half a second is over (triton-inference-server/core: PriorityQueue, RateLimiter::PayloadSlotAvailable;
+    docs/performance.md has the measurements). What comes too late is refused by the stages; what its caller has given up is
+    taken out of the queue by Triton.
+    """
+    config.dynamic_batching.SetInParent()
 
 
 def _warm_up(config: Any) -> None:

@@ -17,7 +17,6 @@ from trirank import RankClient, RankError, contract
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trirank_build.errors import ServeError
-from trirank_build.repository.configs import QUEUE_TIMEOUT_US
 from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.live import LiveRepository, Served
 
@@ -25,9 +24,9 @@ WARM_ROUNDS = 3
 LOAD_TIMEOUT_S = 120.0
 DRAIN_S = 1.0
 """How long the old release must have had nothing to do before it goes."""
-DRAIN_TIMEOUT_S = QUEUE_TIMEOUT_US / 1e6
-"""No request waits longer in a queue. One that was cancelled between two stages never arrives at the second, so counts
-that do not agree are waited for no longer."""
+DRAIN_TIMEOUT_S = 10.0
+"""No caller waits longer for an answer. One that gave up between two stages never arrives at the second, so counts that do
+not agree are waited for no longer."""
 CONTROL_HEADER = "trirank-control"
 
 

@@ -10,11 +10,11 @@ class TritonPythonModel:
         self.pipeline = Pipeline.load(release, *graph_of(args))
         self.stage = Stage(args, self.pipeline)
         self.quality = report_quality(release)
-        self.times = StageTimes(args["model_name"], self.pipeline.seconds, self.pipeline.requests)
+        self.times = StageTimes(args["model_name"], self.pipeline.seconds)
 
     def execute(self, requests):
+        self.times.report()
         return self.stage.execute(requests)
 
     def finalize(self):
-        self.times.close()
         self.pipeline.close()
