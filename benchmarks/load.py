@@ -1,9 +1,9 @@
 """Load from outside, by processes that cost next to nothing: nghttp2's h2load, which sends ready messages over HTTP/2.
 
-A load generator in Python takes a tenth of a millisecond of a core a request, as much as some of the servers here, and its
-threads hold each other up: its own stalls then look like the server's. h2load takes some microseconds. Each caller has a
-connection of its own; callers share at most eight processes, each with a request of its own; all start together, and the
-first part of every run is not counted.
+A load generator in Python takes a tenth of a millisecond of a core a request, as much as some of the servers here, and
+its threads hold each other up: its own stalls then look like the server's. h2load takes some microseconds. Each caller
+has a connection of its own; callers share at most eight processes, each with a request of its own; all start together,
+and the first part of every run is not counted.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def closed_loop(address: str, requests: list[RankRequest], callers: int, seconds
             body = Path(folder, f"{at}.body")
             body.write_bytes(frame(requests[at % len(requests)]))
             commands.append([
-                "h2load", f"--clients={callers // processes}", "--max-concurrent-streams=1", f"--duration={seconds}", "--warm-up-time=0",
-                f"--data={body}", f"--log-file={folder}/{at}.log",
+                "h2load", f"--clients={callers // processes}", "--max-concurrent-streams=1",
+                f"--duration={seconds}", "--warm-up-time=0", f"--data={body}", f"--log-file={folder}/{at}.log",
                 "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{address}{METHOD}",
             ])  # fmt: skip
         before = _cpu_s(servers)
@@ -90,5 +90,7 @@ def closed_loop(address: str, requests: list[RankRequest], callers: int, seconds
 
 def _cpu_s(pids: list[int]) -> float:
     """Processor seconds of processes and their children."""
-    found = [process for pid in pids for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+    found = [
+        process for pid in pids for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))
+    ]
     return sum(sum(process.cpu_times()[:2]) for process in found)

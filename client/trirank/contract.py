@@ -115,10 +115,10 @@ HANDOVER = TensorSpec(
     "handover",
     "INT32",
     (-1,),
-    "[5 + 2 N]: as STATUS without its last number, TOP_K, the scenario's place among the release's policies, then of each "
-    "candidate the catalogue row (-1: not to be ranked), then of each the Signal bit mask",
+    "[5 + 2 N]: as STATUS without its last number, TOP_K, the scenario's place among the release's policies, then of "
+    "each candidate the catalogue row (-1: not to be ranked), then of each the Signal bit mask",
 )
-"""What preprocess tells rerank past the ranker; one tensor, since each one that crosses a process boundary costs time."""
+"""What preprocess tells rerank past the ranker; one tensor, since each that crosses a process boundary costs time."""
 
 
 class Behaviour(IntEnum):

@@ -86,8 +86,8 @@ class Catalogue:
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:
-    """A view that cannot be written to. numba compiles a kernel once for arrays that can and once for those that cannot;
-    what comes from a mapped file cannot, so everything else is handed over like that too."""
+    """A view that cannot be written to. numba compiles a kernel once for arrays that can and once for those that
+    cannot; what comes from a mapped file cannot, so everything else is handed over like that too."""
     view = array.view()
     view.flags.writeable = False
     return view

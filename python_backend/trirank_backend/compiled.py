@@ -1,8 +1,8 @@
 """Loops over candidates, compiled to machine code by numba: once a machine, kept on disk, never during a request.
 
-Compiled code lies in a folder whose name is a digest of all that it depends on: the sources of every kernel, the versions
-of numba and Python, the processor. numba's own check sees only the file that a function stands in, and would go on with
-old code where a kernel that another one calls has changed.
+Compiled code lies in a folder whose name is a digest of all that it depends on: the sources of every kernel, the
+versions of numba and Python, the processor. numba's own check sees only the file that a function stands in, and would
+go on with old code where a kernel that another one calls has changed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trirank import contract
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 VARIABLE = "TRIRANK_CACHE"
-_SOURCES = "*kernels.py"
-"""Modules of kernels are named so."""
+_HERE = Path(__file__).parent
+_BESIDE = ("compiled.py", "features/table.py", "features/batch.py")
+"""What kernels take constants and types from, beside the contract."""
 _COMPLETE = "complete"
+_OWN = "trirank-kernels-"
 
 
 @lru_cache(1)
 def folder() -> Path:
     """Where this version's compiled code is kept on this machine: below ``$TRIRANK_CACHE``, ``$XDG_CACHE_HOME`` or
-    ``~/.cache``; where none can be written to (a container with a read-only root), in a folder of this process alone."""
+    ``~/.cache``. Where none can be written to (a container with a read-only root), a folder of this process alone."""
     home = os.environ.get(VARIABLE) or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = Path(home) / "trirank" / "kernels" / _fingerprint()
     try:
@@ -38,19 +42,18 @@ def folder() -> Path:
         with tempfile.TemporaryFile(dir=place):
             return place
     except OSError:
-        place = Path(tempfile.mkdtemp(prefix="trirank-kernels-"))
+        place = Path(tempfile.mkdtemp(prefix=_OWN))
         atexit.register(shutil.rmtree, place, ignore_errors=True)
         return place
 
 
-def are_compiled() -> bool:
-    """Whether this machine has the code of this version, so that nothing has to wait for the compiler. Imports no
-    compiler itself."""
-    return (folder() / _COMPLETE).is_file()
+def need_compiling() -> bool:
+    """Whether this machine lacks the code of this version, and could keep it. Imports no compiler itself."""
+    return not folder().name.startswith(_OWN) and not (folder() / _COMPLETE).is_file()
 
 
 def compile_all() -> None:
-    """Compile every kernel by running it on made-up requests, or load what is compiled already."""
+    """Have every kernel compiled, or loaded where it has been compiled before, by running it on made-up requests."""
     from trirank_backend.rehearsal import rehearse
 
     rehearse()
@@ -72,7 +75,7 @@ def kernel(function: F) -> F:
 
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob(_SOURCES)):
+    for source in sorted([*_HERE.rglob("*kernels.py"), *(_HERE / name for name in _BESIDE), Path(contract.__file__)]):
         digest.update(source.read_bytes())
     versions = [f"{package} {metadata.version(package)}" for package in ("numba", "llvmlite")]
     digest.update(" ".join([*versions, platform.python_version(), _processor()]).encode())
@@ -85,3 +88,7 @@ def _processor() -> str:
     except OSError:  # not Linux
         return platform.processor()
     return " ".join(next((line for line in lines if line.startswith(word)), "") for word in ("model name", "flags"))
+
+
+if __name__ == "__main__":
+    compile_all()

@@ -14,7 +14,6 @@ from trirank.contract import PAD_ITEM_ID
 
 from trirank_backend.errors import InvalidRelease
 
-
 UNKNOWN_TIME = -1
 """Timestamp of an event of which nobody knows when it was."""
 
@@ -94,7 +93,9 @@ class SqliteUserStore:
     def get(self, user_ids: list[int]) -> dict[int, Events]:
         """Events of the users that are known."""
         found = {}
-        for user_id in user_ids:  # one statement that stays prepared; one of many values would be another for each count
+        for (
+            user_id
+        ) in user_ids:  # one statement that stays prepared; one of many values would be another for each count
             row = self._connection.execute(_OF_USER, (user_id,)).fetchone()
             if row is not None:
                 ids, behaviours, times = row

@@ -36,7 +36,8 @@ def drop_repeats(
             if one == padding:
                 rows[at] = -1
                 continue
-            # Fibonacci hashing (Knuth, The Art of Computer Programming 3, 6.4): the product's upper bits are mixed well.
+            # Fibonacci hashing (Knuth, The Art of Computer Programming 3, 6.4): the product's upper bits are mixed
+            # well.
             mixed = (np.uint64(one) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
             slot = np.int64(mixed & np.uint64(size - 1))
             while found[slot] >= 0 and wanted[found[slot]] != one:

@@ -41,9 +41,7 @@ class Pipeline:
         """Let go of the user store."""
         self._preprocess.close()
 
-    def __call__(
-        self, requests: list[Tensors], deadlines: list[float] | None = None
-    ) -> list[Tensors | BackendError]:
+    def __call__(self, requests: list[Tensors], deadlines: list[float] | None = None) -> list[Tensors | BackendError]:
         """RANKED_IDS, SCORES, REASONS and STATUS of each request, or why there are none.
 
         Args:
@@ -73,7 +71,9 @@ class Pipeline:
             return answer
         except BackendError as error:
             return error
-        except Exception as error:  # of an engine, whose exceptions share no base; the others' requests are not at fault
+        except (
+            Exception
+        ) as error:  # of an engine, whose exceptions share no base; the others' requests are not at fault
             return StageFailed(f"{contract.RANKER}: {error}")
 
     def _count(self, stage: str, started: float) -> float:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trirank import contract
 from trirank.contract import Status
 
+from trirank_backend.compiled import compile_all
 from trirank_backend.errors import InvalidInput
 from trirank_backend.features import Lines, Packer
 from trirank_backend.handover import Handover
@@ -37,8 +38,8 @@ class Prepared(NamedTuple):
 class Preprocess:
     """Looks up what requests name, and packs it.
 
-    A step answers a list as long as its input, in which a request that breaks the contract is an InvalidInput, and every
-    other one is answered all the same.
+    A step answers a list as long as its input, in which a request that breaks the contract is an InvalidInput, and
+    every other one is answered all the same.
 
     Args:
         policies: scenario → its place among the release's policies.
@@ -62,6 +63,7 @@ class Preprocess:
     def load(cls, release: Path) -> Preprocess:
         """Open a release's files."""
         check_contract(release)
+        compile_all()
         directory = release / FEATURES
         packer, text = load_packer(directory)
         policies = load_policies(directory / "policies.json", packer.spec.tasks)
@@ -158,9 +160,7 @@ class Preprocess:
         }
         stored = self._users.get(sorted(wanted)) if wanted else {}
         length = self._packer.spec.history_length
-        found = [
-            events if events is not None else stored.get(user) for user, events in zip(users, sent, strict=True)
-        ]
+        found = [events if events is not None else stored.get(user) for user, events in zip(users, sent, strict=True)]
         cut = [
             None if events is None else events.before(now, length) for events, now in zip(found, moments, strict=True)
         ]
@@ -175,7 +175,7 @@ def _side_by_side(arrays: list[NDArray[Any] | None], requests: list[Request], fi
     """[S]: all lines' values one after the other, each filled up to its request's bucket."""
     if len(requests) == 1 and arrays[0] is not None and arrays[0].shape[1] == requests[0].bucket:
         return np.ascontiguousarray(arrays[0], dtype).reshape(-1)
-    flat = np.full(sum(len(request) * request.bucket for request in requests), fill, dtype)
+    flat: NDArray[Any] = np.full(sum(len(request) * request.bucket for request in requests), fill, dtype)
     start = 0
     for array, request in zip(arrays, requests, strict=True):
         end = start + len(request) * request.bucket

@@ -1,4 +1,5 @@
-"""Made-up requests for a made-up catalogue: every kernel runs, and so is compiled or loaded before anybody waits for it."""
+"""Made-up requests for a made-up catalogue: every kernel runs, and so is compiled or loaded before anybody waits for
+it."""
 
 from __future__ import annotations
 

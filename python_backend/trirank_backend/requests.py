@@ -1,4 +1,5 @@
-"""A request as Triton hands it over, checked. What the contract does not allow is refused here and costs nobody else."""
+"""A request as Triton hands it over, checked. What the contract does not allow is refused here and costs nobody
+else."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from trirank import contract
 from trirank.contract import Reason, Signal, Status
 
 from trirank_backend.catalogue import Catalogue, read_only
+from trirank_backend.compiled import compile_all
 from trirank_backend.errors import BrokenScores, InvalidInput
 from trirank_backend.handover import Handover
 from trirank_backend.policies import Policy, load_policies
@@ -54,6 +55,7 @@ class Rerank:
     def load(cls, release: Path) -> Rerank:
         """Open a release's files."""
         check_contract(release)
+        compile_all()
         spec, catalogue = load_features(release / FEATURES)
         return cls(catalogue, load_policies(release / FEATURES / "policies.json", spec.tasks), spec.tasks)
 

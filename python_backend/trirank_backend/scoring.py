@@ -123,8 +123,8 @@ class OpenVinoRanker:
 
 
 class _FixedRequest:
-    """A graph of fixed shapes. Its tensors stay where they are, so that a call copies some kilobytes in and out; handing
-    over new tensors takes 40 µs more, a fifth of a small ranker's time."""
+    """A graph of fixed shapes. Its tensors stay where they are, so that a call copies some kilobytes in and out;
+    handing over new tensors takes 40 µs more, a fifth of a small ranker's time."""
 
     def __init__(self, compiled: Any, input_names: tuple[str, ...]) -> None:
         self._request = compiled.create_infer_request()
@@ -185,7 +185,9 @@ class GuardedRanker:
             largest = tensors[name].view(np.uint32).max(axis=tuple(range(tensors[name].ndim - 1)))
             if (largest >= limits).any():
                 least, most = tensors[name].min(), tensors[name].max()
-                return InvalidInput(f"{name} holds ids from {least} to {most}; the ranker knows 0 to {limits.max() - 1}")
+                return InvalidInput(
+                    f"{name} holds ids from {least} to {most}; the ranker knows 0 to {limits.max() - 1}"
+                )
         return None
 
 

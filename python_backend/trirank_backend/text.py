@@ -31,7 +31,9 @@ def title_trigrams(titles: list[str]) -> NDArray[np.uint8]:
 def query_trigrams(queries: list[str]) -> NDArray[np.uint64]:
     """[B, 8, 8] uint64: the letter trigrams of each query word, 512 bits a word; zeros behind the last word."""
     size = QUERY_WORDS * TRIGRAM_BYTES
-    filters = [b"".join([_filter(word) for word in _words(query)[:QUERY_WORDS]]).ljust(size, b"\0") for query in queries]
+    filters = [
+        b"".join([_filter(word) for word in _words(query)[:QUERY_WORDS]]).ljust(size, b"\0") for query in queries
+    ]
     return np.frombuffer(bytearray(b"".join(filters)), np.uint64).reshape(len(queries), QUERY_WORDS, -1)
 
 

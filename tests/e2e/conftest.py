@@ -1,16 +1,37 @@
-"""A real Triton server on the small world's release, one for all tests of this folder."""
+"""A real Triton server on the small world's release, one a pipeline for all tests of this folder."""
 
 from __future__ import annotations
 
 import pytest
 from trirank import RankClient
 
+PIPELINES = ("ensemble", "single")
+ON_BOTH = {"test_ranking", "test_protocol"}
+"""Modules whose tests hold for every pipeline; the others do with one."""
+
+
+def pytest_generate_tests(metafunc):
+    if "server" in metafunc.fixturenames:
+        pipelines = PIPELINES if metafunc.module.__name__ in ON_BOTH else PIPELINES[:1]
+        metafunc.parametrize("server", pipelines, indirect=True, scope="session")
+
 
 @pytest.fixture(scope="session")
-def server(world):
+def single(world, trained, tmp_path_factory):
+    """The small world's release with all stages in one process."""
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.repository.assemble import assemble
+
+    folder = tmp_path_factory.mktemp("single")
+    dataset = Dataset.load(world.data)
+    return assemble(trained, dataset, world.onnx, folder, pipeline="single", engine="onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def server(request, world, single):
     from trirank_build.serving.server import TritonServer
 
-    with TritonServer(world.release) as server:
+    with TritonServer(single if request.param == "single" else world.release) as server:
         server.wait_ready()
         yield server
 

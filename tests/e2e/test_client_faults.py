@@ -18,7 +18,17 @@ import pytest
 import trirank
 import trustme
 from support import bare_server
-from trirank import AsyncRankClient, EjectionPolicy, HedgePolicy, RankClient, RankRequest, RetryPolicy, Status, Tls
+from trirank import (
+    AsyncRankClient,
+    EjectionPolicy,
+    HedgePolicy,
+    RankClient,
+    RankRequest,
+    RetryPolicy,
+    Status,
+    Tls,
+    contract,
+)
 from trirank import _core as core
 from trirank_build.errors import ServeError
 from trirank_build.repository.configs import config_text
@@ -275,7 +285,7 @@ def test_another_contract_is_told_once(make, world, tmp_path):
                 assert time.monotonic() < deadline
         error = timed(lambda: make(other.grpc, deadline_s=5).rank(REQUEST), 5)
         assert isinstance(error, trirank.IncompatibleServer)
-        assert "is of contract 99, this client speaks 1; install" in str(error)
+        assert f"is of contract 99, this client speaks {contract.CONTRACT_VERSION}; install" in str(error)
 
 
 def test_many_in_order(server, world):

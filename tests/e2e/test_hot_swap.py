@@ -27,9 +27,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 
 @pytest.fixture(scope="module")
-def other(world, recipe, tmp_path_factory):
+def others(world, recipe, tmp_path_factory):
     """A release of the same shapes, whose vocabulary and weights are others: features of the one mean nothing to the
-    ranker of the other, and nothing but the scores would show it."""
+    ranker of the other, and nothing but the scores would show it. One of each pipeline."""
     folder = tmp_path_factory.mktemp("other")
     dataset = Dataset.load(world.data)
     features = recipe.features.model_copy(update={"vocabulary": 250})
@@ -37,7 +37,17 @@ def other(world, recipe, tmp_path_factory):
     changes = {"features": features, "training": training, "seed": 99}
     run = train(recipe.model_copy(update=changes), dataset, folder / "run")
     write_parity(folder / "r.onnx", export(run.model(), run.features.spec, folder / "r.onnx"), "SharedContextRanker")
-    return assemble(run, dataset, folder / "r.onnx", folder / "releases", engine="onnxruntime")
+    return {
+        pipeline: assemble(
+            run, dataset, folder / "r.onnx", folder / "releases", engine="onnxruntime", pipeline=pipeline
+        )
+        for pipeline in ("ensemble", "single")
+    }
+
+
+@pytest.fixture(scope="module")
+def other(others):
+    return others["ensemble"]
 
 
 def answers(address, release):
@@ -58,12 +68,14 @@ def same(answer, expected):
     return found.keys() == expected.keys() and all(abs(found[key] - expected[key]) < 1e-4 for key in found)
 
 
-def test_swaps_under_load(world, other):
+@pytest.mark.parametrize("pipelines", [("ensemble", "ensemble"), ("ensemble", "single"), ("single", "single")])
+def test_swaps_under_load(world, single, others, pipelines):
+    first, other = {"ensemble": world.release, "single": single}[pipelines[0]], others[pipelines[1]]
     requests = requests_of(world.release)
     failed, mixed, seen, stop = [], [], [], threading.Event()
-    with TritonServer(world.release, swappable=True) as server:
+    with TritonServer(first, swappable=True) as server:
         server.wait_ready()
-        expected = {world.release: answers(server.grpc, world.release)}
+        expected = {first: answers(server.grpc, world.release)}
         server.swap(other)
         assert server.release == other.resolve()
         expected[other] = answers(server.grpc, world.release)
@@ -87,18 +99,19 @@ def test_swaps_under_load(world, other):
         threads = [threading.Thread(target=load) for _ in range(4)]
         for thread in threads:
             thread.start()
-        for release in (world.release, other):
+        for release in (first, other):
             server.swap(release)
         stop.set()
         for thread in threads:
             thread.join()
         assert failed == []
         assert mixed == []
-        assert set(seen) == {world.release, other}
+        assert set(seen) == {first, other}
         loaded = {
             model.name for model in stub(server).RepositoryIndex(*controlled(server)).models if model.state == "READY"
         }
-        assert loaded == {"rank", *(f"{name}_{other.name}" for name in ("rank", "preprocess", "ranker", "rerank"))}
+        models = ("rank",) if pipelines[1] == "single" else ("rank", "preprocess", "ranker", "rerank")
+        assert loaded == {"rank", *(f"{name}_{other.name}" for name in models)}
 
 
 def stub(server):

@@ -20,6 +20,8 @@ POLICIES = {
     "unique": Policy({"click": 1.0, "purchase": 2.0}),
     "fresh": Policy({"click": 1.0}, deduplicate=False, exclude_purchased=True, boosts={"NEW_ITEM": 3.0}),
 }
+
+
 def reranker(products):
     """Of items 100, 101, … whose row is their place."""
     count = len(products)

@@ -202,8 +202,8 @@ def _python(
 def _single(runtime: RankerRuntime, count: int) -> Any:
     if runtime.name != "python":
         raise BadModel(
-            f"--pipeline single runs the ranker in its own process, with --runtime python; {runtime.name} needs a model "
-            "of its own: --pipeline ensemble"
+            f"--pipeline single runs the ranker in its own process, with --runtime python; {runtime.name} needs a "
+            "model of its own: --pipeline ensemble"
         )
     config = _python(contract.ENSEMBLE, contract.REQUEST, contract.RESPONSE, count)
     config.parameters["engine"].string_value = runtime.engine
@@ -260,10 +260,10 @@ def _batch(config: Any) -> None:
     """Batches form by themselves while the instances are busy, without a queue delay.
 
     And without a queue policy: with a timeout, an override of it or a largest size, Triton's batcher prepares no batch
-    while an instance is at work, and a request that comes between an answer and the instance's return to its queue wakes
-    nobody, until half a second is over (triton-inference-server/core: PriorityQueue, RateLimiter::PayloadSlotAvailable;
-    docs/performance.md has the measurements). What comes too late is refused by the stages; what its caller has given up is
-    taken out of the queue by Triton.
+    while an instance is at work, and a request that comes between an answer and the instance's return to its queue
+    wakes nobody, until half a second is over (triton-inference-server/core: PriorityQueue,
+    RateLimiter::PayloadSlotAvailable; docs/performance.md has the measurements). What comes too late is refused by the
+    stages; what its caller has given up is taken out of the queue by Triton.
     """
     config.dynamic_batching.SetInParent()
 

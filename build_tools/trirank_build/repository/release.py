@@ -59,7 +59,9 @@ def load_manifest(release: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((release / MANIFEST).read_text())
-        missing = [key for key in ("release", "contract", "runtime", "pipeline", "engines", "files") if key not in manifest]
+        missing = [
+            key for key in ("release", "contract", "runtime", "pipeline", "engines", "files") if key not in manifest
+        ]
     except (OSError, ValueError, TypeError) as error:
         raise BadModel(f"{release} is no release ({error}); make one with `trirank assemble`") from error
     if missing:

@@ -1,8 +1,8 @@
 """The repository that a running server reads: models of one release, or of two while one takes the other's place.
 
 Every stage is named after its release (``ranker_8c8d4e1ce682``), and so is an ensemble of them; the ensemble ``rank``
-has the steps of one release, or its one model where the stages share a process. So no request can meet features of one release and scores of another: whichever
-configuration of ``rank`` it is taken up by names one release alone.
+has the steps of one release, or its one model where the stages share a process. So no request can meet features of one
+release and scores of another: whichever configuration of ``rank`` it is taken up by names one release alone.
 """
 
 from __future__ import annotations

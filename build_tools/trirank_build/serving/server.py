@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from trirank import RankClient, contract
+from trirank_backend.compiled import need_compiling
 
 from trirank_build.errors import ServeError
 from trirank_build.progress import warn, working
@@ -74,6 +75,7 @@ class TritonServer:
             BadModel: ``release`` is none.
         """
         _check_shared_memory()
+        _compile_kernels()
         self._control: Control | None = None
         self._scratch = Path(tempfile.mkdtemp(prefix="trirank-serve-"))
         self._process: subprocess.Popen[bytes] | None = None
@@ -286,6 +288,16 @@ def _check_shared_memory() -> None:
             f"/dev/shm has {free >> 20} MiB free, Triton's Python stages need {needed >> 20}; start the container with "
             "--shm-size=1g, or free some"
         )
+
+
+def _compile_kernels() -> None:
+    """Once a machine, by the Python that the stubs run, so that not each of them does it at its start."""
+    if need_compiling():
+        with working("compiling kernels, once a machine"):
+            done = subprocess.run([sys.executable, "-m", "trirank_backend.compiled"], capture_output=True, text=True)
+        if done.returncode:
+            words = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+            raise ServeError(f"the kernels could not be compiled ({words[0]}); is numba installed as constraints say?")
 
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None

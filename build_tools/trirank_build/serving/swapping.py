@@ -25,8 +25,8 @@ LOAD_TIMEOUT_S = 120.0
 DRAIN_S = 1.0
 """How long the old release must have had nothing to do before it goes."""
 DRAIN_TIMEOUT_S = 10.0
-"""No caller waits longer for an answer. One that gave up between two stages never arrives at the second, so counts that do
-not agree are waited for no longer."""
+"""No caller waits longer for an answer. One that gave up between two stages never arrives at the second, so counts
+that do not agree are waited for no longer."""
 CONTROL_HEADER = "trirank-control"
 
 

@@ -7,5 +7,6 @@ from trirank_backend.features.spec import FeatureSpec
 from trirank_backend.features.table import CONTEXT, DENSE, HISTORY_EXTRA, INPUTS, STATIC_DENSE
 
 __all__ = [
-    "CONTEXT", "DENSE", "HISTORY_EXTRA", "INPUTS", "STATIC_DENSE", "TIME_GAPS", "FeatureSpec", "Lines", "Packed", "Packer", "even_starts",
+    "CONTEXT", "DENSE", "HISTORY_EXTRA", "INPUTS", "STATIC_DENSE", "TIME_GAPS", "FeatureSpec", "Lines", "Packed",
+    "Packer", "even_starts",
 ]  # fmt: skip

@@ -12,6 +12,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class Items(NamedTuple):
+    """The catalogue as kernels read it: M items and the row for "no item", see catalogue.Catalogue. All read-only.
+
+    Attributes:
+        brands, categories: [M+1] int32 ids of the joint vocabulary, 0: missing.
+        prices, popularity: [M+1] float32, standardised logarithms.
+        words: [M+1, 8] uint64, the titles' trigrams.
+        token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles.
+    """
+
+    brands: NDArray[np.int32]
+    categories: NDArray[np.int32]
+    products: NDArray[np.int32]
+    prices: NDArray[np.float32]
+    popularity: NDArray[np.float32]
+    created_at: NDArray[np.int64]
+    signals: NDArray[np.int32]
+    titles: NDArray[np.int32]
+    words: NDArray[np.uint64]
+    token_idf: NDArray[np.float32]
+
+
 class Lines(NamedTuple):
     """B lines after look-ups, S places for candidates in all.
 

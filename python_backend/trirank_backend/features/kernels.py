@@ -1,8 +1,9 @@
-"""What the ranker is told of a candidate and of a request, in numbers: one pass over the candidates each.
+"""What the ranker is told of candidates and requests, in numbers: one pass over each line's own candidates.
 
-Every kernel of a candidate has the arguments (Items, Lines, one column [S] float32 a feature, signals [S] int32), fills the
-columns of places that have an item, and sets the Signal bits that come of them. Kernels of a request have columns [B].
-The table of features (``table.py``) says which columns belong to a kernel, in the order of its first line.
+``fill`` goes through the lines and calls the kernels of the table of features (``table.py``) on each. A kernel of
+candidates fills its columns of ``dense`` [S, D] at the places ``first`` to ``end`` that have an item, and sets the
+Signal bits that come of them; a kernel of requests fills its columns of ``context`` [B, C]. All of it is one compiled
+call: a call each cost more than what they calculate.
 
 The same in numpy, slowly, is in the tests.
 """
@@ -10,14 +11,15 @@ The same in numpy, slowly, is in the tests.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from trirank.contract import Behaviour, Signal
 
 from trirank_backend.compiled import kernel
-from trirank_backend.features.batch import Lines
+from trirank_backend.features.batch import Items, Lines
+from trirank_backend.features.table import CONTEXT_AT, DENSE_AT
+from trirank_backend.features.text_kernels import letters, tokens
 
 TIME_GAPS = 16
 """Buckets of log2(minutes since the event)."""
@@ -30,178 +32,191 @@ _PURCHASE = Behaviour.PURCHASE.value
 _TURN = 2 * math.pi
 
 
-class Items(NamedTuple):
-    """The catalogue's columns that kernels read; M items and the row for "no item". See catalogue.Catalogue.
-
-    Attributes:
-        prices, popularity: [M+1] float32, standardised logarithms.
-        brands, categories: [M+1] int32 ids of the joint vocabulary, 0: missing.
-        words: [M+1, 8] uint64, the titles' trigrams.
-        token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles.
-    """
-
-    prices: NDArray[np.float32]
-    popularity: NDArray[np.float32]
-    brands: NDArray[np.int32]
-    categories: NDArray[np.int32]
-    products: NDArray[np.int32]
-    created_at: NDArray[np.int64]
-    titles: NDArray[np.int32]
-    words: NDArray[np.uint64]
-    token_idf: NDArray[np.float32]
-
-
 @kernel
-def static(items: Items, lines: Lines, out: Any, signals: NDArray[np.int32]) -> None:
+def static(items: Items, lines: Lines, first: int, end: int, dense: NDArray[np.float32]) -> None:
     """What the catalogue says of the item, whoever asks."""
-    price, popularity = out
-    for at, row in enumerate(lines.rows):
+    for at in range(first, end):
+        row = lines.rows[at]
         if row >= 0:
-            price[at] = items.prices[row]
-            popularity[at] = items.popularity[row]
+            dense[at, DENSE_AT.price] = items.prices[row]
+            dense[at, DENSE_AT.popularity] = items.popularity[row]
 
 
 @kernel
-def retrieval(items: Items, lines: Lines, out: Any, signals: NDArray[np.int32]) -> None:
-    """Retrieval's scores: whether there is one, standardised within the line, comparable between lines, and its rank."""
-    given, standardised, logarithm, rank = out
-    for line in range(len(lines.starts) - 1):
-        first, end = lines.starts[line], lines.starts[line + 1]
-        count, total = 0, 0.0
-        falling, last = True, np.float32(np.inf)
-        places = np.empty(end - first, np.int64)
-        for at in range(first, end):
-            score = lines.scores[at]
-            if lines.rows[at] >= 0 and not math.isnan(score):
-                places[count] = at
-                count += 1
-                total += score
-                falling = falling and score <= last
-                last = score
-        if count == 0:
-            continue
-        mean, squares = total / count, 0.0
-        for at in places[:count]:
-            squares += (lines.scores[at] - mean) ** 2
-        deviation = max(math.sqrt(squares / count), 1e-6)
-        if not falling:  # retrieval mostly sends its best first, and then there is nothing to sort
-            places[:count] = places[np.argsort(-lines.scores[places[:count]], kind="mergesort")]
-        for place in range(count):
-            at = places[place]
-            score = float(lines.scores[at])
-            given[at] = 1
-            standardised[at] = (score - mean) / deviation
-            logarithm[at] = math.copysign(math.log1p(abs(score)), score)
-            rank[at] = 1 / math.log2(2 + place)
+def retrieval(lines: Lines, first: int, end: int, dense: NDArray[np.float32]) -> None:
+    """Retrieval's scores: whether there is one, standardised within the line, comparable between lines, and its
+    rank."""
+    count, total = 0, 0.0
+    falling, last = True, np.float32(np.inf)
+    places = np.empty(end - first, np.int64)
+    for at in range(first, end):
+        score = lines.scores[at]
+        if lines.rows[at] >= 0 and not math.isnan(score):
+            places[count] = at
+            count += 1
+            total += score
+            falling = falling and score <= last
+            last = score
+    if count == 0:
+        return
+    mean, squares = total / count, 0.0
+    for at in places[:count]:
+        squares += (lines.scores[at] - mean) ** 2
+    deviation = max(math.sqrt(squares / count), 1e-6)
+    if not falling:  # retrieval mostly sends its best first, and then there is nothing to sort
+        places[:count] = places[np.argsort(-lines.scores[places[:count]], kind="mergesort")]
+    for place in range(count):
+        at = places[place]
+        score = float(lines.scores[at])
+        dense[at, DENSE_AT.has_retrieval_score] = 1
+        dense[at, DENSE_AT.retrieval_score] = (score - mean) / deviation
+        dense[at, DENSE_AT.retrieval_score_log] = math.copysign(math.log1p(abs(score)), score)
+        dense[at, DENSE_AT.retrieval_rank] = 1 / math.log2(2 + place)
 
 
 @kernel
-def age(items: Items, lines: Lines, out: Any, signals: NDArray[np.int32]) -> None:
-    """How long the item has been there."""
-    (days_log,) = out
-    for line in range(len(lines.starts) - 1):
-        now = lines.timestamps[line]
-        for at in range(lines.starts[line], lines.starts[line + 1]):
-            row = lines.rows[at]
-            if row < 0 or items.created_at[row] <= 0:
-                continue
-            days = max(now - items.created_at[row], 0) / DAY_S
-            days_log[at] = math.log1p(days) / 5
-            if days < NEW_DAYS:
-                signals[at] |= _NEW_ITEM
-
-
-@kernel
-def seen(items: Items, lines: Lines, out: Any, signals: NDArray[np.int32]) -> None:
-    """Events of the history with the same item, product, brand and category, as logarithms."""
-    of_item, of_product, of_brand, of_category = out
-    length = lines.history_rows.shape[1]
-    log1p = np.log1p(np.arange(length + 1))
-    for line in range(len(lines.starts) - 1):
-        past = lines.history_rows[line]
-        if (past < 0).all():
-            continue
-        first, end = lines.starts[line], lines.starts[line + 1]
-        size = end - first
-        rows = lines.rows[first:end]
-        products, brands, categories = items.products[rows], items.brands[rows], items.categories[rows]
-        count = np.zeros((4, size), np.int32)
-        by_item, by_product, by_brand, by_category = count[0], count[1], count[2], count[3]
-        for event in range(length):
-            row = past[event]
-            if row < 0:
-                continue
-            # Plain loops over short columns, which the compiler turns into vector instructions.
-            for at in range(size):
-                by_item[at] += rows[at] == row
-            if lines.history_behaviours[line, event] == _PURCHASE:
-                for at in range(size):
-                    if rows[at] == row:
-                        signals[first + at] |= _PURCHASED
-            product, brand, category = items.products[row], items.brands[row], items.categories[row]
-            if product >= 0:
-                for at in range(size):
-                    by_product[at] += products[at] == product
-            if brand > 0:
-                for at in range(size):
-                    by_brand[at] += brands[at] == brand
-            if category > 0:
-                for at in range(size):
-                    by_category[at] += categories[at] == category
-        for at in range(size):
-            if rows[at] < 0:
-                continue
-            place = first + at
-            of_item[place], of_product[place] = log1p[by_item[at]], log1p[by_product[at]]
-            of_brand[place], of_category[place] = log1p[by_brand[at]], log1p[by_category[at]]
-            if by_item[at] > 0:
-                signals[place] |= _SEEN_ITEM
-            if by_product[at] > 0:
-                signals[place] |= _SEEN_PRODUCT
-            if by_brand[at] > 0:
-                signals[place] |= _SEEN_BRAND
-            if by_category[at] > 0:
-                signals[place] |= _SEEN_CATEGORY
-
-
-@kernel
-def session(items: Items, lines: Lines, out: Any, signals: NDArray[np.int32]) -> None:
-    """Of a request: who asks, how much is known of them, and what they typed."""
-    anonymous, history_length, has_query, query_length = out
-    most = math.log1p(lines.history_rows.shape[1])
-    for line in range(len(lines.starts) - 1):
-        tokens = (lines.query[line] > 0).sum()
-        anonymous[line] = lines.anonymous[line]
-        history_length[line] = math.log1p((lines.history_rows[line] >= 0).sum()) / most
-        has_query[line] = tokens > 0
-        query_length[line] = tokens / lines.query.shape[1]
-
-
-@kernel
-def clock(items: Items, lines: Lines, out: Any, signals: NDArray[np.int32]) -> None:
-    """Of a request: time of day and day of the week (UTC), as points on circles."""
-    hour_sin, hour_cos, weekday_sin, weekday_cos = out
-    for line in range(len(lines.starts) - 1):
-        now = lines.timestamps[line]
-        hour, weekday = now % DAY_S / DAY_S * _TURN, now // DAY_S % 7 / 7 * _TURN
-        hour_sin[line], hour_cos[line] = math.sin(hour), math.cos(hour)
-        weekday_sin[line], weekday_cos[line] = math.sin(weekday), math.cos(weekday)
-
-
-@kernel
-def behaviours(rows: NDArray[np.int32], codes: NDArray[np.int32], first: int, out: NDArray[np.int32]) -> None:
-    """[B, H] id of what was done in each event, from the joint vocabulary's ``first`` on."""
-    for line, event in np.ndindex(rows.shape):
-        if rows[line, event] >= 0:
-            out[line, event] = first + codes[line, event]
-
-
-@kernel
-def time_gaps(
-    rows: NDArray[np.int32], then: NDArray[np.int64], now: NDArray[np.int64], first: int, out: NDArray[np.int32]
+def age(
+    items: Items,
+    lines: Lines,
+    now: int,
+    first: int,
+    end: int,
+    dense: NDArray[np.float32],
+    signals: NDArray[np.int32],
 ) -> None:
-    """[B, H] id of how long ago each event was; left "missing" where nobody knows when."""
-    for line, event in np.ndindex(rows.shape):
-        if rows[line, event] >= 0 and then[line, event] >= 0:
-            minutes = max(now[line] - then[line, event], 0) / 60
-            out[line, event] = first + min(int(math.log2(1 + minutes)), TIME_GAPS - 1)
+    """How long the item has been there."""
+    for at in range(first, end):
+        row = lines.rows[at]
+        if row < 0 or items.created_at[row] <= 0:
+            continue
+        days = max(now - items.created_at[row], 0) / DAY_S
+        dense[at, DENSE_AT.age] = math.log1p(days) / 5
+        if days < NEW_DAYS:
+            signals[at] |= _NEW_ITEM
+
+
+@kernel
+def seen(
+    items: Items,
+    lines: Lines,
+    line: int,
+    first: int,
+    end: int,
+    dense: NDArray[np.float32],
+    signals: NDArray[np.int32],
+) -> None:
+    """Events of the history with the same item, product, brand and category, as logarithms."""
+    past = lines.history_rows[line]
+    if (past < 0).all():
+        return
+    size = end - first
+    rows = lines.rows[first:end]
+    products, brands, categories = items.products[rows], items.brands[rows], items.categories[rows]
+    count = np.zeros((4, size), np.int32)
+    by_item, by_product, by_brand, by_category = count[0], count[1], count[2], count[3]
+    for event in range(len(past)):
+        row = past[event]
+        if row < 0:
+            continue
+        # Plain loops over short columns, which the compiler turns into vector instructions.
+        for at in range(size):
+            by_item[at] += rows[at] == row
+        if lines.history_behaviours[line, event] == _PURCHASE:
+            for at in range(size):
+                if rows[at] == row:
+                    signals[first + at] |= _PURCHASED
+        product, brand, category = items.products[row], items.brands[row], items.categories[row]
+        if product >= 0:
+            for at in range(size):
+                by_product[at] += products[at] == product
+        if brand > 0:
+            for at in range(size):
+                by_brand[at] += brands[at] == brand
+        if category > 0:
+            for at in range(size):
+                by_category[at] += categories[at] == category
+    log1p = np.log1p(np.arange(len(past) + 1))
+    for at in range(size):
+        if rows[at] < 0:
+            continue
+        place = first + at
+        dense[place, DENSE_AT.seen_item] = log1p[by_item[at]]
+        dense[place, DENSE_AT.seen_product] = log1p[by_product[at]]
+        dense[place, DENSE_AT.seen_brand] = log1p[by_brand[at]]
+        dense[place, DENSE_AT.seen_category] = log1p[by_category[at]]
+        if by_item[at] > 0:
+            signals[place] |= _SEEN_ITEM
+        if by_product[at] > 0:
+            signals[place] |= _SEEN_PRODUCT
+        if by_brand[at] > 0:
+            signals[place] |= _SEEN_BRAND
+        if by_category[at] > 0:
+            signals[place] |= _SEEN_CATEGORY
+
+
+@kernel
+def session(lines: Lines, line: int, context: NDArray[np.float32]) -> None:
+    """Who asks, how much is known of them, and what they typed."""
+    count = (lines.query[line] > 0).sum()
+    events = (lines.history_rows[line] >= 0).sum()
+    context[line, CONTEXT_AT.anonymous] = lines.anonymous[line]
+    context[line, CONTEXT_AT.history_length] = math.log1p(events) / math.log1p(lines.history_rows.shape[1])
+    context[line, CONTEXT_AT.has_query] = count > 0
+    context[line, CONTEXT_AT.query_length] = count / lines.query.shape[1]
+
+
+@kernel
+def clock(now: int, line: int, context: NDArray[np.float32]) -> None:
+    """Time of day and day of the week (UTC), as points on circles."""
+    hour, weekday = now % DAY_S / DAY_S * _TURN, now // DAY_S % 7 / 7 * _TURN
+    context[line, CONTEXT_AT.hour_sin], context[line, CONTEXT_AT.hour_cos] = math.sin(hour), math.cos(hour)
+    context[line, CONTEXT_AT.weekday_sin], context[line, CONTEXT_AT.weekday_cos] = math.sin(weekday), math.cos(weekday)
+
+
+@kernel
+def events(
+    rows: NDArray[np.int32],
+    codes: NDArray[np.int32],
+    then: NDArray[np.int64],
+    now: NDArray[np.int64],
+    timed: bool,
+    first_behaviour: int,
+    first_gap: int,
+    history: NDArray[np.int32],
+) -> None:
+    """What was done in each event, and how long ago, in the last two fields of ``history`` [B, H, F+2] (see
+    table.HISTORY_EXTRA); ids count from ``first_behaviour`` and ``first_gap`` on, and 0 is "nobody knows"."""
+    width = history.shape[2]
+    for line in range(rows.shape[0]):
+        for event in range(rows.shape[1]):
+            if rows[line, event] < 0:
+                continue
+            history[line, event, width - 2] = first_behaviour + codes[line, event]
+            if timed and then[line, event] >= 0:
+                minutes = max(now[line] - then[line, event], 0) / 60
+                history[line, event, width - 1] = first_gap + min(int(math.log2(1 + minutes)), TIME_GAPS - 1)
+
+
+@kernel
+def fill(
+    items: Items,
+    lines: Lines,
+    timed: bool,
+    dense: NDArray[np.float32],
+    context: NDArray[np.float32],
+    signals: NDArray[np.int32],
+) -> None:
+    """Fill zeros with all features of a batch. Those that need times are left 0 where timestamps are none."""
+    for line in range(len(lines.starts) - 1):
+        first, end, now = lines.starts[line], lines.starts[line + 1], lines.timestamps[line]
+        for at in range(first, end):
+            signals[at] = items.signals[lines.rows[at]]
+        static(items, lines, first, end, dense)
+        retrieval(lines, first, end, dense)
+        if timed:
+            age(items, lines, now, first, end, dense, signals)
+            clock(now, line, context)
+        seen(items, lines, line, first, end, dense, signals)
+        tokens(items, lines, line, first, end, dense, signals)
+        letters(items, lines, line, first, end, dense)
+        session(lines, line, context)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from trirank_backend.catalogue import Catalogue, read_only
-from trirank_backend.features import kernels
-from trirank_backend.features.batch import Lines, Packed
+from trirank_backend.features.batch import Items, Lines, Packed
+from trirank_backend.features.kernels import events, fill
 from trirank_backend.features.spec import FeatureSpec
 from trirank_backend.features.table import (
     CONTEXT,
@@ -18,7 +20,6 @@ from trirank_backend.features.table import (
     STATIC_DENSE,
     fields_left_out,
     left_out,
-    passes,
 )
 
 
@@ -34,8 +35,8 @@ class Packer:
         self.catalogue = catalogue
         self.token_idf = token_idf
         self._items = _items(spec, catalogue, token_idf)
-        self._dense, self._context = passes(DENSE_TABLE, spec.timed), passes(CONTEXT_TABLE, spec.timed)
-        self._hidden_dense, self._hidden_context = left_out(DENSE_TABLE, spec.without), left_out(CONTEXT_TABLE, spec.without)
+        self._hidden_dense = left_out(DENSE_TABLE, spec.without)
+        self._hidden_context = left_out(CONTEXT_TABLE, spec.without)
         names = ("row",) if spec.folded else spec.item_fields
         self._hidden_fields = fields_left_out(names, spec.without)
         self._hidden_history = fields_left_out((*names, *HISTORY_EXTRA), spec.without)
@@ -43,22 +44,20 @@ class Packer:
 
     def pack(self, lines: Lines) -> Packed:
         """All tensors of a batch. An item's features depend on nothing but the item and its line."""
-        count, places = len(lines.timestamps), len(lines.rows)
+        places = len(lines.rows)
         dense = np.zeros((places, len(DENSE)), np.float32)
-        context = np.zeros((count, len(CONTEXT)), np.float32)
-        signals = self.catalogue.signals[lines.rows]
-        for kernel, columns in self._dense:
-            kernel(self._items, lines, tuple([dense[:, column] for column in columns]), signals)
-        for kernel, columns in self._context:
-            kernel(self._items, lines, tuple([context[:, column] for column in columns]), signals)
+        context = np.zeros((len(lines.timestamps), len(CONTEXT)), np.float32)
+        signals = np.empty(places, np.int32)
+        fill(self._items, lines, self.spec.timed, dense, context, signals)
         # A policy's signals do not depend on what the ranker is allowed to see.
         if self._hidden_dense:
             dense[:, self._hidden_dense] = 0
         if self._hidden_context:
             context[:, self._hidden_context] = 0
         query = lines.query if self._shows_query else np.zeros_like(lines.query)
-        times = (lines.history_timestamps, lines.timestamps) if self.spec.timed else None
-        history = self._events(lines.history_rows, lines.history_behaviours, times)
+        history = self._events(
+            lines.history_rows, lines.history_behaviours, lines.history_timestamps, lines.timestamps, self.spec.timed
+        )
         return Packed(history, query, self.items(lines.rows), dense, context, signals)
 
     def items(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -72,38 +71,38 @@ class Packer:
 
     def history(self, rows: NDArray[np.int32], behaviours: NDArray[np.int32]) -> NDArray[np.int32]:
         """[B, H, F+2] a history as the ranker sees it, of any length H, seen from no particular moment."""
-        return self._events(np.ascontiguousarray(rows, np.int32), np.ascontiguousarray(behaviours, np.int32), None)
+        rows, behaviours = np.ascontiguousarray(rows, np.int32), np.ascontiguousarray(behaviours, np.int32)
+        return self._events(rows, behaviours, np.zeros(rows.shape, np.int64), np.zeros(len(rows), np.int64), False)
 
     def _events(
         self,
         rows: NDArray[np.int32],
-        codes: NDArray[np.int32],
-        times: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+        behaviours: NDArray[np.int32],
+        then: NDArray[np.int64],
+        now: NDArray[np.int64],
+        timed: bool,
     ) -> NDArray[np.int32]:
-        """[B, H, F+2]; ``times`` are those of the events and the moments that they are seen from."""
-        items = self.items(rows)
+        items, tables = self.items(rows), self.spec.tables
         history = np.zeros((*rows.shape, items.shape[2] + len(HISTORY_EXTRA)), np.int32)
         history[..., : items.shape[2]] = items
-        behaviour, time_gap = (history[..., items.shape[2] + at] for at in range(len(HISTORY_EXTRA)))
-        kernels.behaviours(rows, codes, self.spec.tables["behaviour"][0], behaviour)
-        if times is not None:
-            kernels.time_gaps(rows, *times, self.spec.tables["time_gap"][0], time_gap)
+        events(rows, behaviours, then, now, timed, tables["behaviour"][0], tables["time_gap"][0], history)
         if self._hidden_history:
             history[..., self._hidden_history] = 0
         return history
 
 
-def _items(spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32]) -> kernels.Items:
+def _items(spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32]) -> Items:
     """The catalogue as kernels read it."""
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "prices": catalogue.dense[:, STATIC_DENSE.index("price")],
         "popularity": catalogue.dense[:, STATIC_DENSE.index("popularity")],
         "brands": catalogue.fields[:, spec.item_fields.index("brand")],
         "categories": catalogue.fields[:, spec.item_fields.index("category")],
         "products": catalogue.products,
         "created_at": catalogue.created_at,
+        "signals": catalogue.signals,
         "titles": catalogue.titles,
         "words": catalogue.trigrams.view(np.uint64),
         "token_idf": token_idf,
     }
-    return kernels.Items(**{name: read_only(column) for name, column in columns.items()})
+    return Items(**{name: read_only(column) for name, column in columns.items()})

@@ -1,17 +1,15 @@
 """All numbers that the ranker is given, declared once: name, input groups of a recipe that leave it out, kernel.
 
-To add one: an entry here, beside its kernel's other features and in the order that the kernel fills them; the reference in
-tests/python_backend/reference.py is its test. Columns of the packed tensors are in the order of these tables, and a release
-remembers their names, so that no release meets other features than it was trained with.
+To add one: an entry here, and the line in its kernel that fills ``DENSE_AT.name`` (or ``CONTEXT_AT.name``); a kernel
+of its own is called in ``kernels.fill``. The reference in tests/python_backend/reference.py is its test. Columns of
+the packed tensors are in the order of these tables, and a release remembers their names, so that it never meets other
+features than it was trained with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import groupby
+from collections import namedtuple
 from typing import Any, NamedTuple
-
-from trirank_backend.features import kernels, text_kernels
 
 
 class Feature(NamedTuple):
@@ -19,53 +17,58 @@ class Feature(NamedTuple):
 
     Attributes:
         groups: inputs (see INPUTS) each of which contains it.
+        kernel: which of the kernels fills it.
         timed: whether it means nothing, and is left 0, where timestamps only order events.
     """
 
     name: str
     groups: tuple[str, ...]
-    kernel: Callable[..., None]
+    kernel: str
     timed: bool = False
 
 
 DENSE_TABLE = (
-    Feature("price", ("price", "dense"), kernels.static),
-    Feature("popularity", ("dense",), kernels.static),
-    Feature("has_retrieval_score", ("retrieval",), kernels.retrieval),
-    Feature("retrieval_score", ("retrieval",), kernels.retrieval),  # standardised within the request
-    Feature("retrieval_score_log", ("retrieval",), kernels.retrieval),  # sign(s) log(1 + |s|)
-    Feature("retrieval_rank", ("retrieval",), kernels.retrieval),  # 1 / log2(1 + rank)
-    Feature("age", ("dense",), kernels.age, timed=True),  # log days since the item was created
-    Feature("seen_item", ("dense",), kernels.seen),  # log(1 + events of the history with …)
-    Feature("seen_product", ("dense",), kernels.seen),
-    Feature("seen_brand", ("dense",), kernels.seen),
-    Feature("seen_category", ("dense",), kernels.seen),
-    Feature("query_coverage", ("text", "dense"), text_kernels.tokens),  # share of the query in the title, by rarity
-    Feature("title_coverage", ("text", "dense"), text_kernels.tokens),  # share of the title's tokens in the query
-    Feature("query_bigrams", ("text", "dense"), text_kernels.tokens),  # share of neighbours that are neighbours there
-    Feature("query_last_token", ("text", "dense"), text_kernels.tokens),  # often the noun
-    Feature("first_match", ("text", "dense"), text_kernels.tokens),  # 1 / (1 + place in the title)
-    Feature("title_length", ("text", "dense"), text_kernels.tokens),  # share of the title's places that are filled
-    Feature("fuzzy_coverage", ("text", "dense"), text_kernels.letters),  # mean share of trigrams over the words
-    Feature("fuzzy_words", ("text", "dense"), text_kernels.letters),  # share of the words that are mostly there
-    Feature("fuzzy_worst", ("text", "dense"), text_kernels.letters),  # smallest share
-    Feature("fuzzy_last", ("text", "dense"), text_kernels.letters),  # share of the last word
+    Feature("price", ("price", "dense"), "static"),
+    Feature("popularity", ("dense",), "static"),
+    Feature("has_retrieval_score", ("retrieval",), "retrieval"),
+    Feature("retrieval_score", ("retrieval",), "retrieval"),  # standardised within the request
+    Feature("retrieval_score_log", ("retrieval",), "retrieval"),  # sign(s) log(1 + |s|), comparable between requests
+    Feature("retrieval_rank", ("retrieval",), "retrieval"),  # 1 / log2(1 + rank)
+    Feature("age", ("dense",), "age", timed=True),  # log days since the item was created
+    Feature("seen_item", ("dense",), "seen"),  # log(1 + events of the history with …)
+    Feature("seen_product", ("dense",), "seen"),
+    Feature("seen_brand", ("dense",), "seen"),
+    Feature("seen_category", ("dense",), "seen"),
+    Feature("query_coverage", ("text", "dense"), "tokens"),  # share of the query's tokens in the title, by rarity
+    Feature("title_coverage", ("text", "dense"), "tokens"),  # share of the title's tokens in the query
+    Feature("query_bigrams", ("text", "dense"), "tokens"),  # share of the query's neighbours that are so in the title
+    Feature("query_last_token", ("text", "dense"), "tokens"),  # whether the last token, often the noun, is there
+    Feature("first_match", ("text", "dense"), "tokens"),  # 1 / (1 + place of the title's first token in the query)
+    Feature("title_length", ("text", "dense"), "tokens"),  # share of the title's places that are filled
+    # Letter trigrams of the query's words found in the title forgive spelling and inflection:
+    Feature("fuzzy_coverage", ("text", "dense"), "letters"),  # mean share over the words
+    Feature("fuzzy_words", ("text", "dense"), "letters"),  # share of the words that are mostly there
+    Feature("fuzzy_worst", ("text", "dense"), "letters"),  # smallest share
+    Feature("fuzzy_last", ("text", "dense"), "letters"),  # share of the last word
 )
 """Of a candidate."""
 CONTEXT_TABLE = (
-    Feature("anonymous", ("context",), kernels.session),
-    Feature("history_length", ("context",), kernels.session),
-    Feature("has_query", ("context",), kernels.session),
-    Feature("query_length", ("context",), kernels.session),
-    Feature("hour_sin", ("context",), kernels.clock, timed=True),
-    Feature("hour_cos", ("context",), kernels.clock, timed=True),
-    Feature("weekday_sin", ("context",), kernels.clock, timed=True),
-    Feature("weekday_cos", ("context",), kernels.clock, timed=True),
+    Feature("anonymous", ("context",), "session"),
+    Feature("history_length", ("context",), "session"),
+    Feature("has_query", ("context",), "session"),
+    Feature("query_length", ("context",), "session"),
+    Feature("hour_sin", ("context",), "clock", timed=True),
+    Feature("hour_cos", ("context",), "clock", timed=True),
+    Feature("weekday_sin", ("context",), "clock", timed=True),
+    Feature("weekday_cos", ("context",), "clock", timed=True),
 )
 """Of a request."""
 DENSE = tuple(feature.name for feature in DENSE_TABLE)
 CONTEXT = tuple(feature.name for feature in CONTEXT_TABLE)
-STATIC_DENSE = tuple(feature.name for feature in DENSE_TABLE if feature.kernel is kernels.static)
+DENSE_AT: Any = namedtuple("DENSE_AT", DENSE)(*range(len(DENSE)))
+CONTEXT_AT: Any = namedtuple("CONTEXT_AT", CONTEXT)(*range(len(CONTEXT)))
+"""Name → column; numba takes both for constants."""
+STATIC_DENSE = tuple(feature.name for feature in DENSE_TABLE if feature.kernel == "static")
 """Numbers of an item that the catalogue holds: log price and log count of interactions, standardised."""
 HISTORY_EXTRA = ("behaviour", "time_gap")
 """Fields of an event after those of its item."""
@@ -74,20 +77,6 @@ INPUTS = (
     "dense", "context",
 )  # fmt: skip
 """Groups of inputs that a recipe can leave out."""
-
-
-class Pass(NamedTuple):
-    """A kernel and the columns that it fills, in its order."""
-
-    kernel: Callable[..., None]
-    columns: tuple[int, ...]
-
-
-def passes(table: tuple[Feature, ...], timed: bool) -> list[Pass]:
-    """The kernels of a table, each once."""
-    named = [(at, feature) for at, feature in enumerate(table) if timed or not feature.timed]
-    grouped = groupby(named, key=lambda pair: pair[1].kernel)
-    return [Pass(kernel, tuple(at for at, _ in members)) for kernel, members in grouped]
 
 
 def left_out(table: tuple[Feature, ...], without: tuple[str, ...]) -> list[int]:
