@@ -16,7 +16,7 @@ from trirank import contract
 from trirank._channels import Target
 from trirank._client import cannot_ask
 from trirank._core import Attempt, Call, Core, checked_deadline
-from trirank._errors import RankError, Unavailable, from_grpc
+from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
 from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
 
@@ -62,7 +62,9 @@ class AsyncRankClient:
                 attempt = call.attempt()
                 error = None
                 if not attempt.endpoint.checked:
-                    error = await self._shake_hands(call, attempt)
+                    fits, error = await self._shake_hands(call, attempt)
+                    if not fits and error is None:
+                        continue
                 if error is None:
                     answered, attempt, outcome = await self._send(call, attempt)
                     if answered:
@@ -71,6 +73,9 @@ class AsyncRankClient:
                 await asyncio.sleep(call.failed(attempt, error))
         except RankError as failure:
             return call.fallback(failure)
+        except BaseException:
+            call.cancelled()
+            raise
 
     @overload
     async def rank_many(
@@ -157,17 +162,21 @@ class AsyncRankClient:
         """Whether it was answered, which attempt, and with what: the reply or the error."""
         under_way = {self._start(call, attempt): attempt}
         delay = self._core.hedge_delay_s(attempt)
+        answered = False
         try:
             done, _ = await asyncio.wait(under_way, timeout=delay)
-            if not done and call.may_hedge():
-                hedge = call.attempt(hedge=True)
+            if not done and (hedge := call.hedge()) is not None:
                 under_way[self._start(call, hedge)] = hedge
             while True:
                 done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                 task = next(iter(done))
                 one = under_way.pop(task)
+                if task.cancelled():  # not by us: the channel was closed
+                    call.given_up(one)
+                    raise ClientClosed("this client was closed while it waited for an answer")
                 error = task.exception()
                 if error is None:
+                    answered = True
                     return True, one, task.result()
                 if not isinstance(error, grpc.RpcError):
                     call.given_up(one)
@@ -178,7 +187,7 @@ class AsyncRankClient:
         finally:
             for task, one in under_way.items():
                 task.cancel()
-                call.given_up(one)
+                call.given_up(one, lost=answered)
 
     def _start(self, call: Call, attempt: Attempt) -> asyncio.Task[Any]:
         stub = self._stub(attempt.endpoint.address)
@@ -188,21 +197,31 @@ class AsyncRankClient:
 
         return asyncio.ensure_future(send())
 
-    async def _shake_hands(self, call: Call, attempt: Attempt) -> Any:
-        """The error that it failed with, if any."""
+    async def _shake_hands(self, call: Call, attempt: Attempt) -> tuple[bool, Any]:
+        """Whether the server speaks our contract, else another one is to be tried; and the error that asking failed
+        with, if any."""
         stub = self._stub(attempt.endpoint.address)
+
+        async def ask() -> Any:
+            return await stub.ModelConfig(call.config_request(), timeout=attempt.timeout_s, metadata=call.metadata)
+
+        task = asyncio.ensure_future(ask())
         try:
-            reply = await stub.ModelConfig(call.config_request(), timeout=call.left_s, metadata=call.metadata)
-        except grpc.RpcError as error:
-            if cannot_ask(error):
-                attempt.endpoint.checked = True
-                return None
-            return error
+            await asyncio.wait([task])
         except BaseException:
+            task.cancel()
             call.given_up(attempt)
             raise
-        call.check_contract(attempt, reply.config)
-        return None
+        if task.cancelled():  # not by us: the channel was closed
+            call.given_up(attempt)
+            raise ClientClosed("this client was closed while it waited for an answer")
+        error = task.exception()
+        if error is None:
+            return call.checked(attempt, task.result().config), None
+        if not isinstance(error, grpc.RpcError):
+            call.given_up(attempt)
+            raise error
+        return (call.checked(attempt, None), None) if cannot_ask(error) else (False, error)
 
     async def _ask(self, address: str, method: str, message: Any, deadline_s: float | None) -> Any:
         deadline = self._core.deadline_s if deadline_s is None else checked_deadline(deadline_s)

@@ -24,6 +24,11 @@ class TokenBucket:
         with self._lock:
             self._tokens = min(self._capacity, self._tokens + self._share)
 
+    @property
+    def ready(self) -> bool:
+        """Whether an extra call could be paid now."""
+        return self._tokens >= 1
+
     def take(self) -> bool:
         """Whether an extra call may be made; it then has been paid."""
         with self._lock:

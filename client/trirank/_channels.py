@@ -28,6 +28,9 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # A host that is gone without a word is noticed while calls wait for it; nothing is sent while others come back.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
     # One place retries, and it keeps to a budget.
     ("grpc.enable_retries", 0),
 ]
@@ -65,6 +68,7 @@ class Target:
         self._resolved_at = 0.0
         self._looked_at = 0.0
         self._stamp: tuple[Any, ...] = ()
+        self._names: dict[str, str] = {}
         self._lock = threading.Lock()
         self.generation = 0
         """Raised when certificates have changed, and channels have to be made anew."""
@@ -96,15 +100,29 @@ class Target:
         """
         self._resolved_at = time.monotonic()
         found: list[str] = []
+        names: dict[str, str] = {}
         for address in self.addresses:
-            found += _lookup(address) if address.startswith(DNS) else [address]
+            if address.startswith(DNS):
+                resolved = _lookup(address)
+                names |= dict.fromkeys(resolved, address.removeprefix(DNS).rpartition(":")[0])
+                found += resolved
+            else:
+                found.append(address)
+        self._names = names
         return list(dict.fromkeys(found))
 
     def credentials_metadata(self) -> list[tuple[str, str]]:
-        """The bearer token, if there is one."""
+        """The bearer token, if there is one.
+
+        Raises:
+            Unavailable: what gives it has raised.
+        """
         if self._token is None:
             return []
-        token = self._token() if callable(self._token) else self._token
+        try:
+            token = self._token() if callable(self._token) else self._token
+        except Exception as error:  # somebody else's code, which may raise anything
+            raise Unavailable(f"the token could not be had ({type(error).__name__}: {error})") from error
         return [("authorization", f"Bearer {token}")]
 
     def refresh(self) -> int:
@@ -133,8 +151,7 @@ class Target:
 
     def _name_of(self, address: str) -> str | None:
         """A resolved address has to show the certificate of the name that it was resolved from."""
-        names = [a.removeprefix(DNS).rpartition(":")[0] for a in self.addresses if a.startswith(DNS)]
-        return names[0] if names and address not in self.addresses else None
+        return None if address in self.addresses else self._names.get(address)
 
     def _files(self) -> list[Path]:
         assert self.tls is not None

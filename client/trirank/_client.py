@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from trirank import contract
 from trirank._channels import Target
 from trirank._core import Attempt, Call, Core, checked_deadline
-from trirank._errors import RankError, Unavailable, from_grpc
+from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
 from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
 
@@ -86,13 +86,17 @@ class RankClient:
             while True:
                 attempt = call.attempt()
                 try:
-                    if not attempt.endpoint.checked:
-                        self._shake_hands(call, attempt)
+                    if not attempt.endpoint.checked and not self._shake_hands(call, attempt):
+                        continue
                     return self._send(call, attempt)
                 except _Failed as failure:
-                    time.sleep(call.failed(failure.attempt, failure.error))
+                    if pause := call.failed(failure.attempt, failure.error):
+                        time.sleep(pause)
         except RankError as error:
             return call.fallback(error)
+        except BaseException:
+            call.cancelled()
+            raise
 
     @overload
     def rank_many(
@@ -183,15 +187,21 @@ class RankClient:
         delay = self._core.hedge_delay_s(attempt)
         if delay is not None:
             return self._send_hedged(call, attempt, delay)
-        stub = self._stub(attempt.endpoint.address)
         try:
+            stub = self._stub(attempt.endpoint.address)
             reply = stub.ModelInfer(call.message, timeout=attempt.timeout_s, metadata=call.metadata)
         except grpc.RpcError as error:
             raise _Failed(attempt, error) from None
-        except BaseException:
+        except BaseException as error:
             call.given_up(attempt)
+            self._say_closed(error)
             raise
         return call.answered(attempt, reply)
+
+    def _say_closed(self, error: BaseException) -> None:
+        """Raises ClientClosed in place of what gRPC raises of a channel that was closed meanwhile."""
+        if self._core.closed and isinstance(error, ValueError):
+            raise ClientClosed("this client was closed while it was used") from None
 
     def _send_hedged(self, call: Call, attempt: Attempt, delay: float) -> RankResponse:
         ended: queue.SimpleQueue[tuple[Attempt, Any]] = queue.SimpleQueue()
@@ -203,19 +213,21 @@ class RankClient:
             under_way[id(one)] = (one, future)
             future.add_done_callback(lambda done: ended.put((one, done)))
 
+        answered = False
         try:
             start(attempt)
             try:
                 first, future = ended.get(timeout=delay)
             except queue.Empty:
-                if call.may_hedge():
-                    start(call.attempt(hedge=True))
+                if (hedge := call.hedge()) is not None:
+                    start(hedge)
                 first, future = ended.get()
             failures = []
             while True:
                 del under_way[id(first)]
                 error = future.exception()
                 if error is None:
+                    answered = True
                     return call.answered(first, future.result())
                 failures.append(_Failed(first, error))
                 if not under_way:
@@ -227,21 +239,22 @@ class RankClient:
         finally:
             for one, future in under_way.values():
                 future.cancel()
-                call.given_up(one)
+                call.given_up(one, lost=answered)
 
-    def _shake_hands(self, call: Call, attempt: Attempt) -> None:
-        stub = self._stub(attempt.endpoint.address)
+    def _shake_hands(self, call: Call, attempt: Attempt) -> bool:
+        """Whether the server speaks our contract; else another one is to be tried."""
         try:
-            reply = stub.ModelConfig(call.config_request(), timeout=call.left_s, metadata=call.metadata)
+            stub = self._stub(attempt.endpoint.address)
+            reply = stub.ModelConfig(call.config_request(), timeout=attempt.timeout_s, metadata=call.metadata)
         except grpc.RpcError as error:
             if cannot_ask(error):
-                attempt.endpoint.checked = True
-                return
+                return call.checked(attempt, None)
             raise _Failed(attempt, error) from None
-        except BaseException:
+        except BaseException as error:
             call.given_up(attempt)
+            self._say_closed(error)
             raise
-        call.check_contract(attempt, reply.config)
+        return call.checked(attempt, reply.config)
 
     def _ask(self, address: str, method: str, message: Any, deadline_s: float | None) -> Any:
         deadline = self._core.deadline_s if deadline_s is None else checked_deadline(deadline_s)

@@ -5,8 +5,10 @@ The KServe message is built directly: tensors go once from numpy to ``raw_input_
 
 from __future__ import annotations
 
+import math
 import operator
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -15,13 +17,16 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from trirank import contract
-from trirank._errors import IncompatibleServer, InvalidRequest
-from trirank._types import ItemIds, RankRequest, RankResponse
+from trirank._errors import IncompatibleServer, InvalidRequest, ServerError
+from trirank._types import History, ItemIds, RankRequest, RankResponse
 
 _SPECS = {spec.name: spec for spec in contract.REQUEST}
 _NUMPY = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 _INT64, _INT32 = struct.Struct("<q"), struct.Struct("<i")
-_PADDING = _INT64.pack(contract.PAD_ITEM_ID) * contract.MAX_CANDIDATES
+_WIDTH = {"INT64": 8, "INT32": 4, "FP32": 4}
+_PAD = _INT64.pack(contract.PAD_ITEM_ID)
+_INSTALL = f"this client speaks contract {contract.CONTRACT_VERSION}: install the client that fits the server"
+_PADDING = _PAD * contract.MAX_CANDIDATES
 _ZEROS = bytes(4 * contract.MAX_CANDIDATES)
 
 
@@ -32,7 +37,8 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
         InvalidRequest: a value that no server would accept; nothing was sent.
     """
     ids, names = candidate_ids(request)
-    if (ids == contract.PAD_ITEM_ID).any():
+    raw_ids = ids.tobytes()
+    if _PAD in raw_ids and (ids == contract.PAD_ITEM_ID).any():
         raise InvalidRequest(f"item_ids holds {contract.PAD_ITEM_ID}, which stands for padding; leave it out")
     try:
         bucket = contract.bucket_for(len(ids))
@@ -46,42 +52,41 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
         raise InvalidRequest(f"query has {len(query)} bytes; the limit is {contract.MAX_QUERY_BYTES}")
     scenario = request.scenario or ("search" if request.query else "home")
 
-    tensors: dict[str, tuple[int, bytes]] = {
-        "USER_ID": (1, _INT64.pack(_user(request.user_id))),
-        "ITEM_IDS": (bucket, _padded(ids, bucket, _PADDING)),
-        "TOP_K": (1, _INT32.pack(top_k)),
-        "SCENARIO": (1, _with_length(_text(scenario, "scenario"))),
-    }
+    contents = [
+        _INT64.pack(_user(request.user_id)),
+        _padded(raw_ids, bucket * 8, _PADDING),
+        _INT32.pack(top_k),
+        _with_length(_text(scenario, "scenario")),
+    ]
     if query:
-        tensors["QUERY"] = (1, _with_length(query))
+        contents.append(_with_length(query))
     if request.retrieval_scores is not None:
-        scores = np.asarray(request.retrieval_scores, np.float32)
-        if scores.shape != ids.shape:
-            raise InvalidRequest(f"retrieval_scores has shape {scores.shape}, item_ids {ids.shape}: one a candidate")
-        if not np.isfinite(scores).all():
-            at = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise InvalidRequest(f"retrieval_scores[{at}] is {scores[at]}; send finite numbers")
-        tensors["RETRIEVAL_SCORES"] = (bucket, _padded(scores, bucket, _ZEROS))
+        scores = _scores(request.retrieval_scores, ids)
+        contents.append(_padded(scores.tobytes(), bucket * 4, _ZEROS))
     if request.timestamp is not None:
         timestamp = _whole(request.timestamp, "timestamp")
         if not 0 <= timestamp < 2**63:
             raise InvalidRequest(f"timestamp is {timestamp}; it is seconds since 1970, 0 or more")
-        tensors["TIMESTAMP"] = (1, _INT64.pack(timestamp))
+        contents.append(_INT64.pack(timestamp))
+    given = bool(query), request.retrieval_scores is not None, request.timestamp is not None
+    message = service_pb2.ModelInferRequest.FromString(_header(model, bucket, *given))
     if request.history is not None:
-        _add_history(tensors, request)
-    message = service_pb2.ModelInferRequest.FromString(
-        _header(model, tuple((name, length) for name, (length, _) in tensors.items()))
-    )
-    message.raw_input_contents.extend([raw for _, raw in tensors.values()])
+        # Their lengths are many, and a header for each would not stay.
+        for name, column in _history(request.history).items():
+            message.inputs.add(name=name, datatype=_SPECS[name].dtype, shape=(1, len(column)))
+            contents.append(column.tobytes())
+    message.raw_input_contents.extend(contents)
     return message, names
 
 
 @lru_cache(256)
-def _header(model: str, tensors: tuple[tuple[str, int], ...]) -> bytes:
-    """A message with everything but contents. Requests of a service have few different ones, and reading one back is
-    several times faster than adding tensor by tensor."""
+def _header(model: str, bucket: int, query: bool, scores: bool, timestamp: bool) -> bytes:
+    """A message with everything but contents and history. Requests of a service have few different ones, and reading
+    one back is several times faster than adding tensor by tensor."""
     message = service_pb2.ModelInferRequest(model_name=model)
-    for name, length in tensors:
+    lengths = {"USER_ID": 1, "ITEM_IDS": bucket, "TOP_K": 1, "SCENARIO": 1}
+    optional = {"QUERY": query and 1, "RETRIEVAL_SCORES": scores and bucket, "TIMESTAMP": timestamp and 1}
+    for name, length in (lengths | {name: length for name, length in optional.items() if length}).items():
         message.inputs.add(name=name, datatype=_SPECS[name].dtype, shape=(1, length))
     written: bytes = message.SerializeToString()
     return written
@@ -100,28 +105,38 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
     """The answer, without its padding.
 
     Raises:
-        IncompatibleServer: an output of the contract is missing or of another type.
+        IncompatibleServer: an output of the contract is missing, of another type or of another length.
+        ServerError: a score is not a finite number.
     """
-    found = {
-        output.name: (output.datatype, raw)
-        for output, raw in zip(reply.outputs, reply.raw_output_contents, strict=True)
-    }
+    outputs, contents = reply.outputs, reply.raw_output_contents
+    if len(outputs) != len(contents):
+        raise IncompatibleServer(f"the reply has {len(outputs)} outputs and {len(contents)} contents; {_INSTALL}")
+    found = {output.name: (output.datatype, raw) for output, raw in zip(outputs, contents, strict=True)}
     arrays: dict[str, NDArray[Any]] = {}
     for spec in contract.RESPONSE:
         datatype, raw = found.get(spec.name, ("absent", b""))
         if datatype != spec.dtype:
+            raise IncompatibleServer(f"output {spec.name} is {datatype}, not {spec.dtype}; {_INSTALL}")
+        if len(raw) % _WIDTH[datatype]:
             raise IncompatibleServer(
-                f"output {spec.name} is {datatype}, not {spec.dtype}; this client speaks contract "
-                f"{contract.CONTRACT_VERSION}: install the client that fits the server"
+                f"output {spec.name} has {len(raw)} bytes, which is no number of {datatype}; {_INSTALL}"
             )
-        arrays[spec.name] = np.frombuffer(raw, _NUMPY[spec.dtype])
-    ids = arrays["RANKED_IDS"]
-    count = int(np.count_nonzero(ids != contract.PAD_ITEM_ID))
+        arrays[spec.name] = np.frombuffer(raw, _NUMPY[datatype])
+    ids, scores, reasons = arrays["RANKED_IDS"], arrays["SCORES"], arrays["REASONS"]
+    if len(arrays["STATUS"]) != 4 or not len(ids) == len(scores) == len(reasons):
+        lengths = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
+        raise IncompatibleServer(f"the outputs' lengths do not fit ({lengths}); {_INSTALL}")
+    count = len(ids)
+    if count and ids[-1] == contract.PAD_ITEM_ID:
+        count = int(np.count_nonzero(ids != contract.PAD_ITEM_ID))
+    if not math.isfinite(sum(scores.tolist())):  # as double precision, in which no sum of these overflows
+        at = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise ServerError(f"SCORES[{at}] is {scores[at]}; the release that is served is broken")
     status, unknown, duplicates, filtered = arrays["STATUS"].tolist()
     return RankResponse(
         item_ids=ids[:count],
-        scores=arrays["SCORES"][:count],
-        reasons=arrays["REASONS"][:count],
+        scores=scores[:count],
+        reasons=reasons[:count],
         status=contract.Status(status),
         unknown=unknown,
         duplicates=duplicates,
@@ -131,14 +146,21 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
 
 
 def _ids(values: ItemIds, what: str) -> tuple[NDArray[np.int64], dict[int, str]]:
+    if type(values) is np.ndarray and values.dtype == np.int64 and values.ndim == 1:
+        return values, {}
+    if not hasattr(values, "__len__") or isinstance(values, str | bytes):
+        raise InvalidRequest(f"{what} is {values!r}; it is a list of ids")
     if len(values) and isinstance(values[0], str):
-        names: dict[int, str] = {}
+        hashed = []
         for value in values:
             if not isinstance(value, str):
                 raise InvalidRequest(f"{what} mixes strings with {value!r}; send one kind")
-            names[contract.stable_id(value)] = value
-        return np.fromiter((contract.stable_id(str(value)) for value in values), np.int64, len(values)), names
-    array = np.asarray(values)
+            hashed.append(contract.stable_id(value))
+        return np.array(hashed, np.int64), dict(zip(hashed, cast("Sequence[str]", values), strict=True))
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths within
+        raise InvalidRequest(f"{what} holds lists; it is a flat list of ids") from None
     if array.ndim != 1:
         raise InvalidRequest(f"{what} has {array.ndim} dimensions; it is a flat list")
     if array.size and array.dtype.kind not in "iu":
@@ -149,6 +171,8 @@ def _ids(values: ItemIds, what: str) -> tuple[NDArray[np.int64], dict[int, str]]
 
 
 def _text(value: str, what: str) -> bytes:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{what} is {value!r}; it is text")
     try:
         return value.encode()
     except UnicodeEncodeError as error:
@@ -175,9 +199,9 @@ def _user(user: int | str | None) -> int:
     return int(_ids(cast("list[str]", [user]), "user_id")[0][0])
 
 
-def _padded(array: NDArray[Any], length: int, padding: bytes) -> bytes:
-    raw = array.tobytes()
-    return raw + padding[: length * array.itemsize - len(raw)]
+def _padded(raw: bytes, length: int, padding: bytes) -> bytes:
+    """``raw`` filled up to ``length`` bytes."""
+    return raw + padding[: length - len(raw)]
 
 
 def _with_length(value: bytes) -> bytes:
@@ -185,21 +209,45 @@ def _with_length(value: bytes) -> bytes:
     return len(value).to_bytes(4, "little") + value
 
 
-def _add_history(tensors: dict[str, tuple[int, bytes]], request: RankRequest) -> None:
-    history = request.history
-    assert history is not None
+def _scores(values: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    try:
+        scores = np.asarray(values, np.float32)
+    except (ValueError, TypeError):
+        raise InvalidRequest("retrieval_scores holds what is no number; send one finite number a candidate") from None
+    if scores.shape != ids.shape:
+        raise InvalidRequest(f"retrieval_scores has shape {scores.shape}, item_ids {ids.shape}: one a candidate")
+    if not np.isfinite(scores).all():
+        at = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise InvalidRequest(f"retrieval_scores[{at}] is {scores[at]}; send finite numbers")
+    return scores
+
+
+def _history(history: History) -> dict[str, NDArray[Any]]:
+    """The tensors of a history."""
     ids, _ = _ids(history.item_ids, "history.item_ids")
     if len(ids) > contract.MAX_HISTORY:
         raise InvalidRequest(f"history has {len(ids)} events; the limit is {contract.MAX_HISTORY}: send the newest")
-    columns = {"HISTORY_BEHAVIOURS": np.broadcast_to(np.asarray(history.behaviours, np.int32), ids.shape)}
+    behaviours = _whole_numbers(history.behaviours, "behaviours", np.int32)
+    columns = {"behaviours": np.broadcast_to(behaviours, ids.shape) if not behaviours.ndim else behaviours}
     if history.timestamps is not None:
-        columns["HISTORY_TIMESTAMPS"] = np.asarray(history.timestamps, np.int64)
+        columns["timestamps"] = times = _whole_numbers(history.timestamps, "timestamps", np.int64)
+        if times.size and times.min() < 0:
+            raise InvalidRequest(f"history.timestamps holds {times.min()}; seconds since 1970, 0 or more")
+    for name, column in columns.items():
+        if column.shape != ids.shape:
+            raise InvalidRequest(f"history.{name} has shape {column.shape}, history.item_ids {ids.shape}")
     if not len(ids):
         # Triton has no room for an empty tensor here; one padding event says the same.
         ids = np.array([contract.PAD_ITEM_ID], np.int64)
         columns = {name: np.zeros(1, column.dtype) for name, column in columns.items()}
-    tensors["HISTORY_IDS"] = (len(ids), ids.tobytes())
-    for name, column in columns.items():
-        if column.shape != ids.shape:
-            raise InvalidRequest(f"{name.lower()} has shape {column.shape}, history.item_ids {ids.shape}")
-        tensors[name] = (len(ids), column.tobytes())
+    return {"HISTORY_IDS": ids, **{f"HISTORY_{name.upper()}": column for name, column in columns.items()}}
+
+
+def _whole_numbers(values: Any, what: str, dtype: type) -> NDArray[Any]:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.asarray(None)
+    if array.size and array.dtype.kind not in "iu":
+        raise InvalidRequest(f"history.{what} holds what is no whole number; send one an event")
+    return array.astype(dtype, copy=False)

@@ -6,6 +6,7 @@ rules on deadlines, retries, hedges and servers are here once, and neither threa
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from trirank import _codec, contract
@@ -38,6 +40,11 @@ from trirank._types import RankRequest, RankResponse
 from trirank.contract import Status
 
 _PUSHBACK = "grpc-retry-pushback-ms"
+_ATTEMPT_MEANS, _BLAMED_MEANS, _SHORT_S, _CONNECT_S = 10.0, 3.0, 0.05, 0.3
+"""An attempt gets so many times the mean of answered calls before another server is tried. Given so many times of it,
+and no less than so many seconds, a server that has not answered is to blame, and not its caller's haste. A first
+attempt, which connects and asks for the contract, gets longer."""
+_HEDGES_KEPT = 2.0
 _SKEW_S = 0.005
 """A server that says "too late" with more time left than this has another clock."""
 
@@ -47,7 +54,7 @@ class Attempt:
     """One message to one server.
 
     Attributes:
-        timeout_s: for the call; what is left of the deadline.
+        timeout_s: for the call: what is left of the deadline, or less where another server could still be tried.
     """
 
     endpoint: Endpoint
@@ -87,7 +94,7 @@ class Core:
         self.hooks = {name: list(hooks) for name, hooks in (event_hooks or {}).items()}
         self.pool = Pool(target.resolve(), balancing, ejection or EjectionPolicy())
         self.retries = TokenBucket(self.retry.budget, start=10.0)
-        self.hedges = TokenBucket(hedge.budget if hedge else 0.0)
+        self.hedges = TokenBucket(hedge.budget if hedge else 0.0, capacity=_HEDGES_KEPT)
         self.times = LateTimes(hedge.quantile) if hedge else None
         self.closed = False
         self._process = os.getpid()
@@ -101,6 +108,17 @@ class Core:
                 f"this client was made in process {self._process} and is used in {os.getpid()}, which was forked from "
                 "it; gRPC's connections do not survive that: make a client in each process, after the fork"
             )
+
+    def attempt_limit_s(self, endpoint: Endpoint) -> float:
+        """How long one attempt may take at this server before another one is tried; infinite: to the end."""
+        if not self.pool.others_than(endpoint) or not self.retries.ready:
+            return math.inf
+        if self.retry.attempt_timeout_s is not None:
+            return self.retry.attempt_timeout_s
+        usual = _ATTEMPT_MEANS * (self.pool.mean_s or 0.0)
+        if not endpoint.checked:
+            return max(_CONNECT_S, usual)
+        return max(_SHORT_S, usual) if usual else math.inf
 
     def hedge_delay_s(self, attempt: Attempt) -> float | None:
         """After how long an attempt is given company; None: not at all."""
@@ -133,61 +151,87 @@ class Call:
         core.retries.earn()
         if core.hedge:
             core.hedges.earn()
+        self.metadata: list[tuple[str, str]] | None = None
         self._tell("request")
-        self.metadata = [*core.metadata, *core.target.credentials_metadata()]
-        if self._event is not None:
-            self.metadata += self._event.metadata
 
     @property
     def left_s(self) -> float:
         """Seconds until the deadline."""
         return self._ends - time.monotonic()
 
-    def attempt(self, hedge: bool = False) -> Attempt:
-        """The next message to send; ``self.message`` is made ready for it.
+    def attempt(self) -> Attempt:
+        """The next message to send; ``self.message`` and ``self.metadata`` are made ready for it.
 
         Raises:
             DeadlineExceeded: there is no time left for it.
-            Unavailable: there is no server.
+            Unavailable: there is no server, or no token.
         """
-        left = self.left_s
-        if left <= 0:
+        core = self._core
+        if self.left_s <= 0:
             raise self._error(DeadlineExceeded, "no time was left to call a server")
-        endpoint = self._core.pool.pick(self._tried)
+        if self.metadata is None:
+            added = self._event.metadata if self._event is not None else []
+            self.metadata = [*core.metadata, *core.target.credentials_metadata(), *added]
+        endpoint = core.pool.pick(self._tried)
+        return self._to(endpoint, self._time_for(endpoint), "attempt")
+
+    def hedge(self) -> Attempt | None:
+        """A second message beside the one under way, if there is a server for it and the budget pays for it."""
+        left = self.left_s
+        if left <= 0 or not self._core.hedges.ready:
+            return None
+        endpoint = self._core.pool.pick_hedge(self._tried)
+        if endpoint is None:
+            return None
+        if not self._core.hedges.take():
+            self._core.pool.done(endpoint, healthy=None)
+            return None
+        return self._to(endpoint, left, "hedge")
+
+    def _time_for(self, endpoint: Endpoint) -> float:
+        """Seconds that an attempt at this server gets now."""
+        last = self._retried + 1 >= self._core.retry.max_attempts
+        return self.left_s if last else min(self.left_s, self._core.attempt_limit_s(endpoint))
+
+    def _to(self, endpoint: Endpoint, timeout_s: float, event: str) -> Attempt:
         self._tried |= {endpoint.address}
         self._sent += 1
         parameters = self.message.parameters
-        if endpoint.clock_agrees:
+        if self._core.pool.clock_agrees(endpoint):
             parameters[contract.DEADLINE_PARAMETER].int64_param = self._moment_us
         elif contract.DEADLINE_PARAMETER in parameters:
             del parameters[contract.DEADLINE_PARAMETER]
         self._address = endpoint.address
-        self._tell("hedge" if hedge else "attempt")
-        return Attempt(endpoint, time.monotonic(), left)
-
-    def may_hedge(self) -> bool:
-        """Whether a second call may be made beside the one under way; it is paid for then."""
-        return self.left_s > 0 and self._core.hedges.take()
+        self._tell(event)
+        return Attempt(endpoint, time.monotonic(), timeout_s)
 
     def answered(self, attempt: Attempt, reply: Any) -> RankResponse:
         """An attempt was answered.
 
         Raises:
             IncompatibleServer: the answer is not of the contract.
+            ServerError: it holds scores that are no numbers.
         """
-        self._core.pool.done(attempt.endpoint, healthy=True)
-        if self._core.times is not None:
-            self._core.times.add(time.monotonic() - attempt.started)
         try:
             response = _codec.decode(reply, self._names)
         except IncompatibleServer as error:
-            raise self._ended(self._error(IncompatibleServer, str(error), attempt)) from None
+            self._core.pool.unfit(attempt.endpoint)
+            raise self._error(IncompatibleServer, str(error), attempt) from None
+        except ServerError as error:
+            self._core.pool.done(attempt.endpoint, healthy=False, began=attempt.started)
+            raise self._error(ServerError, str(error), attempt) from None
+        self._core.pool.done(attempt.endpoint, healthy=True, began=attempt.started)
+        if self._core.times is not None:
+            self._core.times.add(time.monotonic() - attempt.started)
         self._tell("response", response=response)
         return response
 
-    def given_up(self, attempt: Attempt) -> None:
-        """An attempt was cancelled, by its caller or because another one was faster."""
+    def given_up(self, attempt: Attempt, lost: bool = False) -> None:
+        """An attempt was cancelled, by its caller or because another one was faster (``lost``): it took that long at
+        least, which has to count, or hedges would learn from fast calls alone."""
         self._core.pool.done(attempt.endpoint, healthy=None)
+        if lost and self._core.times is not None:
+            self._core.times.add(time.monotonic() - attempt.started)
 
     def failed(self, attempt: Attempt, error: grpc.RpcError) -> float:
         """An attempt failed; gives the seconds to wait before the next one.
@@ -195,49 +239,64 @@ class Call:
         Raises:
             RankError: there is to be no other.
         """
+        core = self._core
+        if core.closed:
+            core.pool.done(attempt.endpoint, healthy=None)
+            raise self._error(ClientClosed, "this client was closed while it waited for an answer", attempt)
         status, details = error.code(), error.details() or error.code().name
         kind = kind_of(status, details)
         too_late = contract.TOO_LATE in details
-        self._core.pool.done(attempt.endpoint, healthy=None if too_late else _says_healthy(kind, status))
+        core.pool.done(attempt.endpoint, None if too_late else self._healthy(kind, status, attempt), attempt.started)
+        if status is grpc.StatusCode.UNAVAILABLE and kind is Unavailable:
+            attempt.endpoint.checked = False  # what comes back at this address may be of another version
         found = self._error(kind, details, attempt, status)
         if too_late and self.left_s > _SKEW_S:
-            if not attempt.endpoint.clock_agrees:
-                raise self._ended(found)
-            attempt.endpoint.clock_agrees = False
+            if not core.pool.clock_agrees(attempt.endpoint):
+                raise found
+            core.pool.clock_differs(attempt.endpoint)
             return 0.0
         pause = self._pause(kind, attempt, error)
-        if pause is None or self._retried + 1 >= self._core.retry.max_attempts or pause >= self.left_s:
-            raise self._ended(found)
-        if not self._core.retries.take():
-            raise self._ended(found)
+        if pause is None or self._retried + 1 >= core.retry.max_attempts or pause >= self.left_s:
+            raise found
+        if not core.retries.take():
+            raise found
         self._retried += 1
         self._tell("retry", error=found)
         return pause
 
-    def check_contract(self, attempt: Attempt, config: Any) -> None:
-        """Hold a server's ensemble against the contract, once.
+    def checked(self, attempt: Attempt, config: Any | None) -> bool:
+        """What came of asking a server for its contract, from its configuration (None: it does not tell). Whether the
+        attempt can go on there; else another server is to be tried.
 
         Raises:
-            IncompatibleServer: it is of another one.
+            IncompatibleServer: it speaks another contract, and there is no other server.
+            DeadlineExceeded: asking took all the time there was.
         """
-        said = config.parameters[contract.CONTRACT_PARAMETER].string_value if config.parameters else ""
-        if not said:
-            outputs = {tensor.name for tensor in config.output}
-            said = str(contract.CONTRACT_VERSION) if outputs >= {s.name for s in contract.RESPONSE} else "none"
+        said = str(contract.CONTRACT_VERSION) if config is None else _contract_of(config)
         if said != str(contract.CONTRACT_VERSION):
-            self._core.pool.done(attempt.endpoint, healthy=None)
-            raise self._ended(
-                self._error(
-                    IncompatibleServer,
-                    f"{self._core.model} is of contract {said}, this client speaks {contract.CONTRACT_VERSION}; "
-                    "install the trirank that fits the server, or serve a release that fits the client",
-                    attempt,
-                )
+            self._core.pool.unfit(attempt.endpoint)
+            if self._core.pool.others_than(attempt.endpoint) and len(self._tried) < len(self._core.pool):
+                return False
+            raise self._error(
+                IncompatibleServer,
+                f"{self._core.model} is of contract {said}, this client speaks {contract.CONTRACT_VERSION}; "
+                "install the trirank that fits the server, or serve a release that fits the client",
+                attempt,
             )
         attempt.endpoint.checked = True
+        attempt.started = time.monotonic()
+        attempt.timeout_s = self._time_for(attempt.endpoint)
+        if attempt.timeout_s <= 0:
+            self._core.pool.done(attempt.endpoint, healthy=None)
+            raise self._error(DeadlineExceeded, "no time was left after the server was asked for its contract", attempt)
+        return True
+
+    def cancelled(self) -> None:
+        """The caller has ended the call."""
+        self._tell("cancelled")
 
     def config_request(self) -> Any:
-        """Asks for what ``check_contract`` looks at."""
+        """Asks for what ``checked`` looks at."""
         return service_pb2.ModelConfigRequest(name=self._core.model)
 
     def fallback(self, error: RankError) -> RankResponse:
@@ -249,13 +308,17 @@ class Call:
         if self._on_failure == "raise" or isinstance(error, InvalidRequest | ClientClosed):
             self._tell("error", error=error)
             raise error
-        response = retrieval_order(self._request)
+        # The first tensors of the message are USER_ID and ITEM_IDS: string ids have been hashed for it.
+        ids = np.frombuffer(self.message.raw_input_contents[1], np.int64)[: len(self._request.item_ids)]
+        response = retrieval_order(self._request, ids, self._names)
         self._tell("fallback", response=response, error=error)
         return response
 
     def _pause(self, kind: type[RankError], attempt: Attempt, error: grpc.RpcError) -> float | None:
         """Seconds before another attempt; None: it would be of no use."""
         others = self._core.pool.others_than(attempt.endpoint)
+        if kind is DeadlineExceeded:  # of this attempt, not of the call
+            return 0.0 if others and self.left_s > _SKEW_S else None
         if kind not in (Unavailable, Overloaded) and not (others and kind in (ServerError, IncompatibleServer)):
             return None
         said = dict(error.trailing_metadata() or ()).get(_PUSHBACK)
@@ -281,9 +344,17 @@ class Call:
             attempts=self._sent,
         )
 
-    def _ended(self, error: RankError) -> RankError:
-        error.elapsed_s = time.monotonic() - self._began
-        return error
+    def _healthy(self, kind: type[RankError], status: grpc.StatusCode, attempt: Attempt) -> bool | None:
+        """What an error says of its server: that it works, that it does not, or (None) nothing."""
+        if kind is InvalidRequest:
+            return True
+        if kind is Overloaded or status is grpc.StatusCode.CANCELLED:
+            return None
+        if kind is DeadlineExceeded and attempt.timeout_s < max(
+            _SHORT_S, _BLAMED_MEANS * (self._core.pool.mean_s or 0)
+        ):
+            return None
+        return False
 
     def _tell(self, name: str, response: RankResponse | None = None, error: RankError | None = None) -> None:
         event = self._event
@@ -294,12 +365,14 @@ class Call:
             tell(self._core.hooks, event, name)
 
 
-def retrieval_order(request: RankRequest) -> RankResponse:
+def retrieval_order(request: RankRequest, ids: NDArray[np.int64], names: dict[int, str]) -> RankResponse:
     """The candidates as retrieval had them, repeats left out, marked as degraded.
 
     By RETRIEVAL_SCORES where the request has them, else in the order they were sent.
+
+    Args:
+        ids, names: of the candidates, see _codec.candidate_ids.
     """
-    ids, names = _codec.candidate_ids(request)
     scores = request.retrieval_scores
     order = np.arange(len(ids))
     given = np.asarray(scores, np.float32) if scores is not None else -order.astype(np.float32)
@@ -330,10 +403,10 @@ def _checked_failure(on_failure: OnFailure) -> OnFailure:
     return on_failure
 
 
-def _says_healthy(kind: type[RankError], status: grpc.StatusCode) -> bool | None:
-    """What an error says of its server: that it works, that it does not, or (None) nothing."""
-    if kind is InvalidRequest:
-        return True
-    if kind is Overloaded or status is grpc.StatusCode.CANCELLED:
-        return None
-    return False
+def _contract_of(config: Any) -> str:
+    """The version that a model's configuration names; of one that names none, whether its answers are ours."""
+    said: str = config.parameters[contract.CONTRACT_PARAMETER].string_value if config.parameters else ""
+    if said:
+        return said
+    outputs = {tensor.name for tensor in config.output}
+    return str(contract.CONTRACT_VERSION) if outputs >= {s.name for s in contract.RESPONSE} else "none"

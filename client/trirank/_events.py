@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from trirank._errors import RankError
     from trirank._types import RankRequest, RankResponse
 
-EVENTS = ("request", "attempt", "retry", "hedge", "response", "error", "fallback")
+EVENTS = ("request", "attempt", "retry", "hedge", "response", "error", "fallback", "cancelled")
 """``request``: a call begins, metadata may still be added. ``attempt``: one goes out. ``retry``, ``hedge``: another one
-will. ``response``, ``error``: the call has ended. ``fallback``: it ended with retrieval's order."""
+will. ``response``, ``error``: the call has ended. ``fallback``: it ended with retrieval's order. ``cancelled``: its
+caller ended it."""
 _log = logging.getLogger("trirank")
 
 

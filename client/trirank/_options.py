@@ -25,17 +25,23 @@ class RetryPolicy:
         backoff_s: upper bound of the first pause, doubled every time; the pause is drawn evenly below it ("full
             jitter", AWS Architecture Blog 2015). A server that names a pause (``grpc-retry-pushback-ms``) is heard.
         max_backoff_s: largest upper bound.
+        attempt_timeout_s: of one attempt, while another server is there to be tried and the budget has a retry left, so
+            that a server that is silent does not take the whole deadline; None: ten times what answered calls take on
+            average, and 50 ms at least.
     """
 
     max_attempts: int = 3
     budget: float = 0.1
     backoff_s: float = 0.005
     max_backoff_s: float = 0.1
+    attempt_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest if a value is out of range."""
         if self.max_attempts < 1 or not 0 <= self.budget <= 1 or self.backoff_s < 0 or self.max_backoff_s < 0:
             raise InvalidRequest(f"{self}: attempts from 1 on, budget from 0 to 1, pauses from 0 s on")
+        if self.attempt_timeout_s is not None and not self.attempt_timeout_s > 0:
+            raise InvalidRequest(f"attempt_timeout_s is {self.attempt_timeout_s}; it is seconds, above 0")
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class HedgePolicy:
 
     Attributes:
         quantile: of late calls' times; a call that takes longer is hedged.
-        budget: hedges may be this share of all calls.
+        budget: hedges may be this share of all calls; of what a quiet time leaves over, two are kept.
         min_delay_s: never hedge sooner.
     """
 

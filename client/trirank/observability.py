@@ -15,7 +15,7 @@ from typing import Any
 from trirank._events import EVENTS, Event
 from trirank._options import EventHooks
 
-_ENDS = ("response", "error", "fallback")
+_ENDS = ("response", "error", "fallback", "cancelled")
 _BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -44,8 +44,8 @@ def prometheus_hooks(registry: Any = None) -> EventHooks:
     hedges = prometheus_client.Counter("trirank_client_hedges", "Second calls beside a slow one", registry=where)
 
     def ended(event: Event) -> None:
-        outcome = "ok" if event.name == "response" else type(event.error).__name__
-        requests.labels("fallback" if event.name == "fallback" else outcome).inc()
+        said = {"response": "ok", "fallback": "fallback", "cancelled": "cancelled"}
+        requests.labels(said.get(event.name) or type(event.error).__name__).inc()
         seconds.observe(event.elapsed_s)
 
     return {
@@ -64,7 +64,8 @@ def log_hooks(logger: logging.Logger | None = None, *, users: bool = False) -> E
     log = logger or logging.getLogger("trirank")
 
     def ended(event: Event) -> None:
-        level = logging.DEBUG if event.name == "response" and event.attempts <= 1 else logging.WARNING
+        usual = event.name == "cancelled" or (event.name == "response" and event.attempts <= 1)
+        level = logging.DEBUG if usual else logging.WARNING
         if not log.isEnabledFor(level):
             return
         fields: dict[str, Any] = {
@@ -112,6 +113,8 @@ def opentelemetry_hooks(tracer: Any = None) -> EventHooks:
         span.set_attribute("server.address", event.address)
         span.set_attribute("trirank.attempts", event.attempts)
         span.set_attribute("trirank.candidates", len(event.request.item_ids))
+        if event.name == "cancelled":
+            span.set_attribute("trirank.cancelled", True)
         if event.error is not None:
             span.record_exception(event.error)
             span.set_status(trace.StatusCode.ERROR, type(event.error).__name__)

@@ -13,7 +13,18 @@ import grpc
 import numpy as np
 import pytest
 import trirank
-from trirank import HedgePolicy, RankClient, RankRequest, RankResponse, RetryPolicy, Status, Tls, contract
+from trirank import (
+    EjectionPolicy,
+    HedgePolicy,
+    RankClient,
+    RankRequest,
+    RankResponse,
+    RetryPolicy,
+    Status,
+    Tls,
+    contract,
+)
+from trirank._codec import candidate_ids
 from trirank._core import retrieval_order
 from trirank.observability import log_hooks, merged, opentelemetry_hooks, prometheus_hooks
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -180,7 +191,8 @@ def test_hedges_stay_within_their_budget(servers):
     one, other = servers(), servers()
     hedges = []
     hedge, hooks = HedgePolicy(quantile=0.01, min_delay_s=0), {"hedge": [hedges.append]}
-    with RankClient([one.address, other.address], deadline_s=5, hedge=hedge, event_hooks=hooks) as client:
+    addresses, nobody = [one.address, other.address], EjectionPolicy(failures=10**6)  # however busy this machine is
+    with RankClient(addresses, deadline_s=5, hedge=hedge, ejection=nobody, event_hooks=hooks) as client:
         for _ in range(400):
             client.rank(REQUEST)
     assert 0 < len(hedges) <= 400 * 0.05
@@ -205,7 +217,8 @@ def test_retrievals_order_instead_of_an_error(server):
 
 
 def test_retrievals_order_without_scores_is_the_order_sent():
-    found = retrieval_order(RankRequest(item_ids=["b", "a", "b", "c"], top_k=2))
+    request = RankRequest(item_ids=["b", "a", "b", "c"], top_k=2)
+    found = retrieval_order(request, *candidate_ids(request))
     assert [item.item_id for item in found] == ["b", "a"]
     assert found.scores[0] > found.scores[1]
 
@@ -340,3 +353,206 @@ def test_nothing_optional_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- servers that are not what they were, callers that leave, networks that are silent ----------------------------
+
+
+class Handshaking(Scripted):
+    """Tells its configuration, after a pause; ``contract`` is what it says of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.pause, self.contract, self.asked = 0.0, str(contract.CONTRACT_VERSION), 0
+
+    def ModelConfig(self, request, context):
+        self.asked += 1
+        time.sleep(self.pause)
+        reply = service_pb2.ModelConfigResponse()
+        reply.config.parameters["contract"].string_value = self.contract
+        return reply
+
+
+@pytest.fixture
+def tellers(monkeypatch, servers):
+    monkeypatch.setitem(globals(), "Scripted", Handshaking)
+    return servers
+
+
+def test_a_first_call_keeps_its_deadline(tellers):
+    """The handshake's time comes off the deadline, where it used to be given on top."""
+    server = tellers()
+    server.pause, server.script = 0.25, [1.0]
+    with RankClient(server.address, retry=None) as client:
+        started = time.monotonic()
+        with pytest.raises(trirank.DeadlineExceeded):
+            client.rank(REQUEST, deadline_s=0.4)
+        assert time.monotonic() - started < 0.6
+
+
+def test_a_handshake_is_no_answer(tellers):
+    """Its time says nothing of how long calls take, which hedges wait for."""
+    one, other = tellers(), tellers()
+    one.pause = other.pause = 0.3
+    with RankClient([one.address, other.address], hedge=HedgePolicy()) as client:
+        client.rank(REQUEST)
+        assert max(client._core.times._times) < 0.25
+
+
+def test_an_incompatible_server_is_left_alone_and_others_answer(tellers):
+    old, new = tellers(), tellers()
+    old.contract = "99"
+    with RankClient([old.address, new.address], balancing="round_robin") as client:
+        for _ in range(20):
+            assert len(client.rank(REQUEST)) == 2
+        assert old.asked <= 3
+        assert not old.seen
+
+
+def test_an_incompatible_server_alone_is_told(tellers):
+    server = tellers()
+    server.contract = "99"
+    with RankClient(server.address) as client, pytest.raises(trirank.IncompatibleServer, match="is of contract 99"):
+        client.rank(REQUEST)
+
+
+def test_the_contract_is_asked_again_after_a_server_was_away(tellers):
+    """What comes back on an address may be another version."""
+    server = tellers()
+    with RankClient(server.address, retry=None) as client:
+        client.rank(REQUEST)
+        client.rank(REQUEST)
+        assert server.asked == 1
+        server.script = [grpc.StatusCode.UNAVAILABLE]
+        with pytest.raises(trirank.Unavailable):
+            client.rank(REQUEST)
+        server.contract = "99"
+        with pytest.raises(trirank.IncompatibleServer):
+            client.rank(REQUEST)
+
+
+def test_a_loser_counts_as_at_least_as_slow_as_it_was(servers):
+    one, other = servers(), servers()
+    hedge = HedgePolicy(min_delay_s=0.02, budget=1.0)
+    with RankClient([one.address, other.address], deadline_s=5, hedge=hedge) as client:
+        for _ in range(60):
+            client.rank(REQUEST)
+        one.script = [0.5] * 3
+        for _ in range(10):
+            client.rank(REQUEST)
+        # The stopped server's calls were cancelled soon; their times are there, and not only the winners'.
+        assert sum(seconds >= 0.02 for seconds in client._core.times._times) >= 2
+
+
+def test_a_callers_short_deadline_says_nothing_of_a_server(servers):
+    one, other = servers(), servers()
+    with RankClient([one.address, other.address], retry=None) as client:
+        for _ in range(20):
+            client.rank(REQUEST)
+        one.script, other.script = [0.02] * 30, [0.02] * 30
+        for _ in range(12):
+            with pytest.raises(trirank.DeadlineExceeded):
+                client.rank(REQUEST, deadline_s=0.005)
+        assert all(e.left_alone_until == 0 for e in client._core.pool.endpoints)
+
+
+def test_a_silent_server_does_not_eat_the_whole_budget(servers):
+    silent, healthy = servers(), servers()
+    with RankClient([silent.address, healthy.address], deadline_s=2.0) as client:
+        for _ in range(40):
+            client.rank(REQUEST)
+        silent.script = [1.5] * 20
+        for _ in range(12):
+            started = time.monotonic()
+            assert len(client.rank(REQUEST)) == 2
+            assert time.monotonic() - started < 1.0
+
+
+def test_an_attempt_may_be_given_a_time_of_its_own(servers):
+    silent, healthy = servers(), servers()
+    silent.script = [1.0] * 50
+    retry = RetryPolicy(attempt_timeout_s=0.1)
+    with RankClient([silent.address, healthy.address], deadline_s=2.0, retry=retry) as client:
+        for _ in range(6):
+            started = time.monotonic()
+            assert len(client.rank(REQUEST)) == 2
+            assert time.monotonic() - started < 0.6
+    with pytest.raises(trirank.InvalidRequest, match="attempt_timeout_s"):
+        RetryPolicy(attempt_timeout_s=0)
+
+
+def test_a_cancelled_call_ends_its_span_and_its_metric(server):
+    import asyncio
+
+    import prometheus_client
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider, registry = InMemorySpanExporter(), TracerProvider(), prometheus_client.CollectorRegistry()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    hooks = merged(opentelemetry_hooks(provider.get_tracer("test")), prometheus_hooks(registry), log_hooks())
+    server.script = [2.0]
+
+    async def cancelled():
+        async with trirank.AsyncRankClient(server.address, deadline_s=5, event_hooks=hooks) as client:
+            task = asyncio.ensure_future(client.rank(REQUEST))
+            await asyncio.sleep(0.2)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert all(e.under_way == 0 for e in client._core.pool.endpoints)
+
+    asyncio.run(cancelled())
+    (span,) = exporter.get_finished_spans()
+    assert span.attributes["trirank.cancelled"]
+    assert registry.get_sample_value("trirank_client_requests_total", {"outcome": "cancelled"}) == 1
+
+
+def test_a_token_that_cannot_be_had_is_a_failure_like_others(server):
+    def broken():
+        raise OSError("the vault is sealed")
+
+    with RankClient(server.address, token=broken) as client:
+        with pytest.raises(trirank.Unavailable, match=r"the token could not be had \(OSError: the vault is sealed\)"):
+            client.rank(REQUEST)
+        assert client.rank(REQUEST, on_failure="retrieval_order").degraded
+        assert not client.ready()
+    assert not server.seen
+
+
+def test_closing_tells_callers_that_it_was_closed(server):
+    import asyncio
+
+    server.script = [2.0]
+
+    async def closed():
+        client = trirank.AsyncRankClient(server.address, deadline_s=5)
+        task = asyncio.ensure_future(client.rank(REQUEST))
+        await asyncio.sleep(0.3)
+        await client.close()
+        with pytest.raises(trirank.ClientClosed):
+            await task
+
+    asyncio.run(closed())
+
+
+def test_closing_the_synchronous_client_tells_callers_too(server):
+    server.script = [2.0]
+    client = RankClient(server.address, deadline_s=5)
+    with futures.ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.rank, REQUEST)
+        time.sleep(0.3)
+        client.close()
+        with pytest.raises(trirank.ClientClosed):
+            call.result()
+
+
+def test_each_name_shows_its_own_certificate(monkeypatch):
+    from trirank import _channels
+
+    hosts = {"dns:///north.shop:1": ["10.0.0.1:1"], "dns:///south.shop:1": ["10.0.0.2:1"]}
+    monkeypatch.setattr(_channels, "_lookup", lambda address: hosts[address])
+    target = _channels.Target(list(hosts))
+    target.resolve()
+    assert [target._name_of(address) for address in ("10.0.0.1:1", "10.0.0.2:1")] == ["north.shop", "south.shop"]

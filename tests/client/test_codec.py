@@ -12,11 +12,12 @@ from trirank import (
     IncompatibleServer,
     InvalidRequest,
     RankRequest,
+    ServerError,
     Status,
     contract,
     stable_id,
 )
-from trirank._codec import decode, encode
+from trirank._codec import _header, decode, encode
 from tritonclient.grpc import service_pb2
 
 DTYPES = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
@@ -113,7 +114,7 @@ def test_an_empty_history_is_one_padding_event():
         (RankRequest(item_ids=[1, 2], retrieval_scores=[1.0]), "one a candidate"),
         (RankRequest(item_ids=[1], timestamp=-5), "timestamp is -5"),
         (RankRequest(item_ids=[1], timestamp=2**80), "timestamp"),
-        (RankRequest(item_ids=[1], history=History(item_ids=[1, 2], timestamps=[1])), "history_timestamps"),
+        (RankRequest(item_ids=[1], history=History(item_ids=[1, 2], timestamps=[1])), "history.timestamps"),
         (RankRequest(item_ids=[1], history=History(item_ids=list(range(1025)))), "1025 events"),
     ],
 )
@@ -175,3 +176,88 @@ def test_whatever_is_accepted_is_lawful_on_the_wire(ids, top_k, query):
     specs = {spec.name: spec for spec in contract.REQUEST}
     for tensor in message.inputs:
         assert tensor.datatype == specs[tensor.name].dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"history": History(item_ids=[1, 2], timestamps=[5])}, r"history.timestamps has shape \(1,\)"),
+        ({"history": History(item_ids=[1, 2], behaviours=[1])}, r"history.behaviours has shape \(1,\)"),
+        ({"history": History(item_ids=[1, 2], behaviours=[1, 2, 3])}, r"history.behaviours has shape \(3,\)"),
+        ({"history": History(item_ids=[1], timestamps=["noon"])}, "history.timestamps holds what is no whole number"),
+        ({"history": History(item_ids=[1], behaviours=["click"])}, "history.behaviours holds what is no whole number"),
+        ({"history": History(item_ids=[1], timestamps=[-5])}, "history.timestamps holds -5"),
+        ({"retrieval_scores": ["good"]}, "retrieval_scores holds what is no number"),
+        ({"retrieval_scores": [[0.1], [0.2, 0.3]]}, "retrieval_scores holds what is no number"),
+        ({"retrieval_scores": [None]}, r"retrieval_scores\[0\] is nan"),
+        ({"item_ids": [[1], [2, 3]]}, "item_ids"),
+        ({"item_ids": 5}, "item_ids"),
+        ({"query": b"shoes"}, "query is b'shoes'; it is text"),
+        ({"query": None, "item_ids": [1]}, "query is None; it is text"),
+        ({"scenario": 7}, "scenario is 7; it is text"),
+    ],
+)
+def test_whatever_cannot_be_sent_is_an_invalid_request(change, words):
+    with pytest.raises(InvalidRequest, match=words):
+        encode(RankRequest(**{"item_ids": [1], **change}), "rank")
+
+
+def harmed(harm):
+    reply = service_pb2.ModelInferResponse()
+    values = {
+        "RANKED_IDS": np.array([7, 5], np.int64), "SCORES": np.array([2, 1], np.float32),
+        "REASONS": np.zeros(2, np.int32), "STATUS": np.zeros(4, np.int32),
+    }  # fmt: skip
+    harm(values)
+    for name, value in values.items():
+        dtype = next(spec.dtype for spec in contract.RESPONSE if spec.name == name)
+        reply.outputs.add(name=name, datatype=dtype, shape=[1, len(value)])
+        reply.raw_output_contents.append(value if isinstance(value, bytes) else value.tobytes())
+    return reply
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda values: values.update(SCORES=b"\0" * 7),
+        lambda values: values.update(STATUS=np.zeros(3, np.int32)),
+        lambda values: values.update(STATUS=b""),
+        lambda values: values.update(REASONS=np.zeros(1, np.int32)),
+        lambda values: values.update(SCORES=np.zeros(1, np.float32)),
+    ],
+)
+def test_a_malformed_reply_is_an_incompatible_server(harm):
+    with pytest.raises(IncompatibleServer, match="install the client that fits the server"):
+        decode(harmed(harm), {})
+
+
+def test_a_reply_with_fewer_contents_than_outputs():
+    reply = harmed(lambda values: None)
+    del reply.raw_output_contents[-1]
+    with pytest.raises(IncompatibleServer):
+        decode(reply, {})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_no_numbers_reach_nobody(bad):
+    def harm(values):
+        values["SCORES"][1] = bad
+
+    with pytest.raises(ServerError, match=r"SCORES\[1\] is (nan|inf)"):
+        decode(harmed(harm), {})
+
+
+def test_headers_are_few_however_long_histories_are():
+    """Each length of history had a header of its own in a cache of 256, so that most were made anew."""
+    _header.cache_clear()
+    for length in range(1, 400):
+        encode(RankRequest(item_ids=[1], history=History(item_ids=list(range(length)))), "rank")
+    assert _header.cache_info().misses == 1
+
+
+def test_a_string_id_is_hashed_once(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(contract, "stable_id", lambda key: hashed.append(key) or stable_id(key))
+    _, names = encode(RankRequest(item_ids=["a", "b", "c"], user_id="u"), "rank")
+    assert sorted(hashed) == ["a", "b", "c", "u"]
+    assert names == {stable_id(key): key for key in "abc"}

@@ -160,3 +160,61 @@ def test_a_quantile_of_late(clock):
     for _ in range(200):  # old times go
         times.add(0.5)
     assert times.value == 0.5
+
+
+def test_a_thousand_ejections_are_as_good_as_ten(clock):
+    servers = pool("ab", clock, failures=1, pause_s=1.0, max_pause_s=3.0, slow_start_s=0)
+    for _ in range(1100):
+        endpoint = fail_at(servers, "a")[0]
+        servers.done(endpoint, False)
+        assert endpoint.left_alone_until - clock.now == pytest.approx(min(3.0, 2.0 ** min(endpoint.ejections - 1, 10)))
+        clock.now = endpoint.left_alone_until + 0.01
+
+
+def test_calls_that_were_under_way_do_not_eject_again(clock):
+    """Thirty failures at once are one outage, and one pause."""
+    servers = pool("ab", clock, failures=3, pause_s=1.0, max_pause_s=30.0, slow_start_s=0)
+    endpoint = next(e for e in servers.endpoints if e.address == "a")
+    began = clock.now
+    for _ in range(30):
+        servers.done(endpoint, False, began)
+        endpoint.under_way += 1
+    assert endpoint.left_alone_until == clock.now + 1.0
+    clock.now += 5  # the last of them end after the pause
+    for _ in range(30):
+        servers.done(endpoint, False, began)
+    assert endpoint.left_alone_until < clock.now
+
+
+def test_one_that_does_not_fit_is_left_alone_at_once(clock):
+    servers = pool("ab", clock, failures=3, pause_s=1.0, slow_start_s=0)
+    servers.unfit(fail_at(servers, "a")[0])
+    assert {call(servers) for _ in range(50)} == {"b"}
+
+
+def test_a_hedge_goes_only_to_a_server_whose_contract_is_known(clock):
+    servers = pool("ab", clock)
+    first = servers.pick()
+    tried = frozenset({first.address})
+    assert servers.pick_hedge(tried) is None
+    for endpoint in servers.endpoints:
+        endpoint.checked = True
+    assert servers.pick_hedge(tried).address == ({"a", "b"} - tried).pop()
+    assert servers.pick_hedge(frozenset("ab")) is None
+
+
+def test_clocks_are_compared_again_after_a_while(clock):
+    servers = pool("a", clock)
+    (endpoint,) = servers.endpoints
+    servers.clock_differs(endpoint)
+    assert not servers.clock_agrees(endpoint)
+    clock.now += 61
+    assert servers.clock_agrees(endpoint)
+
+
+def test_saved_up_hedges_are_few():
+    """However long a client was quiet, a burst of hedges stays a burst."""
+    bucket = TokenBucket(0.05, capacity=2.0)
+    for _ in range(10_000):
+        bucket.earn()
+    assert sum(bucket.take() for _ in range(100)) == 2
