@@ -383,6 +383,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     tritonserver: Annotated[Path | None, typer.Option(help="The server to run.")] = None,
     addresses: Annotated[Path | None, typer.Option(help="File to write the addresses to, as JSON, when ready.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="File for Triton's log; else it is gone at the stop. Errors are shown anyway.")
+    ] = None,
     follow: Annotated[
         bool | None, typer.Option(help="Serve what the link points at, whenever it moves; for links by default.")
     ] = None,
@@ -406,7 +409,7 @@ def serve(
     if follow and not release.is_symlink():
         raise BadRecipe(f"--follow follows a link, and {release} is none; give the link `current` beside the releases")
     ports = Ports(grpc_port, http_port, metrics_port)
-    run_server(release, ports, host, tritonserver, fallback, follow=follow, addresses=addresses)
+    run_server(release, ports, host, tritonserver, fallback, follow=follow, addresses=addresses, log=log)
 
 
 @app.command()
@@ -443,7 +446,7 @@ def rank(
             "items": response.to_dicts(), "status": response.status.value, "unknown": response.unknown,
             "duplicates": response.duplicates, "filtered": response.filtered,
         }  # fmt: skip
-        print(json.dumps(answer))
+        print(json.dumps(answer, allow_nan=False))
         return
     from trirank_build.presentation import ranking_table
 

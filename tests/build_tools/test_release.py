@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 from trirank import contract
-from trirank_build.artefacts import tree_digests
+from trirank_build.artefacts import file_digest, tree_digests
 from trirank_build.data.dataset import Dataset
 from trirank_build.data.sources.shop import ShopSize, make_shop
+from trirank_build.engines import latency
 from trirank_build.errors import BadData, BadModel
 from trirank_build.repository.assemble import assemble
-from trirank_build.repository.release import load_manifest
-from trirank_build.repository.store import promote
+from trirank_build.repository.release import load_manifest, verify
+from trirank_build.repository.store import in_use, promote, releases
 
 
 @pytest.fixture
@@ -34,6 +35,44 @@ def test_the_same_parts_give_the_same_release(world, trained, dataset, tmp_path)
     assert assemble(trained, dataset, world.onnx, world.release.parent, engine="onnxruntime") == world.release
     assert assemble(trained, dataset, world.onnx, tmp_path, engine="onnxruntime").name == world.release.name
     assert [path.name for path in tmp_path.iterdir()] == [world.release.name]
+
+
+def test_a_later_gate_shows_though_the_files_are_the_same(world, trained, dataset, tmp_path):
+    onnx = tmp_path / "r.onnx"
+    shutil.copy(world.onnx, onnx)
+    shutil.copy(world.onnx.with_suffix(".parity.json"), tmp_path / "r.parity.json")
+    first = assemble(trained, dataset, onnx, tmp_path / "out", engine="onnxruntime")
+    assert load_manifest(first)["gate"] is None
+    stage = {
+        "stage": "ensemble",
+        "ndcg10": {"value": 0.5, "low": 0.4, "high": 0.6},
+        "ndcg_ratio": {"value": 1.0, "low": 0.9, "high": 1.1},
+        "latency_ms": 1.0,
+        "size_mb": 1.0,
+    }
+    gate = {
+        "onnx": file_digest(onnx), "passed": True, "failures": [], "engine": "onnxruntime", "stages": [stage],
+        "split": "test", "requests": 9, "thresholds": {}, "checks": [],
+    }  # fmt: skip
+    (tmp_path / "r.gate.json").write_text(json.dumps(gate))
+    with in_use(first):
+        assert assemble(trained, dataset, onnx, tmp_path / "out", engine="onnxruntime") == first
+        assert load_manifest(first)["gate"]["passed"]
+        assert verify(first) == []
+        assert next(each for each in releases(first.parent)).in_use  # a server's hold outlives the new manifest
+
+
+def test_two_assemblies_choose_one_engine(world, trained, dataset, tmp_path, monkeypatch):
+    """Which engine is the fastest is measured, and a machine's noise may turn two that are close; the first measurement
+    stays beside the graph."""
+    onnx = tmp_path / "r.onnx"
+    shutil.copy(world.onnx, onnx)
+    shutil.copy(world.onnx.with_suffix(".parity.json"), tmp_path / "r.parity.json")
+    noise = iter(["openvino", "onnxruntime"])
+    monkeypatch.setattr(latency, "fastest_engine", lambda *_: (next(noise), {"openvino": 1.0, "onnxruntime": 1.0}))
+    names = [assemble(trained, dataset, onnx, tmp_path / "out").name for _ in range(2)]
+    assert names[0] == names[1]
+    assert json.loads((tmp_path / "r.engine.json").read_text())["engine"] == "openvino"
 
 
 def test_promotion_moves_one_link(world, trained, dataset, tmp_path):

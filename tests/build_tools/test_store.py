@@ -15,8 +15,19 @@ from trirank import contract
 from trirank_build.cli import app
 from trirank_build.errors import BadModel
 from trirank_build.repository import store
-from trirank_build.repository.release import MANIFEST, MODELS, load_manifest, release_name, verify
-from trirank_build.repository.store import CURRENT, PROMOTIONS, current, diff, gc, in_use, promote, releases, rollback
+from trirank_build.repository.release import MANIFEST, MODELS, load_manifest, recorded_requests, release_name, verify
+from trirank_build.repository.store import (
+    CURRENT,
+    PROMOTIONS,
+    assembling,
+    current,
+    diff,
+    gc,
+    in_use,
+    promote,
+    releases,
+    rollback,
+)
 from typer.testing import CliRunner
 
 
@@ -216,3 +227,54 @@ def test_the_link_is_relative(four):
     assert os.readlink(promote(four[0])) == four[0].name
     assert (four[0].parent / CURRENT).resolve() == four[0]
     assert store.current(four[0].parent / "nowhere") is None
+
+
+def test_going_back_never_goes_round_in_a_circle(four):
+    """Promote C, A, B, A: what was served before A is B, before that A, before that C."""
+    folder, (a, b, c, _) = four[0].parent, four
+    for release in (c, a, b, a):
+        promote(release)
+    assert [rollback(folder).name for _ in range(3)] == [b.name, a.name, c.name]
+    with pytest.raises(BadModel, match="first release"):
+        rollback(folder)
+    promote(b)
+    assert rollback(folder) == c
+
+
+def test_a_rollback_cut_short_is_done_again(four, monkeypatch):
+    folder = four[0].parent
+    for release in four[:3]:
+        promote(release)
+
+    def crash(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(folder), "symlink_to", crash)
+    with pytest.raises(KeyboardInterrupt):
+        rollback(folder)
+    monkeypatch.undo()
+    assert current(folder) == four[2]
+    assert [rollback(folder).name for _ in range(2)] == [four[1].name, four[0].name]
+
+
+def test_an_assembly_that_takes_long_is_left_alone(four):
+    folder = four[0].parent
+    with assembling(folder) as scratch:
+        (scratch / "half").write_text("")
+        os.utime(scratch, (0, 0))
+        gc(folder, keep=10)
+        assert (scratch / "half").is_file()
+    dead = folder / ".assembling.dead"
+    dead.mkdir()
+    os.utime(dead, (0, 0))
+    gc(folder, keep=10)
+    assert not dead.exists()
+
+
+def test_recorded_requests_that_are_gone_or_damaged_are_named(four):
+    (four[0] / "requests.json").write_text('[{"item_ids"')
+    with pytest.raises(BadModel, match="requests.json cannot be read"):
+        recorded_requests(four[0])
+    (four[0] / "requests.json").unlink()
+    with pytest.raises(BadModel, match="requests.json cannot be read"):
+        recorded_requests(four[0])

@@ -185,6 +185,12 @@ def test_the_command_follows_the_link(world, other, tmp_path):
             link.symlink_to("nowhere")  # what cannot be served is told, and changes nothing
             wait_for(lambda: "nowhere is no release" in said.read_text(), process)
             assert answers(address, first) != before
+            harmed = shutil.copytree(first, folder / "harmed")
+            (harmed / "requests.json").unlink()
+            link.unlink()
+            link.symlink_to("harmed")  # nor does one that has lost a file end the command
+            wait_for(lambda: "requests.json is missing" in said.read_text(), process)
+            assert answers(address, first) != before
             link.unlink()
             promote(first)
             wait_for(lambda: np.allclose(flat(answers(address, first)), flat(before), atol=1e-4), process)

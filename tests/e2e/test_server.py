@@ -9,14 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from trirank import RankClient, RankRequest
-from trirank_build.errors import ServeError
+from trirank_build.errors import BadModel, ServeError
 from trirank_build.serving import tritonserver
+from trirank_build.serving.following import serve as serve_until_stopped
 from trirank_build.serving.server import Ports, TritonServer
 
 
@@ -193,3 +195,38 @@ def test_short_shared_memory_is_told(world, monkeypatch):
     monkeypatch.setattr(server.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1 << 20))
     with pytest.raises(ServeError, match="/dev/shm has 1 MiB free.*--shm-size"):
         TritonServer(world.release)
+
+
+def test_what_a_killed_command_left_is_swept_at_the_next_start(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    left, ours = tmp_path / f"trirank-serve-{gone}-abc", tmp_path / f"trirank-serve-{os.getpid()}-abc"
+    shared = Path("/dev/shm") / f"trirank_{gone}_abc_1"
+    for place in (left / "models", ours / "models"):
+        place.mkdir(parents=True)
+    shared.write_bytes(b"x")
+    with TritonServer(world.release, tritonserver=fake(tmp_path, "exec sleep 60")):
+        assert not left.exists()
+        assert not shared.exists()
+        assert ours.exists()
+
+
+def test_tritons_log_is_kept_where_one_wants_it_and_errors_are_told(world, tmp_path):
+    log = tmp_path / "triton.log"
+    script = "echo 'I1125 ready'; echo 'E1125 the disk is full'; echo 'E1125 no CUDA driver'; exec sleep 60"
+    with TritonServer(world.release, tritonserver=fake(tmp_path, script), log=log) as server:
+        deadline, told = time.monotonic() + 20, []
+        while not told and time.monotonic() < deadline:
+            told += server.new_errors()
+        assert told == ["E1125 the disk is full"]
+        assert server.new_errors() == []
+    assert "the disk is full" in log.read_text()
+    with pytest.raises(ServeError, match="--log .* cannot be written"):
+        TritonServer(world.release, tritonserver=fake(tmp_path, "exit"), log=tmp_path / "no" / "log")
+
+
+def test_a_damaged_release_is_not_served(world, tmp_path):
+    release = shutil.copytree(world.release, tmp_path / world.release.name)
+    (release / "features" / "token_idf.npy").write_bytes(b"rubbish")
+    with pytest.raises(BadModel, match="cannot be served: features/token_idf.npy has digest"):
+        serve_until_stopped(release, Ports(), "127.0.0.1", None, None, follow=False, addresses=None)

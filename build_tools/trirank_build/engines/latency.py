@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from trirank import contract
 from trirank_backend.features import FeatureSpec
 from trirank_backend.scoring import rankers_of
 
+from trirank_build.artefacts import atomic_file, file_digest
 from trirank_build.export.parity import sample_inputs
 
 _CALLS = 3
@@ -59,3 +61,20 @@ def fastest_engine(
         if medians[name] < _CLEARLY * medians[best]:
             best = name
     return best, medians
+
+
+def chosen_engine(onnx: Path, spec: FeatureSpec, engines: list[str]) -> str:
+    """The fastest of these engines, as it was measured when the graph was first asked about: noise may turn two that
+    are close, and then the same graph would give two releases. The choice lies beside the graph."""
+    path, digest = onnx.with_suffix(".engine.json"), file_digest(onnx)
+    asked = {"onnx": digest, "engines": engines}
+    try:
+        kept = json.loads(path.read_text())
+        if {key: kept[key] for key in asked} == asked:
+            return str(kept["engine"])
+    except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or not by this version
+        pass
+    engine, medians = fastest_engine(onnx, spec, engines)
+    with atomic_file(path) as scratch:
+        scratch.write_text(json.dumps(asked | {"engine": engine, "median_ms": medians}, indent=1) + "\n")
+    return engine

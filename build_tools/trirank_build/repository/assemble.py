@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +18,7 @@ from trirank_backend.scoring import exact_engines
 
 from trirank_build.artefacts import file_digest, tree_digests
 from trirank_build.data.dataset import Dataset
-from trirank_build.engines.latency import fastest_engine
+from trirank_build.engines.latency import chosen_engine
 from trirank_build.engines.plan import PlanManifest, load_plan_manifest
 from trirank_build.errors import BadModel
 from trirank_build.export.onnx import check_onnx
@@ -38,6 +36,7 @@ from trirank_build.repository.release import (
     release_name,
 )
 from trirank_build.repository.reports import gate_of, parity_of
+from trirank_build.repository.store import assembling, settle
 from trirank_build.training.run import TrainedRun
 
 _RECORDED = 8
@@ -59,7 +58,8 @@ def assemble(
     threads: int = 1,
     allow_failing_gate: bool = False,
 ) -> Path:
-    """Write a release below ``out`` under its digest, or find it there already; gives its directory.
+    """Write a release below ``out`` under its digest, or find it there already; gives its directory. What is told of it
+    (card and manifest: its gate, say) is the newest in either case.
 
     Args:
         runtime: one of repository.configs.RUNTIMES.
@@ -84,7 +84,7 @@ def assemble(
     plan_files = _checked_plans(plans or [], onnx_path, runtime)
     capabilities = {m.compute_capability: f"{m.sm}.plan" for _, m in plan_files}
     if engine is None and runtime == "python":
-        engine = gate["engine"] if gate else fastest_engine(onnx_path, spec, exact_engines())[0]
+        engine = gate["engine"] if gate else chosen_engine(onnx_path, spec, exact_engines())
     compatible = [f"{m.sm}.plan" for _, m in plan_files if m.hardware_compatibility != "none"]
     chosen = RankerRuntime(runtime, engine or "", provider, threads, capabilities, next(iter(compatible), ""))
     policies = run.recipe.policies_for(spec.tasks)
@@ -93,8 +93,8 @@ def assemble(
     configs = model_configs(spec.shape, chosen, instances or Instances(), pipeline)
 
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".assembling.", dir=out) as folder:
-        scratch = Path(folder) / "release"
+    with assembling(out) as folder:
+        scratch = folder / "release"
         for name, text in configs.items():
             version = scratch / MODELS / name / "1"
             version.mkdir(parents=True)
@@ -137,10 +137,7 @@ def assemble(
         (scratch / CARD).write_text(model_card(facts))
         facts["files"] = files | tree_digests(scratch, only=CARD)
         (scratch / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
-        target = out / release
-        if not target.is_dir():
-            os.replace(scratch, target)
-    return target
+        return settle(scratch, out / release)
 
 
 def _checked_plans(plans: list[Path], onnx_path: Path, runtime: str) -> list[tuple[Path, PlanManifest]]:

@@ -70,8 +70,15 @@ def load_manifest(release: Path) -> dict[str, Any]:
 
 
 def recorded_requests(release: Path) -> list[RankRequest]:
-    """The requests that a release carries to prove that it works."""
-    return [RankRequest.from_dict(raw) for raw in json.loads((release / REQUESTS).read_text())]
+    """The requests that a release carries to prove that it works.
+
+    Raises:
+        BadModel: they are missing or damaged.
+    """
+    try:
+        return [RankRequest.from_dict(raw) for raw in json.loads((release / REQUESTS).read_text())]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadModel(f"{release / REQUESTS} cannot be read ({error}); assemble again") from error
 
 
 def model_config(release: Path, model: str) -> Any:

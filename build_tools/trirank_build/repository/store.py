@@ -22,12 +22,13 @@ from typing import Any
 
 from trirank_build.artefacts import atomic_file
 from trirank_build.errors import BadModel
-from trirank_build.repository.release import MANIFEST, load_manifest, verify
+from trirank_build.repository.release import CARD, MANIFEST, load_manifest, verify
 
 CURRENT, PROMOTIONS = "current", "promotions.jsonl"
 _LOCK = ".lock"
-_ABANDONED_S = 3600
-"""After so long nobody works in a scratch folder any more."""
+_ASSEMBLING, _REMOVING = ".assembling.", ".removing."
+_ABANDONED_S = 60
+"""Whoever makes a scratch folder holds it within so long."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def promote(release: Path) -> Path:
         BadModel: it is no release, or no longer what was assembled.
     """
     release = release.resolve()
-    _refuse_damaged(release, "promoted")
+    refuse_damaged(release, "promoted")
     with _locked(release.parent):
         return _move(release.parent, release.name, rollback=False)
 
@@ -85,7 +86,8 @@ def promote(release: Path) -> Path:
 def rollback(folder: Path) -> Path:
     """Point ``current`` at what was served before the release that is served now; gives that release.
 
-    Going back again goes one further back, not forward.
+    Going back again goes one further back, not forward, and never in a circle: promotions are a stack, and going back
+    takes the top off.
 
     Raises:
         BadModel: nothing was served before, or it is gone or damaged.
@@ -94,13 +96,13 @@ def rollback(folder: Path) -> Path:
         served = current(folder)
         if served is None:
             raise BadModel(f"{folder} has no current release; promote one with `trirank release promote`")
-        lines = [line for line in _promotions(folder) if line["release"] == served.name and not line["rollback"]]
-        before = lines[-1]["before"] if lines else None
+        stack = _served_before(folder, served.name)
+        before = stack[-1] if stack else None
         if before is None:
             raise BadModel(f"{served.name} is the first release that {folder} served; there is none to go back to")
         if not (folder / before).is_dir():
             raise BadModel(f"{before}, served before {served.name}, is gone; promote another one of {folder}")
-        _refuse_damaged(folder / before, "served again")
+        refuse_damaged(folder / before, "served again")
         _move(folder, before, rollback=True)
     return folder / before
 
@@ -121,22 +123,46 @@ def gc(folder: Path, keep: int, dry_run: bool = False) -> list[str]:
             removed.append(release.name)
             if not dry_run:
                 # Out of sight in one step; a removal that is cut short leaves a hidden folder and no half release.
-                trash = Path(tempfile.mkdtemp(prefix=".removing.", dir=folder))
+                trash = Path(tempfile.mkdtemp(prefix=_REMOVING, dir=folder))
                 os.replace(folder / release.name, trash / release.name)
                 shutil.rmtree(trash)
         if not dry_run:
-            for left in (*folder.glob(".removing.*"), *folder.glob(".assembling.*")):
-                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+            for left in (*folder.glob(f"{_REMOVING}*"), *folder.glob(f"{_ASSEMBLING}*")):
+                if time.time() - left.stat().st_mtime > _ABANDONED_S and not _in_use(left):
                     shutil.rmtree(left, ignore_errors=True)
     return removed
 
 
 @contextmanager
+def assembling(folder: Path) -> Iterator[Path]:
+    """A scratch folder within ``folder`` that `gc` leaves alone for as long as the block runs, and that is gone
+    then."""
+    with tempfile.TemporaryDirectory(prefix=_ASSEMBLING, dir=folder) as scratch, in_use(Path(scratch)):
+        yield Path(scratch)
+
+
+def settle(made: Path, target: Path) -> Path:
+    """Put a release that was made to its place; gives it. Where the same files are there already, they stay, and what
+    is told of them is taken from the one that was made."""
+    if not target.is_dir():
+        os.replace(made, target)
+        return target
+    with _locked(target.parent):  # so that no promotion verifies it between the two
+        for name in (CARD, MANIFEST):
+            with atomic_file(target / name) as scratch:
+                shutil.copyfile(made / name, scratch)
+    return target
+
+
+@contextmanager
 def in_use(release: Path) -> Iterator[None]:
-    """While the block runs, `gc` on this machine leaves the release alone."""
-    with (release / MANIFEST).open() as stream:
-        fcntl.flock(stream, fcntl.LOCK_SH)
+    """While the block runs, `gc` on this machine leaves the folder alone."""
+    holder = os.open(release, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_SH)
         yield
+    finally:
+        os.close(holder)
 
 
 def diff(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -164,7 +190,8 @@ def _short(value: Any) -> str:
     return text[:12] if is_digest else text if len(text) <= 60 else text[:57] + "…"
 
 
-def _refuse_damaged(release: Path, what: str) -> None:
+def refuse_damaged(release: Path, what: str) -> None:
+    """Raises BadModel if a release is no longer what was assembled; ``what`` cannot be done with it then."""
     if problems := verify(release):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise BadModel(f"{release} cannot be {what}: {'; '.join(problems[:3])}{more}; assemble it again")
@@ -198,14 +225,36 @@ def _promotions(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _in_use(release: Path) -> bool:
+def _served_before(folder: Path, served: str) -> list[str]:
+    """What was served before the release that is served now, the last one last."""
+    lines = _promotions(folder)
+    while lines:
+        stack: list[str] = []
+        for line in lines:
+            name, before = line["release"], line["before"]
+            if line["rollback"]:
+                stack = stack[: len(stack) - stack[::-1].index(name)] if name in stack else [name]
+                continue
+            # A promotion that was cut short left a line of its own, but nothing was served by it.
+            stack = stack[: len(stack) - stack[::-1].index(before)] if before in stack else [before] if before else []
+            stack.append(name)
+        if stack[-1] == served:
+            return stack[:-1]
+        lines.pop()  # the last one was cut short
+    return []
+
+
+def _in_use(place: Path) -> bool:
     try:
-        with (release / MANIFEST).open() as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        holder = os.open(place, os.O_RDONLY)
     except OSError:
         return False
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(holder)
     return False
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from trirank_build.artefacts import atomic_file
 from trirank_build.errors import TrirankBuildError
 from trirank_build.progress import out, warn
-from trirank_build.repository.store import in_use
+from trirank_build.repository.store import in_use, refuse_damaged
 from trirank_build.serving.server import Ports, TritonServer
 
 POLL_S = 0.5
@@ -25,6 +25,7 @@ def serve(
     *,
     follow: bool,
     addresses: Path | None,
+    log: Path | None = None,
 ) -> None:
     """Serve until KeyboardInterrupt.
 
@@ -32,13 +33,15 @@ def serve(
         follow: whether ``release`` is a link, and a release that it is moved to takes the old one's place. One that
             cannot be served changes nothing but a line that says why.
         addresses: file to write the addresses to, as JSON, when ready.
+        log: file that Triton's words go to; None: one that is gone when the server stops. Errors are shown in any case.
 
     Raises:
         ServeError: the server cannot be started, or has ended.
-        BadModel: ``release`` is none.
+        BadModel: ``release`` is none, or no longer what was assembled.
     """
+    refuse_damaged(release.resolve(), "served")
     with TritonServer(
-        release, ports=ports, tritonserver=tritonserver, host=host, fallback=fallback, swappable=follow
+        release, ports=ports, tritonserver=tritonserver, host=host, fallback=fallback, swappable=follow, log=log
     ) as server:
         server.wait_ready()
         found = {"grpc": server.grpc, "http": server.http, "metrics": server.metrics, "pid": server.pid}
@@ -58,9 +61,12 @@ def _watch(server: TritonServer, link: Path | None) -> None:
         held.enter_context(in_use(server.release))
         while True:
             server.check_alive()
+            for line in server.new_errors():
+                warn(line)
             wanted = link.resolve() if link is not None else server.release
             if wanted not in (server.release, refused):
                 try:
+                    refuse_damaged(wanted, "served")
                     server.swap(wanted)
                     held.close()
                     held.enter_context(in_use(wanted))

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 from trirank import RankClient, contract
 from trirank_backend.compiled import need_compiling
 
@@ -34,6 +35,10 @@ STOP_TIMEOUT_S = 20
 _SHM_BYTES = 16 << 20
 """A stub's first shared memory; the largest batch fits, so that it need not grow under load."""
 _PDEATHSIG = 1
+_SCRATCH, _SHARED = "trirank-serve-", "trirank_"
+"""What scratch folders and shared memory are named, before the process id of whoever made them."""
+_NOISE = ("CUDA",)
+"""Of a server without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,14 @@ class TritonServer:
         host: str = "127.0.0.1",
         fallback: str | None = None,
         swappable: bool = False,
+        log: Path | None = None,
     ) -> None:
         """Start it; ``wait_ready`` tells when it works.
 
         Args:
             fallback: engine of the runtime ``python`` that scores where the release's own runtime cannot run here.
             swappable: whether ``swap`` shall work. Triton's model control is then open to this object alone.
+            log: file that Triton's words go to; None: one that is gone when the server stops.
 
         Raises:
             ServeError: no server is found, a port is in use, shared memory is short, or the release's runtime cannot
@@ -77,10 +84,12 @@ class TritonServer:
         _check_shared_memory()
         _compile_kernels()
         self._control: Control | None = None
-        self._scratch = Path(tempfile.mkdtemp(prefix="trirank-serve-"))
+        _sweep()
+        self._scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
         self._process: subprocess.Popen[bytes] | None = None
-        self.log = self._scratch / "triton.log"
-        self._shm_prefix = f"trirank_{os.getpid()}_{self._scratch.name[-8:]}_"
+        self.log = log or self._scratch / "triton.log"
+        self._read = 0
+        self._shm_prefix = f"{_SHARED}{os.getpid()}_{self._scratch.name[-8:]}_"
         try:
             self._binary = binary = find_tritonserver(tritonserver, self._scratch)
             self._fallback = fallback
@@ -103,11 +112,11 @@ class TritonServer:
                 f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
                 f"--exit-timeout-secs={STOP_TIMEOUT_S // 2}",
             ]
-            with self.log.open("wb") as log:
+            with _opened(self.log) as stream:
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
+                    stdout=stream,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **binary.environment},
                     start_new_session=True,
@@ -180,6 +189,16 @@ class TritonServer:
         assert self._process is not None
         if self._process.poll() is not None:
             raise ServeError(f"Triton ended with {self._process.returncode}: {self._last_words()}")
+
+    def new_errors(self) -> list[str]:
+        """Errors that Triton has told since this was asked last, a line each."""
+        with self.log.open("rb") as stream:
+            stream.seek(self._read)
+            text = stream.read()
+        whole = text[: text.rfind(b"\n") + 1]  # a line that is half written is read next time
+        self._read += len(whole)
+        lines = whole.decode(errors="replace").splitlines()
+        return [line for line in lines if re.match(r"E\d{4} ", line) and not any(words in line for words in _NOISE)]
 
     def stop(self) -> None:
         """Let requests in flight finish, end the server and its stubs, remove its files. Safe to call twice."""
@@ -288,6 +307,27 @@ def _check_shared_memory() -> None:
             f"/dev/shm has {free >> 20} MiB free, Triton's Python stages need {needed >> 20}; start the container with "
             "--shm-size=1g, or free some"
         )
+
+
+def _opened(log: Path) -> Any:
+    try:
+        return log.open("wb")
+    except OSError as error:
+        raise ServeError(
+            f"--log {log} cannot be written ({error.strerror}); name a file in a folder that is there"
+        ) from error
+
+
+def _sweep() -> None:
+    """Remove what servers left behind whose process was killed outright."""
+    for place in (*Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"), *Path("/dev/shm").glob(f"{_SHARED}*")):
+        found = re.match(rf"(?:{_SCRATCH}|{_SHARED})(\d+)[-_]", place.name)
+        if found is None or psutil.pid_exists(int(found[1])):
+            continue
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def _compile_kernels() -> None:
