@@ -26,11 +26,11 @@ from trirank_build.compression.recipe import CompressionRecipe, load_compression
 from trirank_build.engines.latency import fastest_engine, latencies, scoring_calls
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.bootstrap import Interval, mean_interval, ratio_interval
-from trirank_build.evaluation.cascade import retrieve
-from trirank_build.evaluation.catalogue import CatalogueTasks
 from trirank_build.export.onnx import export, write_graph
 from trirank_build.features.examples import Examples
 from trirank_build.recipe import load_recipe
+from trirank_build.retrieval.cascade import retrieve
+from trirank_build.retrieval.tasks import CatalogueTasks
 from trirank_build.training.run import BEST, TrainedRun
 from trirank_build.training.trainer import train
 

@@ -20,19 +20,20 @@ import numpy as np
 import torch
 from results import ROOT, WORK, Figure, write
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.options import PrepareOptions
-from trirank_build.data.prepare import prepare
-from trirank_build.data.sources.judged_search import place_of
 from trirank_build.evaluation.bootstrap import mean_interval, ratio_interval
-from trirank_build.evaluation.cascade import rank_retrieved, retrieve
-from trirank_build.evaluation.catalogue import CatalogueTasks, Found, rank_catalogue, state_scorer
+from trirank_build.evaluation.catalogue import Found, rank_catalogue, rank_retrieved
 from trirank_build.evaluation.contenders import lambdamart
 from trirank_build.evaluation.evaluate import evaluate, evaluate_catalogue
 from trirank_build.evaluation.scoring import score
 from trirank_build.evaluation.summary import Evaluation
 from trirank_build.features.examples import Examples
 from trirank_build.models.embeddings import embedding_bytes, make_embedding
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.prepare import prepare
+from trirank_build.preparation.sources.judged_search import place_of
 from trirank_build.recipe import ModelRecipe, load_recipe
+from trirank_build.retrieval.cascade import retrieve
+from trirank_build.retrieval.tasks import CatalogueTasks, state_scorer
 from trirank_build.training.ranking import held_out
 from trirank_build.training.run import TrainedRun
 from trirank_build.training.trainer import train

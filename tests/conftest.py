@@ -15,7 +15,7 @@ DATA = Path(os.environ.get("TRIRANK_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.fixture(scope="session")
 def shop():
-    from trirank_build.data.sources.shop import ShopSize, make_shop
+    from trirank_build.preparation.sources.shop import ShopSize, make_shop
 
     return make_shop(ShopSize(products=150, users=150, requests=4000, candidates=20), seed=1)
 

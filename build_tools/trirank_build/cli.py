@@ -63,8 +63,8 @@ def data_prepare(
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 7,
 ) -> None:
     """Read, clean, split by time, find candidates; write a dataset."""
-    from trirank_build.data.options import PrepareOptions
-    from trirank_build.data.prepare import prepare
+    from trirank_build.preparation.options import PrepareOptions
+    from trirank_build.preparation.prepare import prepare
 
     options = PrepareOptions(items, queries, min_count, max_train, max_eval, seed)
     dataset = prepare(source, options)

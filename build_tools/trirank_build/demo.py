@@ -34,16 +34,17 @@ def build(work: Path) -> Path:
         from trirank_build.compression.chain import compress
         from trirank_build.compression.recipe import load_compression_recipe
         from trirank_build.data.dataset import Dataset
-        from trirank_build.data.options import PrepareOptions
-        from trirank_build.data.prepare import SHOP, prepare
         from trirank_build.engines.latency import fastest_engine
+        from trirank_build.export.beside import gate_path
         from trirank_build.export.onnx import export
         from trirank_build.gate.report import write_report
         from trirank_build.gate.verdict import run_gate
+        from trirank_build.preparation.options import PrepareOptions
+        from trirank_build.preparation.prepare import SHOP, prepare
         from trirank_build.presentation import gate_table
         from trirank_build.recipe import load_recipe
         from trirank_build.repository.assemble import assemble
-        from trirank_build.repository.reports import gate_path, write_parity
+        from trirank_build.repository.reports import write_parity
         from trirank_build.repository.store import promote
         from trirank_build.training.run import BEST
         from trirank_build.training.trainer import train

@@ -10,8 +10,8 @@ from trirank_build.compression import distil, fold
 from trirank_build.compression.chain import check_chain, compress
 from trirank_build.compression.recipe import KINDS, RECIPES, load_compression_recipe, parse_recipe
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.sources.shop import ShopSize, make_shop
 from trirank_build.errors import BadCheckpoint, BadData, BadRecipe
+from trirank_build.preparation.sources.shop import ShopSize, make_shop
 from trirank_build.training.trainer import train
 
 NO_TRAINING = {"epochs": 0}

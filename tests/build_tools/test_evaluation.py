@@ -12,21 +12,22 @@ import pytest
 from scipy import stats
 from trirank_backend.features import Packer
 from trirank_build.baselines.content import Content
-from trirank_build.baselines.item_knn import ItemKnn
 from trirank_build.baselines.matrix_factorisation import MatrixFactorisation
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.options import PrepareOptions
-from trirank_build.data.prepare import prepare
 from trirank_build.errors import BadData
 from trirank_build.evaluation import metrics
 from trirank_build.evaluation.bootstrap import mean_interval, ratio_interval
-from trirank_build.evaluation.catalogue import CatalogueTasks, contender_scorer, rank_catalogue
+from trirank_build.evaluation.catalogue import rank_catalogue
 from trirank_build.evaluation.contenders import Popularity, contenders, lambdamart, order_candidates
 from trirank_build.evaluation.evaluate import evaluate, evaluate_catalogue
 from trirank_build.evaluation.report import write_report
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features, fit_features
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.prepare import prepare
 from trirank_build.recipe import FeatureRecipe
+from trirank_build.retrieval.item_knn import ItemKnn
+from trirank_build.retrieval.tasks import CatalogueTasks, contender_scorer
 
 
 @pytest.fixture(scope="module")

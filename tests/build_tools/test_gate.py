@@ -12,13 +12,14 @@ from trirank_build.compression.recipe import parse_recipe
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import fastest_engine
 from trirank_build.errors import BadCheckpoint, BadData, BadModel
+from trirank_build.export.beside import gate_path
 from trirank_build.export.onnx import export
 from trirank_build.gate.report import write_report
 from trirank_build.gate.verdict import run_gate
 from trirank_build.models.checkpoint import load_checkpoint, save_checkpoint
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.release import load_manifest
-from trirank_build.repository.reports import gate_path, write_parity
+from trirank_build.repository.reports import write_parity
 from trirank_build.training.run import TrainedRun
 
 STEPS = [
@@ -122,7 +123,7 @@ def test_a_step_that_is_gone(compressed, dataset, tmp_path):
 
 
 def test_another_dataset(compressed, tmp_path):
-    from trirank_build.data.sources.shop import ShopSize, make_shop
+    from trirank_build.preparation.sources.shop import ShopSize, make_shop
 
     other = Dataset.load(make_shop(ShopSize(60, 30, 300, 15), 9).save(tmp_path / "data"))
     with pytest.raises(BadData, match="was trained on"):

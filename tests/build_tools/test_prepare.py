@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 from trirank.contract import Behaviour, stable_id
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.options import PrepareOptions
-from trirank_build.data.prepare import prepare
 from trirank_build.errors import BadData
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.prepare import prepare
 
 START = 1_600_000_000
 

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.options import PrepareOptions
-from trirank_build.data.prepare import prepare
 from trirank_build.errors import BadCheckpoint, BadData, BadRecipe, Diverged
-from trirank_build.evaluation.catalogue import CatalogueTasks, rank_catalogue, state_scorer
+from trirank_build.evaluation.catalogue import rank_catalogue
 from trirank_build.evaluation.contenders import contenders
 from trirank_build.evaluation.evaluate import evaluate_catalogue
 from trirank_build.evaluation.scoring import score
@@ -19,7 +17,10 @@ from trirank_build.features.negatives import NegativeSampler
 from trirank_build.features.sequences import Sequences
 from trirank_build.models.checkpoint import load_checkpoint
 from trirank_build.models.family import make_ranker
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.prepare import prepare
 from trirank_build.recipe import Recipe
+from trirank_build.retrieval.tasks import CatalogueTasks, state_scorer
 from trirank_build.training.pretraining import Pretraining
 from trirank_build.training.trainer import train
 

@@ -9,9 +9,9 @@ import pytest
 from trirank import contract
 from trirank_build.artefacts import file_digest, tree_digests
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.sources.shop import ShopSize, make_shop
 from trirank_build.engines import latency
 from trirank_build.errors import BadData, BadModel
+from trirank_build.preparation.sources.shop import ShopSize, make_shop
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.release import load_manifest, verify
 from trirank_build.repository.store import in_use, promote, releases

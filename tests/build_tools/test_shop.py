@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 from trirank.contract import ANONYMOUS_USER
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.sources.shop import ShopSize, make_shop
 from trirank_build.evaluation import metrics
+from trirank_build.preparation.sources.shop import ShopSize, make_shop
 
 SIZE = ShopSize(products=60, users=30, requests=300, candidates=15)
 

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trirank_build.compression.fuse import Ensemble
-from trirank_build.compression.step import Context, Decisions, StepSettings, Work, shared_context
+from trirank_build.compression.step import Context, StepSettings, Work
 from trirank_build.errors import BadRecipe
 from trirank_build.features.fitting import Features
 from trirank_build.models.family import make_ranker
+from trirank_build.models.forms.distil import rebuild
+from trirank_build.models.forms.form import Decisions
+from trirank_build.models.forms.fuse import Ensemble
 from trirank_build.recipe import ModelRecipe
 from trirank_build.training.run import TrainedRun, check_features
 
@@ -59,14 +61,6 @@ def run(work: Work, settings: Settings, context: Context) -> None:
         work.model = make_ranker(work.features.spec, settings.student)
     work.decisions.append((settings.kind, decisions))
     context.finetune(work, settings.training, "distillation", teacher=teacher)
-
-
-def rebuild(model: nn.Module, decisions: Decisions) -> nn.Module:
-    """See step.Step. Decisions: the sizes of a fresh student."""
-    member = model.members[0] if isinstance(model, Ensemble) else model
-    if (sizes := decisions["student"]) is None:
-        return member
-    return make_ranker(shared_context(member, "distil").spec, ModelRecipe.model_validate(sizes))
 
 
 def _decide(settings: Settings) -> Decisions:

@@ -10,9 +10,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from trirank_build.compression.step import Context, Decisions, StepSettings, Work, replace, shared_context
+from trirank_build.compression.step import Context, StepSettings, Work
 from trirank_build.errors import BadRecipe
 from trirank_build.features.fitting import Features
+from trirank_build.models.forms.factorise import rebuild
+from trirank_build.models.forms.form import Decisions, shared_context
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -68,22 +70,6 @@ def run(work: Work, settings: Settings, context: Context) -> None:
                 factors[1].weight.copy_(left)  # type: ignore[operator]
     work.decisions.append((settings.kind, decisions))
     context.finetune(work, settings.training, "finetuning")
-
-
-def rebuild(model: nn.Module, decisions: Decisions) -> nn.Module:
-    """See step.Step. Decisions: the rank of each matrix that became two."""
-    for name, rank in decisions["ranks"].items():
-        layer = model.get_submodule(name)
-        if isinstance(layer, nn.Embedding):
-            rows = nn.Embedding(layer.num_embeddings, rank)
-            replace(model, name, nn.Sequential(rows, nn.Linear(rank, layer.embedding_dim, bias=False)))
-        else:
-            assert isinstance(layer, nn.Linear)
-            last = nn.Linear(rank, layer.out_features, bias=layer.bias is not None)
-            if layer.bias is not None:
-                last.bias = layer.bias
-            replace(model, name, nn.Sequential(nn.Linear(layer.in_features, rank, bias=False), last))
-    return model
 
 
 def _matrices(model: nn.Module, which: str) -> dict[str, Tensor]:

@@ -14,11 +14,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trirank_build.compression.step import Context, Decisions, StepSettings, Work, shared_context
+from trirank_build.compression.step import Context, StepSettings, Work
 from trirank_build.errors import BadRecipe
 from trirank_build.features.fitting import Features
+from trirank_build.models.forms.fold import Rest, rebuild
+from trirank_build.models.forms.form import Decisions, shared_context
 from trirank_build.models.ranker import SharedContextRanker
 
 _REST = ("behaviour", "time_gap", "token")
@@ -62,28 +64,6 @@ def run(work: Work, settings: Settings, context: Context) -> None:
 
 def _features(features: Features) -> Features:
     return features.changed(folded=len(features.catalogue) + 1)
-
-
-def rebuild(model: nn.Module, decisions: Decisions) -> nn.Module:
-    """See step.Step. Decisions: rows of items, the first other id of the joint vocabulary, and how many there are."""
-    ranker = shared_context(model, "fold")
-    ranker.folded = nn.Embedding(decisions["items"], decisions["dim"], padding_idx=0)
-    ranker.embedding = Rest(decisions["first"], decisions["rest"], decisions["dim"])
-    ranker.fields = 1
-    return ranker
-
-
-class Rest(nn.Module):
-    """Ids of the joint vocabulary from ``first`` on; 0, "missing", gives zeros."""
-
-    def __init__(self, first: int, rows: int, dim: int) -> None:
-        super().__init__()
-        self.first = first
-        self.table = nn.Embedding(rows, dim, padding_idx=0)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows: Tensor = self.table(torch.clamp(ids - (self.first - 1), min=0))
-        return rows
 
 
 def _decide(ranker: SharedContextRanker, features: Features) -> Decisions:

@@ -15,15 +15,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from trirank_build.compression.step import Context, Decisions, StepSettings, Work, packed, shared_context
+from trirank_build.compression.step import Context, StepSettings, Work, packed
 from trirank_build.errors import BadRecipe
 from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.fitting import Features
-from trirank_build.models.family import make_ranker
+from trirank_build.models.forms.form import Decisions, shared_context
+from trirank_build.models.forms.fuse import Ensemble
 from trirank_build.models.sequence import SequenceRanker
-from trirank_build.recipe import ModelRecipe
 from trirank_build.training.losses import listwise_softmax, targets_of
 from trirank_build.training.run import TrainedRun, check_features
 
@@ -86,31 +86,6 @@ def run(work: Work, settings: Settings, context: Context) -> None:
         _learn_weights(ensemble, work, context)
         work.model = ensemble
     work.decisions.append((settings.kind, decisions))
-
-
-def rebuild(model: nn.Module, decisions: Decisions) -> nn.Module:
-    """See step.Step. Decisions: the mode, how many members there are, and the sizes of those that were runs."""
-    if decisions["mode"] == "soup":
-        return model
-    if not decisions["others"]:
-        return Ensemble([copy.deepcopy(model) for _ in range(decisions["members"])])
-    spec = shared_context(model, "fuse").spec
-    return Ensemble([model, *(make_ranker(spec, ModelRecipe.model_validate(sizes)) for sizes in decisions["others"])])
-
-
-class Ensemble(nn.Module):
-    """Weighted sum of the members' scores; all see the same features."""
-
-    has_states = False
-
-    def __init__(self, members: list[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.weights = nn.Parameter(torch.full((len(members),), 1 / len(members)))
-
-    def forward(self, history: Tensor, query: Tensor, candidates: Tensor, dense: Tensor, context: Tensor) -> Tensor:
-        scores = [member(history, query, candidates, dense, context) for member in self.members]
-        return (torch.stack(scores, -1) * self.weights).sum(-1)
 
 
 def averaged(models: list[nn.Module]) -> nn.Module:

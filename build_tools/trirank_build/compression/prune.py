@@ -15,17 +15,18 @@ of a row to zero, which GPUs from Ampere on skip. On a CPU it gains nothing.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trirank_build.artefacts import atomic_file
-from trirank_build.compression.step import Context, Decisions, StepSettings, Work, replace, shared_context
+from trirank_build.compression.step import Context, StepSettings, Work
 from trirank_build.errors import BadRecipe
 from trirank_build.features.fitting import Features
+from trirank_build.models.forms.form import Decisions, shared_context
+from trirank_build.models.forms.prune import axes, embedding_tables, feed_forwards, rebuild, sparse_layers
 from trirank_build.models.ranker import Attention, SharedContextRanker
 from trirank_build.training.ranking import RankingStep
 
@@ -59,10 +60,10 @@ def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.
     ranker = shared_context(model, "prune")
     for name, attention in _attentions(ranker).items():
         _kept(attention.heads, settings.heads, f"heads of {name}", "heads")
-    for name, layer in _feed_forwards(ranker).items():
+    for name, layer in feed_forwards(ranker).items():
         _kept(layer.out_features, settings.ffn, f"places of {name}", "ffn")
     _kept(ranker.dim, settings.width, "numbers of a vector", "width")
-    if settings.width and _embedding_tables(ranker) is None:
+    if settings.width and embedding_tables(ranker) is None:
         raise BadRecipe("prune.width does not fit embedding tables that were factorised or shared; prune first")
     blocks = len(ranker.encoder)
     if settings.blocks and settings.blocks >= blocks:
@@ -73,7 +74,7 @@ def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.
     if settings.history_length is not None and settings.history_length > ranker.history_length:
         raise BadRecipe(f"prune.history_length = {settings.history_length} is more than the {ranker.history_length} "
                         "events that the ranker sees")  # fmt: skip
-    if settings.sparsity == "2:4" and not _sparse_layers(ranker):
+    if settings.sparsity == "2:4" and not sparse_layers(ranker):
         raise BadRecipe('prune.sparsity = "2:4" finds no linear layer whose inputs are a multiple of 4')
     start = _start(ranker)
     zeros = {name: torch.zeros(size) for name, size in start.items()}
@@ -101,54 +102,6 @@ def run(work: Work, settings: Settings, context: Context) -> None:
         context.finetune(work, settings.training, f"round-{number}")
 
 
-def rebuild(model: nn.Module, decisions: Decisions) -> nn.Module:
-    """See step.Step. Decisions: what is kept of each part, and of which blocks."""
-    ranker = shared_context(model, "prune")
-    if (kept := decisions.get("blocks")) is not None:
-        ranker.encoder = nn.ModuleList(ranker.encoder[at] for at in kept)
-    with torch.no_grad():
-        for name, heads in decisions["heads"].items():
-            attention = ranker.get_submodule(name)
-            assert isinstance(attention, Attention)
-            _keep_heads(attention, heads)
-        for name, places in decisions["ffn"].items():
-            layers = ranker.get_submodule(name)
-            assert isinstance(layers, nn.Sequential)
-            layers[0] = _rows(layers[0], torch.tensor(places))
-            layers[2] = _columns(layers[2], torch.tensor(places))
-        if (numbers := decisions.get("width")) is not None:
-            _keep_numbers(ranker, torch.tensor(numbers))
-        if (length := decisions.get("history_length")) is not None:
-            events = ranker.position[: ranker.history_length][-length:]
-            ranker.position = nn.Parameter(torch.cat([events, ranker.position[ranker.history_length :]]))
-            ranker.history_length = length
-        if decisions.get("sparsity") == "2:4":
-            for name, layer in _sparse_layers(ranker).items():
-                replace(ranker, name, Sparse(layer))
-    return ranker
-
-
-class Sparse(nn.Linear):
-    """A linear layer of which two of every four neighbouring weights of a row are zero, whatever training does."""
-
-    kept: Tensor
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features)
-        self.weight, self.bias = layer.weight, layer.bias
-        groups = layer.weight.detach().abs().reshape(len(layer.weight), -1, 4)
-        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(2, dim=2).indices, True)
-        self.register_buffer("kept", kept.flatten(1))
-        self.weight.data *= self.kept
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense_weight(), self.bias)
-
-    def dense_weight(self) -> Tensor:
-        """[out, in] with its zeros."""
-        return self.weight * self.kept
-
-
 def _features(features: Features, settings: Settings) -> Features:
     length = settings.history_length
     return features if length is None else features.changed(history_length=length)
@@ -158,27 +111,10 @@ def _attentions(ranker: SharedContextRanker) -> dict[str, Attention]:
     return {name: module for name, module in ranker.named_modules() if isinstance(module, Attention)}
 
 
-def _feed_forwards(ranker: SharedContextRanker) -> dict[str, nn.Linear]:
-    """Name of each pair of layers → its first one, whose outputs are the places that can go."""
-    found = {}
-    for name, module in ranker.named_modules():
-        if isinstance(module, nn.Sequential) and len(module) == 3 and isinstance(module[1], nn.GELU):
-            if not (isinstance(module[0], nn.Linear) and isinstance(module[2], nn.Linear)):
-                raise BadRecipe(f"prune does not fit {name}, whose layers were factorised or quantised; prune first")
-            found[name] = module[0]
-    return found
-
-
-def _sparse_layers(ranker: SharedContextRanker) -> dict[str, nn.Linear]:
-    blocks = {**{f"encoder.{name}": m for name, m in ranker.encoder.named_modules()},
-              **{f"cross.{name}": m for name, m in ranker.cross.named_modules()}}  # fmt: skip
-    return {n: m for n, m in blocks.items() if type(m) is nn.Linear and m.in_features % 4 == 0}
-
-
 def _start(ranker: SharedContextRanker) -> dict[str, int]:
     """Sizes that shares are of."""
     return {**{name: a.heads for name, a in _attentions(ranker).items()},
-            **{name: layer.out_features for name, layer in _feed_forwards(ranker).items()},
+            **{name: layer.out_features for name, layer in feed_forwards(ranker).items()},
             "width": ranker.dim, "encoder": len(ranker.encoder)}  # fmt: skip
 
 
@@ -215,7 +151,7 @@ def _decide(
         return f"encoder.{numbers[int(at)]}.{rest}" if int(at) in numbers else None
 
     for kind, names, share in (
-        ("heads", _attentions(ranker), settings.heads), ("ffn", _feed_forwards(ranker), settings.ffn),
+        ("heads", _attentions(ranker), settings.heads), ("ffn", feed_forwards(ranker), settings.ffn),
     ):  # fmt: skip
         for name in names if share else ():
             if (new := renamed(name)) is not None:
@@ -260,7 +196,7 @@ def _importance(
         both = of_rows(f"{name}.key_value")
         per_place = per_place + both[:inner] + both[inner:]
         found[name] = per_place.reshape(attention.heads, attention.head_dim).sum(1)
-    for name in _feed_forwards(ranker):
+    for name in feed_forwards(ranker):
         found[name] = of_rows(f"{name}.0") + values[f"{name}.2.weight"].sum(0)
     found["width"] = _of_numbers(ranker, values)
     found["encoder"] = torch.stack([
@@ -270,74 +206,10 @@ def _importance(
     return found
 
 
-def _embedding_tables(ranker: SharedContextRanker) -> list[str] | None:
-    """Names of the tables of vectors; None where a table is no plain one."""
-    names = ["embedding" if isinstance(ranker.embedding, nn.Embedding) else "embedding.table"]
-    names += ["folded"] if ranker.folded is not None else []
-    modules = dict(ranker.named_modules())
-    return names if all(isinstance(modules.get(name), nn.Embedding) for name in names) else None
-
-
-def _axes(ranker: SharedContextRanker) -> dict[str, tuple[int, int]]:
-    """Every parameter that vectors are made of or go into → the axis of their numbers, and how many vectors lie there
-    side by side."""
-    axes = {f"{name}.weight": (1, 1) for name in _embedding_tables(ranker) or ()}
-    axes |= dict.fromkeys(("mask", "context.weight", "context.bias", "dense.weight", "dense.bias"), (0, 1))
-    axes |= {"position": (1, 1), "prior.weight": (1, 1), "head.0.weight": (1, 2)}
-    for name, module in ranker.named_modules():
-        if isinstance(module, nn.LayerNorm):
-            axes |= {f"{name}.weight": (0, 1), f"{name}.bias": (0, 1)}
-        elif isinstance(module, Attention):
-            axes |= {f"{name}.query.weight": (1, 1), f"{name}.key_value.weight": (1, 1), f"{name}.out.weight": (0, 1),
-                     f"{name}.out.bias": (0, 1)}  # fmt: skip
-    for name in _feed_forwards(ranker):
-        if name != "head":
-            axes |= {f"{name}.0.weight": (1, 1), f"{name}.2.weight": (0, 1), f"{name}.2.bias": (0, 1)}
-    return axes
-
-
 def _of_numbers(ranker: SharedContextRanker, values: dict[str, Tensor]) -> Tensor:
     """[D] importance of each number of the vectors."""
     parts = []
-    for name, (axis, times) in _axes(ranker).items():
+    for name, (axis, times) in axes(ranker).items():
         of_axis = values[name].movedim(axis, 0).flatten(1).sum(1) if values[name].ndim > 1 else values[name]
         parts.append(of_axis.reshape(times, -1).sum(0))
     return torch.stack(parts).sum(0)
-
-
-def _keep_numbers(ranker: SharedContextRanker, kept: Tensor) -> None:
-    width = ranker.dim
-    for name, (axis, times) in _axes(ranker).items():
-        at = torch.cat([kept + width * part for part in range(times)])
-        parent, _, last = name.rpartition(".")
-        owner = ranker.get_submodule(parent)
-        setattr(owner, last, nn.Parameter(getattr(owner, last).detach().index_select(axis, at)))
-    for module in ranker.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.normalized_shape = (len(kept),)
-        elif isinstance(module, nn.Embedding):
-            module.embedding_dim = len(kept)
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-    ranker.dim = len(kept)
-
-
-def _keep_heads(attention: Attention, heads: list[int]) -> None:
-    at = (torch.tensor(heads)[:, None] * attention.head_dim + torch.arange(attention.head_dim)).flatten()
-    inner = attention.heads * attention.head_dim
-    attention.query = _rows(attention.query, at)
-    attention.key_value = _rows(attention.key_value, torch.cat([at, at + inner]))
-    attention.out = _columns(attention.out, at)
-    attention.heads = len(heads)
-
-
-def _rows(layer: Any, kept: Tensor) -> nn.Linear:
-    smaller = nn.Linear(layer.in_features, len(kept))
-    smaller.weight, smaller.bias = nn.Parameter(layer.weight[kept]), nn.Parameter(layer.bias[kept])
-    return smaller
-
-
-def _columns(layer: Any, kept: Tensor) -> nn.Linear:
-    smaller = nn.Linear(len(kept), layer.out_features)
-    smaller.weight, smaller.bias = nn.Parameter(layer.weight[:, kept]), nn.Parameter(layer.bias.detach())
-    return smaller

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
 
 from trirank_build.compression import distil, factorise, fold, fuse, prune, quantise, share
-from trirank_build.compression.step import Decisions, FineTuning, Positive, Step, StepSettings
+from trirank_build.compression.step import FineTuning, Positive, Step, StepSettings
 from trirank_build.errors import BadRecipe
 from trirank_build.recipe import error_lines, read_recipe
 
@@ -104,14 +103,3 @@ def load_compression_recipe(name: str) -> CompressionRecipe:
     """
     path, raw = read_recipe(name, RECIPES, "compression recipes")
     return parse_recipe(raw, str(path))
-
-
-def rebuild(kind: str, model: nn.Module, decisions: Decisions) -> nn.Module:
-    """Give a module the form that a step's decisions say.
-
-    Raises:
-        BadRecipe: this version knows no such kind.
-    """
-    if kind not in KINDS:
-        raise BadRecipe(f"the checkpoint was compressed by a step {kind!r}; this version knows {', '.join(KINDS)}")
-    return KINDS[kind].rebuild(model, decisions)

@@ -1,7 +1,7 @@
 """What a kind of compression step is. Each is one module of this package, listed in ``recipe.KINDS``.
 
 A step works on weights once (``run``). Whoever loads its checkpoint later only needs the module to have the right
-form (``rebuild``): the checkpoint holds the decisions of all steps so far, as JSON, and the weights.
+form (trirank_build.models.forms): the checkpoint holds the decisions of all steps so far, as JSON, and the weights.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from trirank_build.data.dataset import Dataset
-from trirank_build.errors import BadRecipe
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features
-from trirank_build.models.ranker import SharedContextRanker
+from trirank_build.models.forms.form import Decisions
 from trirank_build.models.sequence import SequenceRanker
 from trirank_build.recipe import Recipe
 from trirank_build.training.ranking import held_out, logged
 
-Decisions = dict[str, Any]
-"""What a step decided about the form of the module, as JSON."""
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -162,32 +159,3 @@ class Step(Protocol):
 
     def run(self, work: Work, settings: Any, context: Context) -> None:
         """Take the step on ``work``, fine-tuning included."""
-
-    def rebuild(self, model: nn.Module, decisions: Decisions) -> nn.Module:
-        """Give a module the form that the decisions say, keeping what weights fit."""
-
-
-class Quantised:
-    """Marks the layers that the quantise step makes; no other step knows their inside."""
-
-
-def shared_context(model: nn.Module, kind: str) -> SharedContextRanker:
-    """The module, if it is of the family that compression knows the inside of.
-
-    Raises:
-        BadRecipe: it is another one, or quantised.
-    """
-    if not isinstance(model, SharedContextRanker):
-        raise BadRecipe(
-            f'"{kind}" does not fit {type(model).__name__}: it needs a ranker of architecture "shared_context"; '
-            "after an ensemble, distil it first"
-        )
-    if any(isinstance(module, Quantised) for module in model.modules()):
-        raise BadRecipe(f'"{kind}" does not fit a quantised ranker; quantise once, as the last step')
-    return model
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module where ``name`` (dotted) is."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

@@ -14,8 +14,8 @@ from trirank_build.engines.lock import key_of
 from trirank_build.engines.machine import Machine
 from trirank_build.engines.plan import PlanManifest, load_plan_manifest
 from trirank_build.engines.verify import verify
+from trirank_build.export.beside import gate_path
 from trirank_build.export.onnx import read_onnx
-from trirank_build.repository.reports import gate_path
 
 
 def explain(plan: Path, onnx_path: Path | None = None, machine: Machine | None = None) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from trirank_backend.features import FeatureSpec
 from trirank_backend.scoring import rankers_of
 
 from trirank_build.artefacts import atomic_file, file_digest
+from trirank_build.export.beside import engine_path
 from trirank_build.export.parity import sample_inputs
 
 _CALLS = 3
@@ -66,7 +67,7 @@ def fastest_engine(
 def chosen_engine(onnx: Path, spec: FeatureSpec, engines: list[str]) -> str:
     """The fastest of these engines, as it was measured when the graph was first asked about: noise may turn two that
     are close, and then the same graph would give two releases. The choice lies beside the graph."""
-    path, digest = onnx.with_suffix(".engine.json"), file_digest(onnx)
+    path, digest = engine_path(onnx), file_digest(onnx)
     asked = {"onnx": digest, "engines": engines}
     try:
         kept = json.loads(path.read_text())

@@ -7,100 +7,17 @@ here only to compare with papers that did so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
-import torch
 from numpy.typing import NDArray
-from trirank.contract import Behaviour
 
-from trirank_build.data.dataset import GAINS, Dataset
 from trirank_build.errors import Diverged
-from trirank_build.evaluation.contenders import HISTORY, Contender
-from trirank_build.features.examples import HistoryIndex
-from trirank_build.features.fitting import Features
-from trirank_build.models.sequence import SequenceRanker
+from trirank_build.features.examples import Examples
+from trirank_build.retrieval.tasks import CatalogueTasks, Scorer, sample_negatives
 
 _CHUNK = 256
 TOP = 10
-
-Scorer = Callable[["CatalogueTasks", NDArray[np.int64]], NDArray[np.float32]]
-"""Tasks and which of them [B] → scores [B, M] of all items."""
-
-
-@dataclass(frozen=True)
-class CatalogueTasks:
-    """R choices to be found again.
-
-    Attributes:
-        users, times: [R]; what is known is what these users did before these times.
-        targets: [R] rows of what they chose.
-        gains: [R] what that is worth.
-        exclude_seen: whether items that a user had to do with before are left out; a target never is.
-        index: all events.
-    """
-
-    users: NDArray[np.int64]
-    times: NDArray[np.int64]
-    targets: NDArray[np.int32]
-    gains: NDArray[np.float32]
-    exclude_seen: bool
-    index: HistoryIndex
-    items: int
-
-    @classmethod
-    def of(
-        cls, dataset: Dataset, split: str, features: Features, limit: int | None = None, seed: int = 0
-    ) -> CatalogueTasks:
-        """The choices of a split by users of whom something is known."""
-        gains = np.array([GAINS.get(behaviour.name, 0) for behaviour in sorted(Behaviour)], np.float32)
-        worth = [behaviour.value for behaviour, gain in zip(sorted(Behaviour), gains, strict=True) if gain > 0]
-        chosen = dataset.events.filter((pl.col("split") == split) & pl.col("behaviour").is_in(worth))
-        index = HistoryIndex(dataset.events, features)
-        users, times = chosen["user_id"].to_numpy(), chosen["timestamp"].to_numpy()
-        first, end = index.span(users, times)
-        kept = np.flatnonzero(end > first)
-        if limit is not None and len(kept) > limit:
-            kept = np.sort(np.random.default_rng(seed).choice(kept, limit, replace=False))
-        return cls(
-            users=users[kept],
-            times=times[kept],
-            targets=features.catalogue.rows(chosen["item_id"].to_numpy())[kept],
-            gains=gains[np.searchsorted(sorted(Behaviour), chosen["behaviour"].to_numpy())][kept],
-            # Where time is known people come back to what they looked at; in sequences nothing is chosen twice.
-            exclude_seen=not dataset.description.timed,
-            index=index,
-            items=len(features.catalogue),
-        )
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def known(self) -> NDArray[np.int64]:
-        """[R] events of each user before the choice."""
-        first, end = self.index.span(self.users, self.times)
-        return end - first
-
-    def take(self, which: NDArray[np.int64]) -> CatalogueTasks:
-        """Some of them."""
-        return replace(
-            self,
-            users=self.users[which],
-            times=self.times[which],
-            targets=self.targets[which],
-            gains=self.gains[which],
-        )
-
-    def histories(self, which: NDArray[np.int64], length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Rows and behaviours [B, length], newest last, rows -1 in front."""
-        rows, behaviours, _ = self.index.before(self.users[which], self.times[which], length)
-        return rows, behaviours
-
-    def seen(self, which: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Pairs of a place in ``which`` and a row that its user had to do with before."""
-        return self.index.seen(self.users[which], self.times[which])
 
 
 @dataclass(frozen=True)
@@ -166,45 +83,18 @@ def rank_catalogue(
     return Found(ranks, tops)
 
 
-def sample_negatives(
-    tasks: CatalogueTasks, which: NDArray[np.int64], count: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """[B, count] different rows that are neither the choice nor seen before."""
-    banned = np.zeros((len(which), tasks.items), bool)
-    place, rows = tasks.seen(which)
-    banned[place, rows] = True
-    banned[np.arange(len(which)), tasks.targets[which]] = True
-    draws = np.empty((len(which), count), np.int64)
-    for task in range(len(which)):
-        free = np.flatnonzero(~banned[task])
-        draws[task] = rng.choice(free, count, replace=len(free) < count)
-    return draws
-
-
 def valid_ndcg(tasks: CatalogueTasks, scorer: Scorer) -> float:
     """Mean NDCG@10."""
     return float(rank_catalogue(tasks, scorer, top_k=0).ndcg().mean()) if len(tasks) else 0.0
 
 
-def contender_scorer(contender: Contender) -> Scorer:
-    """Every item by what a baseline makes of the history."""
-    return lambda tasks, which: contender.scores(tasks.histories(which, HISTORY)[0])
-
-
-def state_scorer(model: SequenceRanker, features: Features) -> Scorer:
-    """Every item by its affinity to the user's state: what pre-training teaches."""
-    model.eval()
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        fields = torch.from_numpy(features.packer.items(np.arange(len(features.catalogue), dtype=np.int32))).to(device)
-        items = torch.cat([model.item_vectors(part) for part in torch.split(fields, 65_536)])
-
-    def scores(tasks: CatalogueTasks, which: NDArray[np.int64]) -> NDArray[np.float32]:
-        model.eval()
-        rows, behaviours = tasks.histories(which, features.spec.history_length)
-        history = torch.from_numpy(features.packer.history(rows, behaviours)).to(device)
-        with torch.inference_mode():
-            state = model.next_state(history)
-            return np.asarray(model.logits(state, items).cpu().numpy(), np.float32)
-
-    return scores
+def rank_retrieved(scores: NDArray[np.float32], tasks: CatalogueTasks, examples: Examples) -> Found:
+    """Where ``scores`` [R, N] of the candidates put each task's choice; one that retrieval missed comes after all."""
+    valid = examples.rows >= 0
+    hit = (examples.labels > 0) & valid
+    own = np.where(hit, scores, -np.inf).max(1)
+    found = hit.any(1)
+    others = valid & ~hit
+    above = (others & (scores > own[:, None])).sum(1) + (others & (scores == own[:, None])).sum(1) / 2
+    order = np.argsort(np.where(valid, -scores, np.inf), axis=1, kind="stable")[:, :TOP]
+    return Found(np.where(found, above, tasks.items), np.take_along_axis(examples.rows, order, 1))

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import NDArray
 
 from trirank_build.baselines.content import Content
-from trirank_build.baselines.item_knn import ItemKnn
 from trirank_build.baselines.lambdamart import LambdaMart, Lists
 from trirank_build.baselines.matrix_factorisation import MatrixFactorisation
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features
+from trirank_build.retrieval.item_knn import choices_of, fit_item_knn
+from trirank_build.retrieval.tasks import HISTORY, Contender
 
-HISTORY = 50
-"""Newest events that a baseline sees."""
 MAX_REQUESTS = 20_000
 """Requests that LambdaMART is fitted on; they are all in memory."""
 _CHUNK = 256
-
-
-class Contender(Protocol):
-    """Scores every item by what a user did, or asks for."""
-
-    def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None, /) -> NDArray[np.float32]:
-        """[B, L] item rows, newest last, -1 padded in front, and [B] queries → [B, M]; most need no query."""
-        ...
 
 
 class Popularity:
@@ -42,18 +31,13 @@ class Popularity:
         return np.broadcast_to(self._counts, (len(histories), len(self._counts)))
 
 
-def item_knn(dataset: Dataset, features: Features) -> ItemKnn:
-    """Item-to-item similarity, fitted on the training events."""
-    return ItemKnn(*_pairs(dataset, features))
-
-
 def contenders(dataset: Dataset, features: Features) -> dict[str, Contender]:
     """Those that fit the dataset, by name."""
     found: dict[str, Contender] = {}
     if len(dataset.training_choices()):
         found["popularity"] = Popularity(popularity(dataset.training_choices(), features.catalogue.ids))
-        found["item_knn"] = item_knn(dataset, features)
-        found["matrix_factorisation"] = MatrixFactorisation(*_pairs(dataset, features))
+        found["item_knn"] = fit_item_knn(dataset, features)
+        found["matrix_factorisation"] = MatrixFactorisation(*choices_of(dataset, features))
     items = dataset.items
     if (items["title"] != "").any() or items["attributes"].list.len().max():
         found["content"] = Content(items)
@@ -94,10 +78,3 @@ def _lists(examples: Examples, which: NDArray[np.int64]) -> Lists:
         values = np.concatenate([packed.dense, context], -1)[valid]
         parts.append(Lists(values, batch.labels[valid], valid.sum(1)))
     return Lists(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def _pairs(dataset: Dataset, features: Features) -> tuple[NDArray[np.int64], NDArray[np.int64], int, int]:
-    events = dataset.training_events()
-    users = np.unique(events["user_id"].to_numpy(), return_inverse=True)[1]
-    rows = features.catalogue.rows(events["item_id"].to_numpy()).astype(np.int64)
-    return users, rows, int(users.max(initial=-1)) + 1, len(features.catalogue)

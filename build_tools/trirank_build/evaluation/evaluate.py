@@ -14,14 +14,15 @@ from torch import nn
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
 from trirank_build.evaluation import metrics
-from trirank_build.evaluation.cascade import rank_retrieved, retrieve, sample
-from trirank_build.evaluation.catalogue import CatalogueTasks, Found, contender_scorer, rank_catalogue, state_scorer
-from trirank_build.evaluation.contenders import Contender, contenders, order_candidates
+from trirank_build.evaluation.catalogue import Found, rank_catalogue, rank_retrieved
+from trirank_build.evaluation.contenders import contenders, order_candidates
 from trirank_build.evaluation.scoring import score
 from trirank_build.evaluation.summary import RANKER, Asked, Evaluation, Order, summarise
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features
 from trirank_build.models.sequence import SequenceRanker
+from trirank_build.retrieval.cascade import retrieve, sample
+from trirank_build.retrieval.tasks import CatalogueTasks, Contender, contender_scorer, state_scorer
 
 PROTOCOLS = ("requests", "catalogue", "sampled")
 THRESHOLD = 1.0

@@ -14,8 +14,8 @@ from trirank import contract
 from trirank_backend.features import FeatureSpec
 from trirank_backend.scoring import exact_engines, rankers_of
 
-from trirank_build.compression.step import Quantised
 from trirank_build.errors import BadModel
+from trirank_build.models.forms.form import Quantised
 
 MODULE_LIMIT = 1e-4
 """Largest difference between module and graph."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import jinja2
 
 from trirank_build.artefacts import atomic_file
+from trirank_build.export.beside import gate_path
 from trirank_build.gate.verdict import Report
-from trirank_build.repository.reports import gate_path
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Gate</title><style>

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from trirank_backend.features import FeatureSpec
 
-from trirank_build.baselines.bst import Bst
-from trirank_build.baselines.lstm import Lstm
-from trirank_build.baselines.sasrec import SasRec
+from trirank_build.models.bst import Bst
+from trirank_build.models.lstm import Lstm
 from trirank_build.models.ranker import SharedContextRanker
+from trirank_build.models.sasrec import SasRec
 from trirank_build.models.sequence import SequenceRanker
 from trirank_build.recipe import ModelRecipe
 

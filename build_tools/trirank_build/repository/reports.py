@@ -13,14 +13,10 @@ import onnx
 
 from trirank_build.artefacts import atomic_file, file_digest
 from trirank_build.errors import BadModel
+from trirank_build.export.beside import gate_path, parity_path
 from trirank_build.export.onnx import beyond_tensorrt
 from trirank_build.export.parity import Parity
 from trirank_build.training.run import TrainedRun
-
-
-def parity_path(onnx_path: Path) -> Path:
-    """Where `trirank export` leaves its report."""
-    return onnx_path.with_suffix(".parity.json")
 
 
 def write_parity(onnx_path: Path, parity: Parity, module: str) -> dict[str, Any]:
@@ -30,11 +26,6 @@ def write_parity(onnx_path: Path, parity: Parity, module: str) -> dict[str, Any]
     with atomic_file(parity_path(onnx_path)) as scratch:
         scratch.write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def gate_path(onnx_path: Path) -> Path:
-    """Where `trirank gate` leaves its report."""
-    return onnx_path.with_suffix(".gate.json")
 
 
 def gate_of(onnx_path: Path, run: TrainedRun, allow_failing: bool) -> dict[str, Any] | None:

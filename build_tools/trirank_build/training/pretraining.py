@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
-from trirank_build.evaluation.catalogue import CatalogueTasks, state_scorer, valid_ndcg
+from trirank_build.evaluation.catalogue import valid_ndcg
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
 from trirank_build.features.sequences import Sequences
 from trirank_build.models.sequence import SequenceRanker
 from trirank_build.recipe import PretrainingRecipe
+from trirank_build.retrieval.tasks import CatalogueTasks, state_scorer
 from trirank_build.training.losses import sampled_softmax
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
-from trirank_build.evaluation.cascade import retrieve, sample
-from trirank_build.evaluation.catalogue import CatalogueTasks
 from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.examples import Batch, Examples
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
 from trirank_build.models.sequence import SequenceRanker
 from trirank_build.recipe import TrainingRecipe
+from trirank_build.retrieval.cascade import retrieve, sample
+from trirank_build.retrieval.tasks import CatalogueTasks
 from trirank_build.training.losses import RANKING_LOSSES, TaskWeights, targets_of
 
 _FROZEN = {"nothing": (), "embeddings": ("embedding",), "encoder": ("embedding", "encoder", "position", "norm_memory",

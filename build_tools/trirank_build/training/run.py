@@ -22,6 +22,7 @@ from trirank_build.errors import BadCheckpoint, BadData
 from trirank_build.features.fitting import Features
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
 from trirank_build.models.family import make_ranker
+from trirank_build.models.forms import rebuild
 from trirank_build.models.sequence import SequenceRanker
 from trirank_build.recipe import Recipe, load_recipe
 
@@ -68,9 +69,6 @@ class TrainedRun:
 
     def model(self) -> SequenceRanker:
         """The ranker with its best weights, in evaluation mode."""
-        # The kinds of steps open runs themselves (teachers, members of an ensemble), so they cannot be imported above.
-        from trirank_build.compression.recipe import rebuild
-
         path = self.directory / BEST
         tensors, description = load_checkpoint(path)
         model = make_ranker(self.features.spec, self.recipe.model)

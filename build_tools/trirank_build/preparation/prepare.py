@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.options import PrepareOptions
-from trirank_build.data.sources.behaviour_log import COLUMNS as LOG_COLUMNS
-from trirank_build.data.sources.behaviour_log import prepare_behaviour_log
-from trirank_build.data.sources.judged_search import COLUMNS as JUDGED_COLUMNS
-from trirank_build.data.sources.judged_search import prepare_judged_search
-from trirank_build.data.sources.sequences import looks_like_sequences, prepare_sequences
-from trirank_build.data.sources.shop import ShopSize, make_shop
-from trirank_build.data.sources.tables import read_text
 from trirank_build.errors import BadData
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.sources.behaviour_log import COLUMNS as LOG_COLUMNS
+from trirank_build.preparation.sources.behaviour_log import prepare_behaviour_log
+from trirank_build.preparation.sources.judged_search import COLUMNS as JUDGED_COLUMNS
+from trirank_build.preparation.sources.judged_search import prepare_judged_search
+from trirank_build.preparation.sources.sequences import looks_like_sequences, prepare_sequences
+from trirank_build.preparation.sources.shop import ShopSize, make_shop
+from trirank_build.preparation.sources.tables import read_text
 
 SHOP = "shop"
 

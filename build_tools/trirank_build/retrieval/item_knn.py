@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from trirank_build.data.dataset import Dataset
+from trirank_build.features.fitting import Features
+
 NEIGHBOURS = 200
 DECAY = 0.8
 """Weight of an event relative to the one after it in the user's history."""
@@ -70,3 +73,16 @@ def _top_neighbours(similarity: sparse.csr_matrix) -> sparse.csr_matrix:
     rank = np.arange(len(order)) - similarity.indptr[row[order]]
     kept = order[rank < NEIGHBOURS]
     return sparse.csr_matrix((similarity.data[kept], (row[kept], similarity.indices[kept])), similarity.shape)
+
+
+def fit_item_knn(dataset: Dataset, features: Features) -> ItemKnn:
+    """Item-to-item similarity, fitted on the training events."""
+    return ItemKnn(*choices_of(dataset, features))
+
+
+def choices_of(dataset: Dataset, features: Features) -> tuple[NDArray[np.int64], NDArray[np.int64], int, int]:
+    """Parallel users and rows of the training events, and how many of either there are."""
+    events = dataset.training_events()
+    users = np.unique(events["user_id"].to_numpy(), return_inverse=True)[1]
+    rows = features.catalogue.rows(events["item_id"].to_numpy()).astype(np.int64)
+    return users, rows, int(users.max(initial=-1)) + 1, len(features.catalogue)

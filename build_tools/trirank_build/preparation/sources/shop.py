@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from trirank.contract import ANONYMOUS_USER, Behaviour
 
 from trirank_build.data.dataset import GAINS, OPTIMUM, TASKS, Dataset, Description
-from trirank_build.data.splitting import split_by_time, time_split
+from trirank_build.preparation.splitting import split_by_time, time_split
 from trirank_build.progress import progress
 
 KINDS = 8

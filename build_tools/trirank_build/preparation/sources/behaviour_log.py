@@ -8,14 +8,14 @@ from pathlib import Path
 import polars as pl
 from trirank.contract import Behaviour
 
-from trirank_build.data.candidates import requests_from_events
-from trirank_build.data.cleaning import Report, clean_events
 from trirank_build.data.dataset import GAINS, TASKS, Dataset, Description
-from trirank_build.data.options import PrepareOptions
-from trirank_build.data.sources.catalogue_table import complete, read_items
-from trirank_build.data.sources.tables import read_table, require, to_ids
-from trirank_build.data.splitting import leave_last_out, split_by_time, time_split
 from trirank_build.errors import BadData
+from trirank_build.preparation.candidates import requests_from_events
+from trirank_build.preparation.cleaning import Report, clean_events
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.sources.catalogue_table import complete, read_items
+from trirank_build.preparation.sources.tables import read_table, require, to_ids
+from trirank_build.preparation.splitting import leave_last_out, split_by_time, time_split
 
 COLUMNS = ("user_id", "item_id", "behavior")
 SYNONYMS = {

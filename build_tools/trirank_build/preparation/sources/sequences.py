@@ -9,12 +9,12 @@ from pathlib import Path
 import polars as pl
 from trirank.contract import Behaviour
 
-from trirank_build.data.cleaning import Report, clean_events
 from trirank_build.data.dataset import Dataset
-from trirank_build.data.options import PrepareOptions
-from trirank_build.data.sources.behaviour_log import dataset_from_events
-from trirank_build.data.sources.tables import read_text, to_ids
 from trirank_build.errors import BadData
+from trirank_build.preparation.cleaning import Report, clean_events
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.sources.behaviour_log import dataset_from_events
+from trirank_build.preparation.sources.tables import read_text, to_ids
 
 _LINE = re.compile(r"\d+(\s+\d+)+\s*$")
 

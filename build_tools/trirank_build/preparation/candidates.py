@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trirank_build.baselines.item_knn import ItemKnn
 from trirank_build.progress import progress
+from trirank_build.retrieval.item_knn import ItemKnn
 
 CANDIDATES = 100
 FOLDS = 4

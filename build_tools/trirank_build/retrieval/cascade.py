@@ -10,18 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trirank_build.data.dataset import Dataset
-from trirank_build.evaluation.catalogue import (
-    TOP,
-    CatalogueTasks,
-    Found,
-    contender_scorer,
-    sample_negatives,
-    state_scorer,
-)
-from trirank_build.evaluation.contenders import item_knn
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features
 from trirank_build.models.sequence import SequenceRanker
+from trirank_build.retrieval.item_knn import fit_item_knn
+from trirank_build.retrieval.tasks import CatalogueTasks, contender_scorer, sample_negatives, state_scorer
 
 EACH = 100
 """Items that each of the two finds."""
@@ -36,7 +29,7 @@ def retrieve(
     if not model.has_states:
         each *= 2
     each = min(each, tasks.items)
-    scorers = [contender_scorer(item_knn(dataset, features))]
+    scorers = [contender_scorer(fit_item_knn(dataset, features))]
     if model.has_states:
         scorers.append(state_scorer(model, features))
     examples = Examples(dataset, features, len(tasks), len(scorers) * each, missed=1)
@@ -56,7 +49,7 @@ def retrieve(
 def sample(tasks: CatalogueTasks, dataset: Dataset, features: Features, negatives: int, seed: int) -> Examples:
     """The tasks as requests: each choice among so many items that its user never met."""
     examples = Examples(dataset, features, len(tasks), 1 + negatives, missed=1)
-    knn, rng = contender_scorer(item_knn(dataset, features)), np.random.default_rng(seed)
+    knn, rng = contender_scorer(fit_item_knn(dataset, features)), np.random.default_rng(seed)
     for start in range(0, len(tasks), _CHUNK):
         which = np.arange(start, min(start + _CHUNK, len(tasks)))
         others = sample_negatives(tasks, which, negatives, rng)
@@ -85,15 +78,3 @@ def _fill(
     examples.scores[which] = np.where(there, values, np.nan)
     examples.labels[which] = hit * tasks.gains[which][:, None]
     examples.missed[which, 0] = ~hit.any(1) * tasks.gains[which]
-
-
-def rank_retrieved(scores: NDArray[np.float32], tasks: CatalogueTasks, examples: Examples) -> Found:
-    """Where ``scores`` [R, N] of the candidates put each task's choice; one that retrieval missed comes after all."""
-    valid = examples.rows >= 0
-    hit = (examples.labels > 0) & valid
-    own = np.where(hit, scores, -np.inf).max(1)
-    found = hit.any(1)
-    others = valid & ~hit
-    above = (others & (scores > own[:, None])).sum(1) + (others & (scores == own[:, None])).sum(1) / 2
-    order = np.argsort(np.where(valid, -scores, np.inf), axis=1, kind="stable")[:, :TOP]
-    return Found(np.where(found, above, tasks.items), np.take_along_axis(examples.rows, order, 1))

@@ -10,12 +10,12 @@ import polars as pl
 from trirank.contract import ANONYMOUS_USER
 
 from trirank_build.baselines.bm25 import Bm25
-from trirank_build.data.cleaning import Report
 from trirank_build.data.dataset import EVENTS, GRADED_TASKS, Dataset, Description
-from trirank_build.data.options import PrepareOptions
-from trirank_build.data.sources.catalogue_table import complete
-from trirank_build.data.sources.tables import read_table, require, to_ids
 from trirank_build.errors import BadData
+from trirank_build.preparation.cleaning import Report
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.sources.catalogue_table import complete
+from trirank_build.preparation.sources.tables import read_table, require, to_ids
 from trirank_build.progress import progress
 
 COLUMNS = ("product_uid", "product_title", "search_term", "relevance")

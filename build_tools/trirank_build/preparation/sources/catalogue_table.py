@@ -7,8 +7,8 @@ from pathlib import Path
 
 import polars as pl
 
-from trirank_build.data.sources.tables import read_table, read_text, require, to_ids
 from trirank_build.errors import BadData
+from trirank_build.preparation.sources.tables import read_table, read_text, require, to_ids
 
 _DEFAULTS: dict[str, pl.Expr] = {
     "title": pl.lit(""),

@@ -1,0 +1,1 @@
+"""Logs and other sources → a dataset: reading, cleaning, splitting, finding candidates."""

@@ -1,0 +1,1 @@
+"""What finds candidates, in preparation, in training and in use; the ranker orders them."""
