@@ -1,9 +1,12 @@
-"""What does the server cost? The same requests through the stages in process and through the ensemble over gRPC.
+"""What does the server cost, and what would one get without it?
 
-    python benchmarks/serving.py [--release DIR] [--rounds N]
+    python benchmarks/serving.py [--rounds N] [--seconds S] [--only in_process|servers|poison]
 
-One machine, one run: client and server share its cores, rounds of all kinds take turns, figures are medians over
-the rounds with their smallest and largest.
+The demo's release at 200 candidates: the stages in process, the ensemble, all stages in one Triton model, and a bare
+``grpc.aio`` server that calls the very same stages. One machine, one run, processes of their own, rounds of all kinds
+in turns; figures are medians over the rounds with their smallest and largest. Load comes from h2load (see
+``load.py``), which shares the cores with the servers. The last part calls every model with a thousand hostile requests
+while sane ones go on.
 """
 
 from __future__ import annotations
@@ -11,50 +14,61 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
+import socket
 import statistics
+import subprocess
+import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import load
 import numpy as np
-import psutil
-from results import ROOT, Figure, write
-from trirank import RankClient, RankRequest
+from results import ROOT, WORK, Figure, write
+from trirank import RankClient, RankError, RankRequest
 from trirank import contract as c
-from trirank_backend.scoring import load_ranker
-from trirank_backend.stages import Preprocess, Rerank, Tensors
+from trirank_backend.pipeline import Pipeline
+from trirank_backend.requests import Tensors
+from trirank_build.compression.chain import LINK
+from trirank_build.data.dataset import Dataset
 from trirank_build.demo import build
-from trirank_build.repository.release import REQUESTS, load_manifest
+from trirank_build.repository.assemble import assemble
+from trirank_build.repository.release import REQUESTS, graph_place, load_manifest
 from trirank_build.serving.server import TritonServer
+from trirank_build.training.run import TrainedRun
+from trirank_loadtest.hostile import hostile_calls
 
 CANDIDATES = 200
 CONCURRENCIES = (1, 8, 32)
-CALLS = {1: 400, 8: 1200, 32: 2400}
-PAUSE_S = 0.004
-STAGES = c.STAGES
+BATCH = (31, 64, 1, 1000)
+"""A mixed batch: so many requests of so few candidates, and one of many with a query."""
+HOSTILE = 1000
 
 
-def make_requests(release: Path, count: int = 64) -> list[RankRequest]:
-    """The release's recorded users and queries, each with CANDIDATES items of the catalogue."""
+def make_requests(release: Path, count: int = 64, candidates: int = CANDIDATES) -> list[RankRequest]:
+    """The release's recorded users and queries, each with so many items of the catalogue."""
     ids = np.load(release / "features" / "catalogue" / "ids.npy")
     rng = np.random.default_rng(7)
     recorded = itertools.cycle(json.loads((release / REQUESTS).read_text()))
     requests = []
     for raw in itertools.islice(recorded, count):
-        candidates = rng.choice(ids, CANDIDATES, replace=False)
-        scores = np.sort(rng.normal(size=CANDIDATES))[::-1]
-        requests.append(RankRequest.from_dict(raw | {"item_ids": candidates, "retrieval_scores": scores}))
+        chosen = rng.choice(ids, candidates, replace=False)
+        scores = np.sort(rng.normal(size=candidates))[::-1]
+        requests.append(RankRequest.from_dict(raw | {"item_ids": chosen, "retrieval_scores": scores}))
     return requests
 
 
 def as_tensors(request: RankRequest) -> Tensors:
     """What Triton would hand to the first stage."""
-    bucket = c.bucket_for(CANDIDATES)
+    count = len(request.item_ids)
+    bucket = c.bucket_for(count)
     ids = np.full((1, bucket), c.PAD_ITEM_ID, np.int64)
-    ids[0, :CANDIDATES] = request.item_ids
+    ids[0, :count] = request.item_ids
     scores = np.zeros((1, bucket), np.float32)
-    scores[0, :CANDIDATES] = request.retrieval_scores
+    scores[0, :count] = request.retrieval_scores
     user = c.ANONYMOUS_USER if request.user_id is None else int(request.user_id)
     return {
         "USER_ID": np.array([[user]], np.int64),
@@ -67,137 +81,252 @@ def as_tensors(request: RankRequest) -> Tensors:
     }
 
 
-class InProcess:
-    """The three stages, called one after the other."""
+class Rounds:
+    """Values of figures, round by round."""
 
-    def __init__(self, release: Path) -> None:
-        self.preprocess = Preprocess.load(release)
-        graph = release / "models" / c.RANKER / "1" / "model.onnx"
-        self.ranker = load_ranker(graph, load_manifest(release)["engine"])
-        self.rerank = Rerank.load(release)
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
 
-    def __call__(self, tensors: Tensors) -> Tensors:
-        packed = self.preprocess([tensors])[0]
-        assert isinstance(packed, dict), packed
-        packed["scores"] = self.ranker(packed)
-        return self.rerank([{**packed, "TOP_K": tensors["TOP_K"], "SCENARIO": tensors["SCENARIO"]}])[0]
+    def note(self, name: str, value: float) -> None:
+        """One round's value."""
+        self._values.setdefault(name, []).append(value)
 
+    def last(self, name: str) -> float:
+        """Of the round that is under way."""
+        return self._values[name][-1]
 
-def timed(call, requests, calls: int, workers: int) -> tuple[list[float], float]:
-    """Latencies in ms and requests a second of ``calls`` calls by ``workers`` threads."""
-    turns = itertools.cycle(requests)
-    todo = [next(turns) for _ in range(calls)]
-
-    def one(request) -> float:
-        started = time.perf_counter()
-        call(request)
-        return (time.perf_counter() - started) * 1e3
-
-    started = time.perf_counter()
-    if workers == 1:
-        latencies = [one(request) for request in todo]
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            latencies = list(pool.map(one, todo))
-    return latencies, calls / (time.perf_counter() - started)
+    def figures(self, note: str) -> list[Figure]:
+        """Median, smallest and largest of each."""
+        return [
+            Figure(name, *(round(f(values), 4) for f in (statistics.median, min, max)), _unit(name), note)
+            for name, values in self._values.items()
+        ]
 
 
-def paced(call, requests) -> float:
-    """Median ms of calls with a pause before each, as long as a stub waits for its next turn: what the same code takes
-    on a core that has been idle, on caches that have gone cold."""
-    times = []
-    for request in requests * 2:
-        time.sleep(PAUSE_S)
-        started = time.perf_counter()
-        call(request)
-        times.append((time.perf_counter() - started) * 1e3)
-    return float(np.median(times))
+def _unit(name: str) -> str:
+    units = {"_rps_vs_": "", "_over_": "", "_ratio": "", "_rps": "requests/s", "_batch": "requests", "_us": "µs"}
+    return next((unit for part, unit in units.items() if part in name), "ms")
+
+
+def medians(calls: dict[str, Callable[[int], Any]], turns: int) -> dict[str, float]:
+    """Median seconds of each call, all in turns; a call is told the number of its turn."""
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 20):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call(turn)
+            took[name].append(time.perf_counter() - started)
+    return {name: float(np.median(times[20:])) for name, times in took.items()}
+
+
+def in_process(release: Path, rounds: int) -> list[Figure]:
+    """The stages without a server: each alone, called again and again, and all in a row."""
+    found = Rounds()
+    pipeline = Pipeline.load(release, release / graph_place(load_manifest(release)["pipeline"]), engine_of(release))
+    preprocess, ranker, rerank = pipeline._preprocess, pipeline._ranker, pipeline._rerank
+    tensors = {size: [as_tensors(r) for r in make_requests(release, 64, size)] for size in (64, 200, 1000)}
+    prepared = {size: [preprocess([one])[0] for one in tensors[size]] for size in tensors}
+    scores = {size: [ranker(one.ranker) for one in prepared[size]] for size in tensors}
+    many, few, once, wide = BATCH
+    asking = next(one for one in tensors[wide] if one["QUERY"][0, 0])
+    parts = {"few": tensors[few][:many], "wide": [asking] * once}
+    for _ in range(rounds):
+        alone: dict[str, Callable[[int], Any]] = {}
+        for size in (200, 1000):
+            alone[f"preprocess_us_{size}"] = lambda turn, size=size: preprocess([tensors[size][turn % 64]])
+            alone[f"ranker_us_{size}"] = lambda turn, size=size: ranker(prepared[size][turn % 64].ranker)
+            alone[f"rerank_us_{size}"] = lambda turn, size=size: rerank(
+                scores[size][turn % 64], prepared[size][turn % 64].handover
+            )
+        for name, call in alone.items():  # each by itself, as the stage of an ensemble runs
+            found.note(name, medians({name: call}, 200)[name] * 1e6)
+        row = medians({"all": lambda turn: pipeline([tensors[200][turn % 64]])}, 400)
+        found.note("in_process_p50_ms", row["all"] * 1e3)
+        batches = {
+            "few": lambda turn: preprocess(parts["few"]), "wide": lambda turn: preprocess(parts["wide"]),
+            "mixed": lambda turn: preprocess([*parts["few"], *parts["wide"]]),
+        }  # fmt: skip
+        took = medians(batches, 100)
+        for name, seconds in took.items():
+            found.note(f"preprocess_batch_{name}_us", seconds * 1e6)
+        found.note("mixed_batch_ratio", took["mixed"] / (took["few"] + took["wide"]))
+        eight = medians({"all": lambda turn: pipeline(tensors[200][8 * (turn % 8) : 8 * (turn % 8) + 8])}, 50)
+        found.note("in_process_batch_8_ms_per_request", eight["all"] * 1e3 / 8)
+    pipeline.close()
+    return found.figures(f"in process, median of {rounds} rounds")
+
+
+def engine_of(release: Path) -> str:
+    """What scores."""
+    return str(load_manifest(release)["engine"])
+
+
+def releases() -> tuple[Path, Path]:
+    """The demo's, and the same with all stages in one process."""
+    ensemble = build(ROOT / "work" / "demo")
+    work = ROOT / "work" / "demo"
+    run, dataset = TrainedRun.load(work / "compression" / LINK), Dataset.load(work / "data")
+    single = assemble(
+        run, dataset, work / "ranker.onnx", WORK / "single", pipeline="single", engine=engine_of(ensemble)
+    )
+    return ensemble, single
+
+
+@contextmanager
+def plain_grpc(release: Path, workers: int, mode: str) -> Iterator[tuple[str, int]]:
+    """Address and process of a bare grpc.aio server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(ROOT / "benchmarks" / "plain_grpc.py"), str(release), str(port)]
+    process = subprocess.Popen([*command, "--workers", str(workers), "--mode", mode])
+    try:
+        yield f"127.0.0.1:{port}", process.pid
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def wait_for(address: str, request: RankRequest) -> np.ndarray:
+    """Ids of the first answer."""
+    deadline = time.monotonic() + 60
+    with RankClient(address, deadline_s=5, retry=None) as client:
+        while True:
+            try:
+                return client.rank(request).item_ids
+            except RankError:  # noqa: PERF203  # not ready yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
 
 def stage_times(before: dict, after: dict) -> dict[str, float]:
-    """``STAGE_PART`` → ms a request, and ``STAGE_batch``, between two readings of the statistics."""
+    """``MODEL_PART`` → ms a request, and ``MODEL_batch``, between two readings of Triton's statistics."""
     found = {}
-    for stage in STAGES:
-        old, new = before[stage], after[stage]
+    for model in before.keys() - {c.ENSEMBLE}:
+        old, new = before[model], after[model]
 
         def grown(path: tuple[str, ...], old=old, new=new) -> float:
             for key in path:
                 old, new = old.get(key, {}), new.get(key, {})
             return float(new or 0) - float(old or 0)
 
-        requests = grown(("inference_stats", "success", "count"))
-        executions = grown(("execution_count",))
+        requests, executions = grown(("inference_stats", "success", "count")), grown(("execution_count",))
         for part in ("queue", "compute_input", "compute_infer", "compute_output"):
-            found[f"{stage}_{part}"] = grown(("inference_stats", part, "ns")) / requests / 1e6
-        found[f"{stage}_batch"] = grown(("inference_count",)) / executions
+            found[f"{model}_{part}"] = grown(("inference_stats", part, "ns")) / requests / 1e6
+        found[f"{model}_batch_mean"] = grown(("inference_count",)) / executions
     return found
 
 
-def pin(pid: int, cores: set[int]) -> None:
-    """Keep a process, its children and all their threads on these cores."""
-    process = psutil.Process(pid)
-    for member in (process, *process.children(recursive=True)):
-        for thread in member.threads():
-            os.sched_setaffinity(thread.id, cores)
+def servers(ensemble: Path, single: Path, rounds: int, seconds: float, modes: tuple[str, ...]) -> list[Figure]:
+    """Every server under the same load, in turns."""
+    found = Rounds()
+    requests = make_requests(ensemble)
+    with ExitStack() as running:
+        started = {name: running.enter_context(TritonServer(r)) for name, r in
+                   (("ensemble", ensemble), ("single", single))}  # fmt: skip
+        for server in started.values():
+            server.wait_ready()
+        places = {name: (server.grpc, server.pid) for name, server in started.items()}
+        for workers, mode in ((1, modes[0]), (2, modes[1])):
+            name = "grpc_aio" if workers == 1 else "grpc_aio_2_processes"
+            places[name] = running.enter_context(plain_grpc(ensemble, workers, mode))
+        answers = [wait_for(address, requests[0]) for address, _ in places.values()]
+        assert all(np.array_equal(one, answers[0]) for one in answers), "the servers answer different things"
+        for address, pid in places.values():
+            load.closed_loop(address, requests, 8, seconds, [pid])
+        for number in range(rounds):
+            order = list(places)[number % len(places) :] + list(places)[: number % len(places)]
+            for callers in CONCURRENCIES:
+                for name in order:
+                    address, pid = places[name]
+                    before = started[name].statistics() if name in started else {}
+                    run = load.closed_loop(address, requests, callers, seconds, [pid])
+                    if name in started:
+                        for stage, value in stage_times(before, started[name].statistics()).items():
+                            found.note(f"{name}_{stage}_c{callers}" if name != stage.split("_")[0] else
+                                       f"{stage}_c{callers}", value)  # fmt: skip
+                    found.note(f"{name}_p50_ms_c{callers}", run.percentile(50))
+                    found.note(f"{name}_p99_ms_c{callers}", run.percentile(99))
+                    found.note(f"{name}_rps_c{callers}", run.rate)
+                    found.note(f"{name}_server_cpu_ms_c{callers}", run.server_cpu_ms)
+                for name in started:
+                    p50, p99 = (found.last(f"{name}_{share}_ms_c{callers}") for share in ("p50", "p99"))
+                    found.note(f"{name}_p99_over_p50_c{callers}", p99 / p50)
+                rate = found.last(f"single_rps_c{callers}")
+                for other in ("grpc_aio", "grpc_aio_2_processes", "ensemble"):
+                    found.note(f"single_rps_vs_{other}_c{callers}", rate / found.last(f"{other}_rps_c{callers}"))
+    return found.figures(f"{CANDIDATES} candidates, h2load, median of {rounds} rounds of {seconds:g} s")
 
 
-def spread(name: str, values: list[float], unit: str, note: str = "") -> Figure:
-    """Median, smallest and largest."""
-    return Figure(name, *(round(v, 4) for v in (statistics.median(values), min(values), max(values))), unit, note)
+def poison(release: Path, name: str) -> list[Figure]:
+    """Hostile calls of every model, while sane requests go on: how many of those fail, or are answered otherwise."""
+    requests = make_requests(release, 16)
+    failed, answered, stop = [], 0, threading.Event()
+    with TritonServer(release) as server:
+        server.wait_ready()
+        with RankClient(server.grpc, deadline_s=10) as client:
+            expected = [client.rank(request).item_ids.tolist() for request in requests]
+
+        def sane(seed: int) -> None:
+            nonlocal answered
+            with RankClient(server.grpc, deadline_s=10, retry=None) as client:
+                for at in itertools.count(seed):
+                    if stop.is_set():
+                        return
+                    try:
+                        if client.rank(requests[at % 16]).item_ids.tolist() != expected[at % 16]:
+                            failed.append("another answer")
+                    except RankError as error:
+                        failed.append(str(error))
+                    answered += 1
+
+        threads = [threading.Thread(target=sane, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        codes = {}
+        for model in dict.fromkeys([c.ENSEMBLE, *server.served.stages]):
+            codes[model.rpartition("_")[0] or model] = hostile_calls(server.grpc, model, HOSTILE)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    for words in dict.fromkeys(failed):
+        print(f"  {words}")
+    told = "; ".join(f"{model}: {dict(sorted(found.items()))}" for model, found in codes.items())
+    note = f"of {answered} sane requests beside {HOSTILE} hostile calls of each model ({told})"
+    print(f"{name}: {note}")
+    return [Figure(f"poisoned_failures_{name}", *[float(len(failed))] * 3, "requests", note)]
 
 
 def main() -> None:
     """Measure and write ``results/serving.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--release", type=Path, help="the demo's by default")
     parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    release = arguments.release or build(ROOT / "work" / "demo")
-    requests = make_requests(release)
-    tensors = [as_tensors(request) for request in requests]
-    local = InProcess(release)
-    rounds: dict[str, list[float]] = {}
-
-    def note(name: str, value: float) -> None:
-        rounds.setdefault(name, []).append(value)
-
-    with TritonServer(release) as server, RankClient(server.grpc, deadline_s=10) as client:
-        server.wait_ready()
-        expected = local(tensors[0])
-        answer = client.rank(requests[0])
-        assert np.array_equal(answer.item_ids, expected["RANKED_IDS"][0]), "the server answers something else"
-        timed(client.rank, requests, 200, 8)
-        for _ in range(arguments.rounds):
-            latencies, _rate = timed(local, tensors, CALLS[1], 1)
-            note("in_process_p50_ms", float(np.percentile(latencies, 50)))
-            note("in_process_p99_ms", float(np.percentile(latencies, 99)))
-            note("in_process_paced_p50_ms", paced(local, tensors))
-            for concurrency in CONCURRENCIES:
-                before = server.statistics()
-                latencies, rate = timed(client.rank, requests, CALLS[concurrency], concurrency)
-                for name, value in stage_times(before, server.statistics()).items():
-                    note(f"{name}_c{concurrency}", value)
-                note(f"ensemble_p50_ms_c{concurrency}", float(np.percentile(latencies, 50)))
-                note(f"ensemble_p99_ms_c{concurrency}", float(np.percentile(latencies, 99)))
-                note(f"ensemble_rps_c{concurrency}", rate)
-            note("ensemble_extra_ms_c1", rounds["ensemble_p50_ms_c1"][-1] - rounds["in_process_p50_ms"][-1])
-            # The other way that was tried: all stages on one core, so that a hop wakes no other one.
-            cores = os.sched_getaffinity(0)
-            if len(cores) > 1:
-                pin(server.pid, {max(cores)})
-                latencies, _rate = timed(client.rank, requests, CALLS[1], 1)
-                note("pinned_ensemble_p50_ms_c1", float(np.percentile(latencies, 50)))
-                note("pinned_extra_ms_c1", rounds["pinned_ensemble_p50_ms_c1"][-1] - rounds["in_process_p50_ms"][-1])
-                note("pinned_rps_c32", timed(client.rank, requests, CALLS[32], 32)[1])
-                pin(server.pid, cores)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--only", choices=["in_process", "servers", "poison"])
+    parser.add_argument("--modes", nargs=2, default=("batch", "batch"), help="of grpc.aio with one and two processes")
+    given = parser.parse_args()
+    ensemble, single = releases()
     figures = []
-    for name, values in rounds.items():
-        unit = "ms" if "_ms" in name else "requests/s" if "_rps" in name else "requests" if "_batch" in name else "ms"
-        name = name.replace("_batch_c", "_batch_mean_c")
-        figures.append(spread(name, values, unit, f"{CANDIDATES} candidates, median of {arguments.rounds} rounds"))
-    write("serving", figures)
+    if given.only in (None, "in_process"):
+        figures += in_process(ensemble, given.rounds)
+    if given.only in (None, "servers"):
+        figures += servers(ensemble, single, given.rounds, given.seconds, tuple(given.modes))
+    if given.only in (None, "poison"):
+        parts = [*poison(ensemble, "ensemble"), *poison(single, "single")]
+        worst = max(parts, key=lambda figure: figure.value)
+        figures += [*parts, worst._replace(name="poisoned_failures", note="the larger of both pipelines")]
+    by_name = {figure.name: figure for figure in figures}
+    if "in_process_p50_ms" in by_name and "single_p50_ms_c1" in by_name:
+        inside = by_name["in_process_p50_ms"]
+        for name in ("single", "ensemble", "grpc_aio"):
+            seen = by_name[f"{name}_p50_ms_c1"]
+            values = (seen.value - inside.value, seen.low - inside.high, seen.high - inside.low)
+            note = "p50 at one caller above the stages in process"
+            figures.append(Figure(f"{name}_extra_ms_c1", *(round(value, 4) for value in values), "ms", note))
+    write("serving", figures, keep=given.only is not None)
     for figure in figures:
-        print(f"{figure.name:36} {figure.value:10.3f} {figure.unit:10} [{figure.low:.3f}, {figure.high:.3f}]")
+        print(f"{figure.name:44} {figure.value:10.3f} {figure.unit:10} [{figure.low:.3f}, {figure.high:.3f}]")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,12 @@ from trirank_build.evaluation.scoring import score
 from trirank_build.export.onnx import export, write_graph
 from trirank_build.export.parity import sample_inputs
 from trirank_build.features.examples import Examples
+from trirank_build.models import forms
 from trirank_build.models.family import make_ranker
+from trirank_build.models.forms.fuse import Ensemble
+from trirank_build.models.forms.prune import Sparse
+from trirank_build.models.forms.quantise import QuantisedLinear, QuantisedTable
+from trirank_build.models.forms.share import Coded
 from trirank_build.models.ranker import SharedContextRanker
 from trirank_build.recipe import Recipe
 from trirank_build.training.run import TrainedRun
@@ -123,7 +128,7 @@ def test_removing_what_does_nothing_changes_nothing(deep, inputs):
     whole = scores(deep, inputs)
     decisions = {"heads": {"cross.0.attention": [0, 2, 3]}, "ffn": {"encoder.0.ffn": list(range(8, 32))},
                  "blocks": [0, 2]}  # fmt: skip
-    torch.testing.assert_close(scores(prune.rebuild(deep, decisions), inputs), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores(forms.prune.rebuild(deep, decisions), inputs), whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "gradient", "taylor"])
@@ -163,7 +168,7 @@ def test_rounds_remove_a_part_each(trained, dataset, tmp_path):
 
 def test_two_of_four(model, trained, inputs):
     sparse = checked("prune", model, trained, sparsity="2:4")
-    layers = [module for module in sparse.modules() if isinstance(module, prune.Sparse)]
+    layers = [module for module in sparse.modules() if isinstance(module, Sparse)]
     assert len(layers) == 10
     for layer in layers:
         zeros = (layer.dense_weight().reshape(len(layer.weight), -1, 4) == 0).sum(-1)
@@ -226,7 +231,7 @@ def test_quantised_scores_are_near(quantised, dataset):
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
 def test_calibration_covers_the_inputs(trained, method, rng):
-    layer = quantise.QuantisedLinear(nn.Linear(32, 32))
+    layer = QuantisedLinear(nn.Linear(32, 32))
     values = torch.from_numpy(rng.normal(size=(4000, 32)).astype(np.float32))
     values[0, 0] = 50.0  # one that is far out
 
@@ -249,9 +254,9 @@ def test_calibration_covers_the_inputs(trained, method, rng):
 
 
 def test_training_passes_through_the_rounding():
-    layer = quantise.QuantisedLinear(nn.Linear(32, 32))
+    layer = QuantisedLinear(nn.Linear(32, 32))
     layer.input_scale.fill_(0.05)
-    table = quantise.QuantisedTable(nn.Embedding(10, 32))
+    table = QuantisedTable(nn.Embedding(10, 32))
     layer(table(torch.arange(10))).square().sum().backward()
     assert layer.layer.weight.grad.abs().sum() > 0
     assert table.weight.grad.abs().sum() > 0
@@ -264,7 +269,7 @@ def test_modes_with_training(trained, dataset, tmp_path, mode, monkeypatch):
     train_phase = chain.run_phase
 
     def watched(phase, model, *arguments):
-        layers = [m for m in model.modules() if isinstance(m, quantise.QuantisedLinear)]
+        layers = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
         frozen.append(sum(not m.layer.weight.requires_grad and m.active for m in layers) / len(layers))
         before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
         curve = train_phase(phase, model, *arguments)
@@ -275,7 +280,7 @@ def test_modes_with_training(trained, dataset, tmp_path, mode, monkeypatch):
     step = {"kind": "quantise", "mode": mode, "requests": 64, "groups": 3, "training": {"epochs": 1}}
     done = compress(recipe_of(step), trained, dataset, tmp_path / "out")
     assert frozen == ([0.0] if mode == "aware" else pytest.approx([1 / 3, 2 / 3]))
-    assert all(m.active for m in done.last.model().modules() if isinstance(m, quantise.QuantisedLinear))
+    assert all(m.active for m in done.last.model().modules() if isinstance(m, QuantisedLinear))
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -343,7 +348,7 @@ def test_codebooks(trained, dataset, tmp_path, model, groups):
     work = Work(model, trained.features)
     share.run(work, settings("share", codes=64, groups=groups), context_of(trained, dataset, tmp_path))
     coded = work.model.embedding
-    assert isinstance(coded, share.Coded)
+    assert isinstance(coded, Coded)
     assert coded.codes.dtype == torch.int8
     ids = torch.arange(len(table), dtype=torch.int32)
     error = (coded(ids) - table).square().sum() / table.square().sum()
@@ -355,7 +360,7 @@ def test_more_groups_are_nearer(trained, dataset, tmp_path, model):
     table = model.embedding.weight.detach().clone()
     errors = []
     for groups in (1, 4, 16):
-        coded = share.Coded(len(table), table.shape[1], groups, 64)
+        coded = Coded(len(table), table.shape[1], groups, 64)
         coded.learn(table, 0)
         found = coded(torch.arange(len(table), dtype=torch.int32)).detach()
         errors.append(float((found - table).square().sum()))
@@ -440,7 +445,7 @@ def test_a_teacher_sees_its_own_features(trained, dataset, tmp_path, teacher, mo
         monkeypatch.setattr(kind, method, watched)
 
     watch(SharedContextRanker, "item_vectors", lambda self, inputs, named: (inputs[0], self.fields))
-    watch(fuse.Ensemble, "forward", lambda self, inputs, named: (named["candidates"], self.members[0].fields))
+    watch(Ensemble, "forward", lambda self, inputs, named: (named["candidates"], self.members[0].fields))
     one = {"epochs": 1}
     steps = [{"kind": "fold"}, {"kind": "fuse", "mode": "ensemble", "members": 2, "training": one},
              {"kind": "distil", "teacher": teacher, "training": one}]  # fmt: skip
