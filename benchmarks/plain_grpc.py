@@ -14,6 +14,7 @@ import asyncio
 import multiprocessing
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,10 @@ def reply_of(answer: Tensors) -> Any:
 class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Ranks."""
 
-    def __init__(self, pipeline: Pipeline, mode: str) -> None:
-        self._pipeline, self._mode = pipeline, mode
+    def __init__(self, pipeline: Pipeline, mode: str, thread: ThreadPoolExecutor) -> None:
+        self._pipeline, self._mode, self._thread = pipeline, mode, thread
         self._waiting: list[tuple[Tensors, asyncio.Future[Any]]] = []
         self._come = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1)
         self._worker = asyncio.ensure_future(self._work())
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
@@ -86,7 +86,8 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             else:
                 answers = self._pipeline(requests)
             for (_, future), answer in zip(batch, answers, strict=True):
-                future.set_result(answer)
+                if not future.done():  # its caller has gone
+                    future.set_result(answer)
             await asyncio.sleep(0)
 
 
@@ -94,7 +95,11 @@ async def serve(release: Path, port: int, mode: str) -> None:
     """Until it is told to end."""
     manifest = load_manifest(release)
     graph = release / graph_place(manifest["pipeline"])
-    servicer = Servicer(Pipeline.load(release, graph, manifest["engine"]), mode)
+    thread = ThreadPoolExecutor(1)
+    load = partial(Pipeline.load, release, graph, manifest["engine"])
+    # The user store belongs to the thread that opens it.
+    pipeline = await asyncio.get_running_loop().run_in_executor(thread, load) if mode == "thread" else load()
+    servicer = Servicer(pipeline, mode, thread)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 1)])
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     assert server.add_insecure_port(f"127.0.0.1:{port}") == port

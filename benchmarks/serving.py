@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ from trirank_build.compression.chain import LINK
 from trirank_build.data.dataset import Dataset
 from trirank_build.demo import build
 from trirank_build.repository.assemble import assemble
+from trirank_build.repository.configs import Instances
 from trirank_build.repository.release import REQUESTS, graph_place, load_manifest
 from trirank_build.serving.server import TritonServer
 from trirank_build.training.run import TrainedRun
@@ -46,6 +48,9 @@ CONCURRENCIES = (1, 8, 32)
 BATCH = (31, 64, 1, 1000)
 """A mixed batch: so many requests of so few candidates, and one of many with a query."""
 HOSTILE = 1000
+PLAIN = {"grpc_aio": (1, "direct"), "grpc_aio_batching": (1, "thread"), "grpc_aio_batching_2_processes": (2, "thread")}
+"""Bare gRPC servers: processes, and how each takes requests (see plain_grpc.py). The first is what one writes first,
+the others what one comes to."""
 
 
 def make_requests(release: Path, count: int = 64, candidates: int = CANDIDATES) -> list[RankRequest]:
@@ -95,6 +100,10 @@ class Rounds:
         """Of the round that is under way."""
         return self._values[name][-1]
 
+    def copy(self, name: str, other: str) -> None:
+        """Give a figure another name beside its own."""
+        self._values[other] = self._values[name]
+
     def figures(self, note: str) -> list[Figure]:
         """Median, smallest and largest of each."""
         return [
@@ -104,7 +113,7 @@ class Rounds:
 
 
 def _unit(name: str) -> str:
-    units = {"_rps_vs_": "", "_over_": "", "_ratio": "", "_rps": "requests/s", "_batch": "requests", "_us": "µs"}
+    units = {"_rps_vs_": "", "_over_": "", "_ratio": "", "_rps": "requests/s", "_us": "µs", "_batch_mean": "requests"}
     return next((unit for part, unit in units.items() if part in name), "ms")
 
 
@@ -161,15 +170,18 @@ def engine_of(release: Path) -> str:
     return str(load_manifest(release)["engine"])
 
 
-def releases() -> tuple[Path, Path]:
-    """The demo's, and the same with all stages in one process."""
+def releases() -> dict[str, Path]:
+    """The demo's, and the same with all stages in one process, of which there is one or one a core."""
     ensemble = build(ROOT / "work" / "demo")
     work = ROOT / "work" / "demo"
     run, dataset = TrainedRun.load(work / "compression" / LINK), Dataset.load(work / "data")
-    single = assemble(
-        run, dataset, work / "ranker.onnx", WORK / "single", pipeline="single", engine=engine_of(ensemble)
-    )
-    return ensemble, single
+    found = {"ensemble": ensemble}
+    for name, count in (("single", os.cpu_count() or 1), ("single_1_instance", 1)):
+        found[name] = assemble(
+            run, dataset, work / "ranker.onnx", WORK / "single", pipeline="single", engine=engine_of(ensemble),
+            instances=Instances(single=count),
+        )  # fmt: skip
+    return found
 
 
 @contextmanager
@@ -218,19 +230,17 @@ def stage_times(before: dict, after: dict) -> dict[str, float]:
     return found
 
 
-def servers(ensemble: Path, single: Path, rounds: int, seconds: float, modes: tuple[str, ...]) -> list[Figure]:
+def servers(served: dict[str, Path], rounds: int, seconds: float) -> list[Figure]:
     """Every server under the same load, in turns."""
     found = Rounds()
-    requests = make_requests(ensemble)
+    requests = make_requests(served["ensemble"])
     with ExitStack() as running:
-        started = {name: running.enter_context(TritonServer(r)) for name, r in
-                   (("ensemble", ensemble), ("single", single))}  # fmt: skip
+        started = {name: running.enter_context(TritonServer(release)) for name, release in served.items()}
         for server in started.values():
             server.wait_ready()
         places = {name: (server.grpc, server.pid) for name, server in started.items()}
-        for workers, mode in ((1, modes[0]), (2, modes[1])):
-            name = "grpc_aio" if workers == 1 else "grpc_aio_2_processes"
-            places[name] = running.enter_context(plain_grpc(ensemble, workers, mode))
+        for name, (workers, mode) in PLAIN.items():
+            places[name] = running.enter_context(plain_grpc(served["ensemble"], workers, mode))
         answers = [wait_for(address, requests[0]) for address, _ in places.values()]
         assert all(np.array_equal(one, answers[0]) for one in answers), "the servers answer different things"
         for address, pid in places.values():
@@ -244,22 +254,26 @@ def servers(ensemble: Path, single: Path, rounds: int, seconds: float, modes: tu
                     run = load.closed_loop(address, requests, callers, seconds, [pid])
                     if name in started:
                         for stage, value in stage_times(before, started[name].statistics()).items():
-                            found.note(f"{name}_{stage}_c{callers}" if name != stage.split("_")[0] else
-                                       f"{stage}_c{callers}", value)  # fmt: skip
-                    found.note(f"{name}_p50_ms_c{callers}", run.percentile(50))
-                    found.note(f"{name}_p99_ms_c{callers}", run.percentile(99))
+                            found.note(f"{name}_{stage.replace('single_', '')}_c{callers}", value)
+                    p50, p99 = run.percentile(50), run.percentile(99)
+                    found.note(f"{name}_p50_ms_c{callers}", p50)
+                    found.note(f"{name}_p99_ms_c{callers}", p99)
+                    found.note(f"{name}_p99_over_p50_c{callers}", p99 / p50)
                     found.note(f"{name}_rps_c{callers}", run.rate)
                     found.note(f"{name}_server_cpu_ms_c{callers}", run.server_cpu_ms)
-                for name in started:
-                    p50, p99 = (found.last(f"{name}_{share}_ms_c{callers}") for share in ("p50", "p99"))
-                    found.note(f"{name}_p99_over_p50_c{callers}", p99 / p50)
                 rate = found.last(f"single_rps_c{callers}")
-                for other in ("grpc_aio", "grpc_aio_2_processes", "ensemble"):
+                for other in places.keys() - {"single"}:
                     found.note(f"single_rps_vs_{other}_c{callers}", rate / found.last(f"{other}_rps_c{callers}"))
+                one = found.last(f"single_1_instance_rps_c{callers}")
+                same = found.last(f"grpc_aio_batching_rps_c{callers}")
+                found.note(f"single_1_instance_rps_vs_grpc_aio_batching_c{callers}", one / same)
+        for callers in (8,):
+            for pipeline in ("ensemble", "single"):
+                found.copy(f"{pipeline}_server_cpu_ms_c{callers}", f"{pipeline}_server_cpu_ms_per_request")
     return found.figures(f"{CANDIDATES} candidates, h2load, median of {rounds} rounds of {seconds:g} s")
 
 
-def poison(release: Path, name: str) -> list[Figure]:
+def poison(release: Path, name: str) -> Figure:
     """Hostile calls of every model, while sane requests go on: how many of those fail, or are answered otherwise."""
     requests = make_requests(release, 16)
     failed, answered, stop = [], 0, threading.Event()
@@ -295,31 +309,30 @@ def poison(release: Path, name: str) -> list[Figure]:
     told = "; ".join(f"{model}: {dict(sorted(found.items()))}" for model, found in codes.items())
     note = f"of {answered} sane requests beside {HOSTILE} hostile calls of each model ({told})"
     print(f"{name}: {note}")
-    return [Figure(f"poisoned_failures_{name}", *[float(len(failed))] * 3, "requests", note)]
+    return Figure(f"poisoned_failures_{name}", *[float(len(failed))] * 3, "requests", note)
 
 
 def main() -> None:
     """Measure and write ``results/serving.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--only", choices=["in_process", "servers", "poison"])
-    parser.add_argument("--modes", nargs=2, default=("batch", "batch"), help="of grpc.aio with one and two processes")
     given = parser.parse_args()
-    ensemble, single = releases()
+    served = releases()
     figures = []
     if given.only in (None, "in_process"):
-        figures += in_process(ensemble, given.rounds)
+        figures += in_process(served["ensemble"], given.rounds)
     if given.only in (None, "servers"):
-        figures += servers(ensemble, single, given.rounds, given.seconds, tuple(given.modes))
+        figures += servers(served, given.rounds, given.seconds)
     if given.only in (None, "poison"):
-        parts = [*poison(ensemble, "ensemble"), *poison(single, "single")]
+        parts = [poison(served[name], name) for name in ("ensemble", "single")]
         worst = max(parts, key=lambda figure: figure.value)
         figures += [*parts, worst._replace(name="poisoned_failures", note="the larger of both pipelines")]
     by_name = {figure.name: figure for figure in figures}
     if "in_process_p50_ms" in by_name and "single_p50_ms_c1" in by_name:
         inside = by_name["in_process_p50_ms"]
-        for name in ("single", "ensemble", "grpc_aio"):
+        for name in ("single", "ensemble", *PLAIN):
             seen = by_name[f"{name}_p50_ms_c1"]
             values = (seen.value - inside.value, seen.low - inside.high, seen.high - inside.low)
             note = "p50 at one caller above the stages in process"

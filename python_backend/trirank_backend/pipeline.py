@@ -6,6 +6,8 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from trirank import contract
 
 from trirank_backend.errors import BackendError, StageFailed, TooLate
@@ -46,35 +48,41 @@ class Pipeline:
 
         Args:
             deadlines: moments in µs since 1970 after which a request is not worked on any more. The ranker takes the
-                requests one by one, so that it is asked before each.
+                requests one by one, and each is asked for before.
         """
         started = time.perf_counter()
         prepared = self._preprocess(requests)
-        answers: list[Tensors | BackendError] = []
-        self._count(contract.PREPROCESS, started)
-        for one, deadline in zip(prepared, deadlines or [math.inf] * len(requests), strict=True):
-            if not isinstance(one, Prepared):
-                answers.append(one)
-            elif deadline < time.time() * 1e6:
-                answers.append(TooLate(f"{contract.RANKER} did not work on it: {contract.TOO_LATE}"))
-            else:
-                answers.append(self._rank(one))
+        started = self._count(contract.PREPROCESS, started)
+        # All through the ranker, then all through rerank: each finds its own code and data in the caches still.
+        scored = [
+            self._score(one, deadline)
+            for one, deadline in zip(prepared, deadlines or [math.inf] * len(requests), strict=True)
+        ]
+        started = self._count(contract.RANKER, started)
+        answers = [self._rerank_one(scores, one) for scores, one in zip(scored, prepared, strict=True)]
+        self._count(contract.RERANK, started)
         return answers
 
-    def _rank(self, prepared: Prepared) -> Tensors | BackendError:
+    def _score(self, prepared: Prepared | BackendError, deadline: float) -> NDArray[np.float32] | BackendError:
+        if not isinstance(prepared, Prepared):
+            return prepared
+        if deadline < time.time() * 1e6:
+            return TooLate(f"{contract.RANKER} did not work on it: {contract.TOO_LATE}")
         try:
-            started = time.perf_counter()
-            scores = self._ranker(prepared.ranker)
-            started = self._count(contract.RANKER, started)
-            answer = self._rerank(scores, prepared.handover)
-            self._count(contract.RERANK, started)
-            return answer
+            return self._ranker(prepared.ranker)
+        except Exception as error:  # engines' exceptions share no base; the others' requests are not at fault
+            return StageFailed(f"{contract.RANKER} failed ({type(error).__name__}: {error})")
+
+    def _rerank_one(
+        self, scores: NDArray[np.float32] | BackendError, prepared: Prepared | BackendError
+    ) -> Tensors | BackendError:
+        if isinstance(scores, BackendError):
+            return scores
+        assert isinstance(prepared, Prepared)  # what has scores was prepared
+        try:
+            return self._rerank(scores, prepared.handover)
         except BackendError as error:
             return error
-        except (
-            Exception
-        ) as error:  # of an engine, whose exceptions share no base; the others' requests are not at fault
-            return StageFailed(f"{contract.RANKER}: {error}")
 
     def _count(self, stage: str, started: float) -> float:
         now = time.perf_counter()

@@ -89,6 +89,9 @@ class OpenVinoRanker:
         config = {
             "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
+            # Else every process pins its one thread to the same core for the length of a call: two instances then share
+            # one core, and a thread that was on another one starts with cold caches.
+            "ENABLE_CPU_PINNING": False,
         }  # fmt: skip
         try:
             core = openvino.Core()

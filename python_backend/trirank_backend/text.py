@@ -34,7 +34,7 @@ def query_trigrams(queries: list[str]) -> NDArray[np.uint64]:
     filters = [
         b"".join([_filter(word) for word in _words(query)[:QUERY_WORDS]]).ljust(size, b"\0") for query in queries
     ]
-    return np.frombuffer(bytearray(b"".join(filters)), np.uint64).reshape(len(queries), QUERY_WORDS, -1)
+    return np.frombuffer(bytearray(b"".join(filters)), np.uint64).reshape(len(queries), QUERY_WORDS, TRIGRAM_BYTES // 8)
 
 
 def _words(text: str) -> list[str]:

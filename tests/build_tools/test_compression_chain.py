@@ -11,6 +11,7 @@ from trirank_build.compression.chain import check_chain, compress
 from trirank_build.compression.recipe import KINDS, RECIPES, load_compression_recipe, parse_recipe
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, BadData, BadRecipe
+from trirank_build.models.forms import FORMS
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
 from trirank_build.training.trainer import train
 
@@ -160,5 +161,6 @@ def test_calibration_data_of_another_schema(trained, dataset, other_world, tmp_p
 def test_kinds_offer_what_a_step_must():
     for kind, module in KINDS.items():
         assert module.Settings.model_fields["kind"].default == kind
-        assert all(callable(getattr(module, name)) for name in ("check", "run", "rebuild"))
+        assert all(callable(getattr(module, name)) for name in ("check", "run"))
+    assert set(FORMS) == set(KINDS)  # what a step leaves can be built again
     assert distil in KINDS.values()

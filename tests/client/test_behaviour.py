@@ -433,8 +433,8 @@ def test_the_contract_is_asked_again_after_a_server_was_away(tellers):
 
 def test_a_loser_counts_as_at_least_as_slow_as_it_was(servers):
     one, other = servers(), servers()
-    hedge = HedgePolicy(min_delay_s=0.02, budget=1.0)
-    with RankClient([one.address, other.address], deadline_s=5, hedge=hedge) as client:
+    hedge, turns = HedgePolicy(min_delay_s=0.02, budget=1.0), "round_robin"
+    with RankClient([one.address, other.address], deadline_s=5, hedge=hedge, balancing=turns) as client:
         for _ in range(60):
             client.rank(REQUEST)
         one.script = [0.5] * 3
