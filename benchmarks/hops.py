@@ -8,16 +8,20 @@ The difference between a stage in process and the same stage in a stub is cold c
 
 from __future__ import annotations
 
-import json
+import os
+import socket
+import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from results import Figure, write
-from trirank import contract
-from trirank_build.serving.server import TritonServer
+from trirank_build.serving.tritonserver import find_tritonserver
 from tritonclient import grpc as triton
+from tritonclient.utils import InferenceServerException
 
 MODEL = """import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
@@ -47,8 +51,34 @@ def repository(folder: Path, size: int) -> None:
     (folder / "models" / "rank" / "config.pbtxt").write_text(
         f'name: "rank" platform: "ensemble" max_batch_size: 8 {tensors} ensemble_scheduling {{ step [ {steps} ] }}'
     )
-    (folder / "manifest.json").write_text(json.dumps({"runtime": "python", "contract": contract.CONTRACT_VERSION}))
-    (folder / "requests.json").write_text("[]")
+
+
+@contextmanager
+def bare_triton(models: Path, scratch: Path) -> Iterator[str]:
+    """The gRPC address of a server on a repository that is no release of ours."""
+    binary = find_tritonserver(None, scratch)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [
+        str(binary.path), *binary.arguments, f"--model-repository={models}", "--allow-http=false",
+        "--allow-metrics=false", "--grpc-address=127.0.0.1", f"--grpc-port={address.partition(':')[2]}",
+    ]  # fmt: skip
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env={**os.environ, **binary.environment}, stdout=quiet, stderr=quiet)
+    try:
+        with triton.InferenceServerClient(address) as client:
+            while True:
+                try:
+                    if client.is_server_ready():
+                        break
+                except InferenceServerException:  # it does not listen yet
+                    assert process.poll() is None, "tritonserver has ended"
+                time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def p50(client: triton.InferenceServerClient, model: str, size: int) -> float:
@@ -69,9 +99,8 @@ def main() -> None:
     rounds: dict[str, list[float]] = {"one_stage_p50_ms": [], "three_stages_p50_ms": [], "hop_ms": []}
     with tempfile.TemporaryDirectory() as scratch:
         repository(Path(scratch), size)
-        with TritonServer(Path(scratch)) as server:
-            server.wait_ready()
-            client = triton.InferenceServerClient(server.grpc)
+        with bare_triton(Path(scratch) / "models", Path(scratch)) as address:
+            client = triton.InferenceServerClient(address)
             p50(client, "rank", size)
             for _ in range(ROUNDS):
                 one, three = p50(client, "s0", size), p50(client, "rank", size)

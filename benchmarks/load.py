@@ -45,13 +45,15 @@ class Run:
         return float(np.percentile(self.latencies_ms, share))
 
 
-def frame(request: RankRequest, model: str = c.ENSEMBLE) -> bytes:
+def frame(request: RankRequest, model: str) -> bytes:
     """A request as gRPC frames it: not compressed, length, message."""
     message = _codec.encode(request, model)[0].SerializeToString()
     return b"\0" + len(message).to_bytes(4, "big") + message
 
 
-def closed_loop(address: str, requests: list[RankRequest], callers: int, seconds: float, servers: list[int]) -> Run:
+def closed_loop(
+    address: str, requests: list[RankRequest], callers: int, seconds: float, servers: list[int], model: str = c.ENSEMBLE
+) -> Run:
     """``callers`` callers each of which sends its next request when the one before is answered.
 
     Args:
@@ -65,10 +67,10 @@ def closed_loop(address: str, requests: list[RankRequest], callers: int, seconds
         processes = min(callers, PROCESSES)
         for at in range(processes):
             body = Path(folder, f"{at}.body")
-            body.write_bytes(frame(requests[at % len(requests)]))
+            body.write_bytes(frame(requests[at % len(requests)], model))
             commands.append([
                 "h2load", f"--clients={callers // processes}", "--max-concurrent-streams=1",
-                f"--duration={seconds}", "--warm-up-time=0", f"--data={body}", f"--log-file={folder}/{at}.log",
+                f"--duration={int(seconds * 1000)}ms", "--warm-up-time=0", f"--data={body}", f"--log-file={folder}/{at}.log",
                 "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{address}{METHOD}",
             ])  # fmt: skip
         before = _cpu_s(servers)
