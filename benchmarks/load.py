@@ -70,7 +70,8 @@ def closed_loop(
             body.write_bytes(frame(requests[at % len(requests)], model))
             commands.append([
                 "h2load", f"--clients={callers // processes}", "--max-concurrent-streams=1",
-                f"--duration={int(seconds * 1000)}ms", "--warm-up-time=0", f"--data={body}", f"--log-file={folder}/{at}.log",
+                f"--duration={int(seconds * 1000)}ms", "--warm-up-time=0", f"--data={body}",
+                f"--log-file={folder}/{at}.log",
                 "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{address}{METHOD}",
             ])  # fmt: skip
         before = _cpu_s(servers)

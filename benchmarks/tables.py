@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 
-from results import RESULTS, ROOT, read
+from results import RESULTS, ROOT, Figure, read
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SET_NAMES = {
@@ -149,63 +149,122 @@ def times() -> str:
     return "\n".join([*lines, "", f"Measured on {found['beauty_train_s'].note}."])
 
 
+def _cell(figure: Figure, digits: int = 2) -> str:
+    """Median, and the spread of the rounds."""
+    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
+
+
+SERVERS = {
+    "single": "`--pipeline single`, an instance a core",
+    "single_1_instance": "the same, one instance",
+    "ensemble": "`--pipeline ensemble`",
+    "grpc_aio": "bare grpc.aio, a request at a time",
+    "grpc_aio_batching": "bare grpc.aio, micro-batching",
+    "grpc_aio_batching_2_processes": "the same, a process a core",
+}
+
+
 def serving() -> str:
-    """In process against the server."""
+    """In process against the server, in short."""
     found = read("serving")
-    lines = ["| 200 candidates | p50 ms | p99 ms | requests/s |", "|---|---|---|---|"]
-
-    def cell(name: str, digits: int = 2) -> str:
-        figure = found[name]
-        return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
-
-    lines.append(f"| stages in process, called after 4 ms of rest | {cell('in_process_paced_p50_ms')} | | |")
-    lines.append(
-        f"| stages in process, called without a rest | {cell('in_process_p50_ms')} | {cell('in_process_p99_ms')} | |"
-    )
-    for concurrency in (1, 8, 32):
-        row = [cell(f"ensemble_{kind}_ms_c{concurrency}") for kind in ("p50", "p99")]
-        row.append(cell(f"ensemble_rps_c{concurrency}", 0))
-        lines.append(f"| ensemble over gRPC, concurrency {concurrency} | " + " | ".join(row) + " |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"The server adds {cell('ensemble_extra_ms_c1')} ms at concurrency 1; the ranker's mean batch at "
-            f"concurrency 32 is {cell('ranker_batch_mean_c32', 1)}.",
-        ]
-    )
-
-
-def pinned() -> str:
-    """The server on one core against the server on all."""
-    found = read("serving")
-    lines = ["| the server runs on | added at concurrency 1, ms | requests/s at 32 |", "|---|---|---|"]
-    for words, extra, rate in (
-        ("all cores", "ensemble_extra_ms_c1", "ensemble_rps_c32"),
-        ("one core, the client on all", "pinned_extra_ms_c1", "pinned_rps_c32"),
-    ):
+    lines = ["| 200 candidates | p50 ms, 1 caller | requests/s, 8 callers | 32 | p99 ms, 32 |", "|---|---|---|---|---|"]
+    lines.append(f"| the stages in process | {_cell(found['in_process_p50_ms'])} | | | |")
+    for name in ("single", "ensemble", "grpc_aio", "grpc_aio_batching_2_processes"):
         cells = [
-            f"{found[n].value:.{d}f} ({found[n].low:.{d}f} to {found[n].high:.{d}f})"
-            for n, d in ((extra, 2), (rate, 0))
-        ]
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            _cell(found[f"{name}_p50_ms_c1"]), _cell(found[f"{name}_rps_c8"], 0), _cell(found[f"{name}_rps_c32"], 0),
+            _cell(found[f"{name}_p99_ms_c32"], 1),
+        ]  # fmt: skip
+        lines.append(f"| {SERVERS[name]} | " + " | ".join(cells) + " |")
+    plain, best = (_cell(found[f"single_rps_vs_{n}_c8"]) for n in ("grpc_aio", "grpc_aio_batching_2_processes"))
+    return "\n".join([
+        *lines, "",
+        f"The bare servers call the same stages. With 8 callers `single` answers {plain} times the requests of a bare "
+        f"server as one writes it first, and {best} times those of one with micro-batching of its own and a process a core.",
+    ])  # fmt: skip
+
+
+def servers() -> str:
+    """Every server at every number of callers."""
+    found = read("serving")
+    lines = [
+        "| | callers | p50 ms | p99 ms | p99 / p50 | requests/s | server's CPU ms a request | `single` answers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, words in SERVERS.items():
+        for callers in (1, 8, 32):
+            cells = [
+                _cell(found[f"{name}_p50_ms_c{callers}"]), _cell(found[f"{name}_p99_ms_c{callers}"]),
+                _cell(found[f"{name}_p99_over_p50_c{callers}"], 1), _cell(found[f"{name}_rps_c{callers}"], 0),
+                _cell(found[f"{name}_server_cpu_ms_c{callers}"]),
+                "" if name == "single" else _cell(found[f"single_rps_vs_{name}_c{callers}"]) + " ×",
+            ]  # fmt: skip
+            lines.append(f"| {words} | {callers} | " + " | ".join(cells) + " |")
+    extra = {name: _cell(found[f"{name}_extra_ms_c1"]) for name in ("single", "ensemble", "grpc_aio")}
+    equal = _cell(found["single_1_instance_rps_vs_grpc_aio_batching_c8"])
+    return "\n".join([
+        *lines, "",
+        f"Above the stages in process, with one caller: `single` {extra['single']} ms, `ensemble` {extra['ensemble']} ms, "
+        f"the bare server {extra['grpc_aio']} ms. One process against one process, both batching, 8 callers: {equal} times. "
+        f"{found['single_rps_c8'].note.capitalize()}.",
+    ])  # fmt: skip
+
+
+def stage_costs() -> str:
+    """The stages alone."""
+    found = read("serving")
+    lines = ["| µs, in process | 200 candidates | 1,000 |", "|---|---|---|"]
+    for stage in ("preprocess", "ranker", "rerank"):
+        cells = [_cell(found[f"{stage}_us_{size}"], 0) for size in (200, 1000)]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    row, eight = found["in_process_p50_ms"], found["in_process_batch_8_ms_per_request"]
+    few, wide, mixed = (_cell(found[f"preprocess_batch_{name}_us"], 0) for name in ("few", "wide", "mixed"))
+    return "\n".join([
+        *lines, "",
+        f"All in a row, 200 candidates: {_cell(row)} ms; in batches of 8 {_cell(eight)} ms a request. Preprocess of "
+        f"31 requests of 64 candidates takes {few} µs, of one of 1,000 with a query {wide} µs, of all together {mixed} µs: "
+        f"{_cell(found['mixed_batch_ratio'])} of the sum.",
+    ])  # fmt: skip
 
 
 def stages() -> str:
     """Where a request's time goes, from the server's statistics."""
     found = read("serving")
     lines = ["| ms a request | queue | input | compute | output | mean batch |", "|---|---|---|---|---|---|"]
-    for concurrency in (1, 32):
-        for stage in ("preprocess", "ranker", "rerank"):
-            parts = [
-                f"{stage}_{part}_c{concurrency}"
-                for part in ("queue", "compute_input", "compute_infer", "compute_output")
+    for callers in (1, 8, 32):
+        for model in ("ensemble_preprocess", "ensemble_ranker", "ensemble_rerank", "single"):
+            names = [
+                f"{model}_{part}_c{callers}" for part in ("queue", "compute_input", "compute_infer", "compute_output")
             ]
-            cells = [f"{found[part].value:.2f}" for part in parts] + [
-                f"{found[f'{stage}_batch_mean_c{concurrency}'].value:.1f}"
-            ]
-            lines.append(f"| {stage}, concurrency {concurrency} | " + " | ".join(cells) + " |")
+            cells = [f"{found[name].value:.2f}" for name in names]
+            cells.append(f"{found[f'{model}_batch_mean_c{callers}'].value:.1f}")
+            lines.append(f"| {model.replace('ensemble_', '')}, {callers} callers | " + " | ".join(cells) + " |")
+    return "\n".join(lines).replace("1 callers", "1 caller")
+
+
+def tried() -> str:
+    """One thing changed at a time."""
+    found = read("tried")
+    rows = {
+        "plain": "`single`, an instance a core", "queue_policy": "with a queue policy",
+        "pinned": "with OpenVINO pinning its thread", "direct": "called by the model's own name",
+    }  # fmt: skip
+    lines = ["| | callers | p50 ms | p99 ms | requests/s | slept 450 ms or longer |", "|---|---|---|---|---|---|"]
+    for name, words in rows.items():
+        for callers in (1, 8, 32):
+            slept = found[f"{name}_slept_share_ratio_c{callers}"]
+            cells = [_cell(found[f"{name}_{kind}_ms_c{callers}"]) for kind in ("p50", "p99")]
+            cells += [_cell(found[f"{name}_rps_c{callers}"], 0), f"{slept.value:.1%}"]
+            lines.append(f"| {words} | {callers} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{found['plain_rps_c8'].note.capitalize()}."])
+
+
+def poison() -> str:
+    """Hostile calls beside sane ones."""
+    found = read("serving")
+    lines = ["| pipeline | sane requests that failed or were answered otherwise | |", "|---|---|---|"]
+    for name in ("ensemble", "single"):
+        figure = found[f"poisoned_failures_{name}"]
+        lines.append(f"| `{name}` | {figure.value:.0f} | {figure.note} |")
     return "\n".join(lines)
 
 
@@ -399,8 +458,11 @@ TABLES = {
     "embeddings": embeddings,
     "times": times,
     "serving": serving,
+    "servers": servers,
+    "stage_costs": stage_costs,
+    "tried": tried,
+    "poison": poison,
     "stages": stages,
-    "pinned": pinned,
     "hops": hops,
 }
 

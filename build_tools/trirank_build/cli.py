@@ -369,6 +369,11 @@ def assemble(
             "plans of TensorRT-RTX show the layout, but Triton's TensorRT backend cannot load them; build with "
             "--flavour tensorrt in NVIDIA's container to serve this release on a GPU"
         )
+    if runtime == "python" and pipeline == "ensemble":
+        errors.print(
+            "[dim]All stages could share one process (--pipeline single), which answers more requests a second on a "
+            "CPU; try both with python -m trirank_loadtest.run --release RELEASE.[/dim]", soft_wrap=True,
+        )  # fmt: skip
     if promote:
         point_at(made)
     print(made)

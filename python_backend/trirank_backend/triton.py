@@ -69,8 +69,7 @@ class StageTimes:
     """Exports what each stage of a pipeline in one process costs, beside Triton's own metrics, as the counter
     ``trirank_stage_seconds_total{stage, model}``.
 
-    A count is a message to the server and back, 0.1 ms, so it is told once a second, by the request that comes then: a
-    thread of its own had the stub stand still for half a second each time.
+    A count is a message to the server and back, 0.1 ms, so it is told once a second, by the request that comes then.
     """
 
     def __init__(self, model: str, seconds: Mapping[str, float]) -> None:

@@ -54,6 +54,19 @@ def other_versions(repository: Repository, around: Surroundings) -> Found:
             yield manifest["release"], f"{package} was {then}, here it is {now}"
 
 
+@rule(
+    "REL05", Severity.INFO,
+    "Assemble once more with --pipeline single and send both the same load: "
+    "python -m trirank_loadtest.run --release RELEASE.",
+)  # fmt: skip
+def single_would_serve_more(repository: Repository, around: Surroundings) -> Found:
+    """Stages and ranker are three Python models, which hand over to each other; all in one process serve more on a
+    CPU."""
+    manifest = _manifest(repository)
+    if manifest.get("runtime") == "python" and manifest.get("pipeline") == "ensemble":
+        yield manifest["release"], "its stages are three models with --runtime python"
+
+
 def _manifest(repository: Repository) -> dict[str, Any]:
     if repository.release is None:
         return {}
