@@ -163,34 +163,29 @@ def hedging(rounds: int) -> list[Figure]:
     """Latency with and without hedges."""
     release = build(ROOT / "work" / "demo")
     requests = make_requests(release)
-    counts = {"hedged": {"attempt": 0, "hedge": 0}, "plain": {"attempt": 0, "hedge": 0}}
-
-    def hooks(of: str):
-        def count(event):
-            counts[of][event.name] += 1
-
-        return {"attempt": [count], "hedge": [count]}
-
     found: dict[str, list[list[float]]] = {"plain": [], "hedged": []}
+    extra = []
     with TritonServer(release) as one, TritonServer(release) as other:
         for server in (one, other):
             server.wait_ready()
         addresses = [one.grpc, other.grpc]
-        fleets = {
-            name: [RankClient(addresses, deadline_s=5, hedge=hedge, event_hooks=hooks(name)) for _ in range(CLIENTS)]
-            for name, hedge in (("plain", None), ("hedged", HedgePolicy()))
-        }
-        for at in range(60):
-            for fleet in fleets.values():
-                for client in fleet:
-                    client.rank(requests[at % len(requests)])
-        for of in counts.values():
-            of.update(attempt=0, hedge=0)
         for _ in range(rounds):
-            for name, fleet in fleets.items():
+            for name, hedge in (("plain", None), ("hedged", HedgePolicy())):
+                counts = {"request": 0, "hedge": 0}
+
+                def count(event, counts=counts):
+                    counts[event.name] += 1
+
+                hooks = {each: [count] for each in counts}
+                fleet = [RankClient(addresses, deadline_s=5, hedge=hedge, event_hooks=hooks) for _ in range(CLIENTS)]
+                for at in range(60):
+                    for client in fleet:
+                        client.rank(requests[at % len(requests)])
                 found[name].append(under_stalls(fleet, requests, other.pid))
-        for client in (*fleets["plain"], *fleets["hedged"]):
-            client.close()
+                for client in fleet:
+                    client.close()
+                if hedge is not None:
+                    extra.append(counts["hedge"] / counts["request"])
     note = (
         f"{RATE} requests a second from {CLIENTS} clients, {rounds} rounds of {SECONDS:g} s each; one of two servers "
         f"is stopped for {STALL_S * 1e3:g} ms every {EVERY_S:g} s"
@@ -198,12 +193,11 @@ def hedging(rounds: int) -> list[Figure]:
     p99 = {name: [float(np.percentile(times, 99)) for times in each] for name, each in found.items()}
     p50 = {name: [float(np.percentile(times, 50)) for times in each] for name, each in found.items()}
     gains = [a / b for a, b in zip(p99["plain"], p99["hedged"], strict=True)]
-    extra = counts["hedged"]["hedge"] / counts["hedged"]["attempt"]
     return [
         _spread("hedged_p99_gain", gains, note, unit=""),
         *(_spread(f"{name}_p99_ms", p99[name], note, unit="ms") for name in p99),
         *(_spread(f"{name}_p50_ms", p50[name], note, unit="ms") for name in p50),
-        Figure("hedge_extra_load", round(extra, 4), round(extra, 4), round(extra, 4), "", note),
+        _spread("hedge_extra_load", extra, f"hedges a call of a round's clients since they were made; {note}", unit=""),
     ]
 
 

@@ -176,11 +176,12 @@ def serving() -> str:
         ]  # fmt: skip
         lines.append(f"| {SERVERS[name]} | " + " | ".join(cells) + " |")
     plain, best = (_cell(found[f"single_rps_vs_{n}_c8"]) for n in ("grpc_aio", "grpc_aio_batching_2_processes"))
-    return "\n".join([
-        *lines, "",
-        f"The bare servers call the same stages. With 8 callers `single` answers {plain} times the requests of a bare "
-        f"server as one writes it first, and {best} times those of one with micro-batching of its own and a process a core.",
-    ])  # fmt: skip
+    words = [
+        "The bare servers call the same stages.",
+        f"With 8 callers `single` answers {plain} times the requests of a bare server as one writes it first,",
+        f"and {best} times those of one with micro-batching of its own and a process a core.",
+    ]
+    return "\n".join([*lines, "", " ".join(words)])
 
 
 def servers() -> str:
@@ -201,12 +202,13 @@ def servers() -> str:
             lines.append(f"| {words} | {callers} | " + " | ".join(cells) + " |")
     extra = {name: _cell(found[f"{name}_extra_ms_c1"]) for name in ("single", "ensemble", "grpc_aio")}
     equal = _cell(found["single_1_instance_rps_vs_grpc_aio_batching_c8"])
-    return "\n".join([
-        *lines, "",
-        f"Above the stages in process, with one caller: `single` {extra['single']} ms, `ensemble` {extra['ensemble']} ms, "
-        f"the bare server {extra['grpc_aio']} ms. One process against one process, both batching, 8 callers: {equal} times. "
+    words = [
+        f"Above the stages in process, with one caller: `single` {extra['single']} ms,",
+        f"`ensemble` {extra['ensemble']} ms, the bare server {extra['grpc_aio']} ms.",
+        f"One instance against one process, both batching, 8 callers: {equal} times.",
         f"{found['single_rps_c8'].note.capitalize()}.",
-    ])  # fmt: skip
+    ]
+    return "\n".join([*lines, "", " ".join(words)])
 
 
 def stage_costs() -> str:
@@ -218,12 +220,12 @@ def stage_costs() -> str:
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     row, eight = found["in_process_p50_ms"], found["in_process_batch_8_ms_per_request"]
     few, wide, mixed = (_cell(found[f"preprocess_batch_{name}_us"], 0) for name in ("few", "wide", "mixed"))
-    return "\n".join([
-        *lines, "",
-        f"All in a row, 200 candidates: {_cell(row)} ms; in batches of 8 {_cell(eight)} ms a request. Preprocess of "
-        f"31 requests of 64 candidates takes {few} µs, of one of 1,000 with a query {wide} µs, of all together {mixed} µs: "
-        f"{_cell(found['mixed_batch_ratio'])} of the sum.",
-    ])  # fmt: skip
+    words = [
+        f"All in a row, 200 candidates: {_cell(row)} ms; in batches of 8 {_cell(eight)} ms a request.",
+        f"Preprocess of 31 requests of 64 candidates takes {few} µs, of one of 1,000 with a query {wide} µs,",
+        f"of all together {mixed} µs: {_cell(found['mixed_batch_ratio'])} of the sum.",
+    ]
+    return "\n".join([*lines, "", " ".join(words)])
 
 
 def stages() -> str:
