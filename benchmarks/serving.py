@@ -48,16 +48,22 @@ CONCURRENCIES = (1, 8, 32)
 BATCH = (31, 64, 1, 1000)
 """A mixed batch: so many requests of so few candidates, and one of many with a query."""
 HOSTILE = 1000
-PLAIN = {"grpc_aio": (1, "direct"), "grpc_aio_batching": (1, "thread"), "grpc_aio_batching_2_processes": (2, "thread")}
+PLAIN = {
+    "grpc_aio": (1, "direct"), "grpc_aio_batching": (1, "thread"),
+    "grpc_aio_batching_process_a_core": (os.cpu_count() or 1, "thread"),
+}  # fmt: skip
 """Bare gRPC servers: processes, and how each takes requests (see plain_grpc.py). The first is what one writes first,
 the others what one comes to."""
 
 
 def make_requests(release: Path, count: int = 64, candidates: int = CANDIDATES) -> list[RankRequest]:
-    """The release's recorded users and queries, each with so many items of the catalogue."""
+    """The release's recorded users and queries, scenarios in turns, each with so many items of the catalogue."""
     ids = np.load(release / "features" / "catalogue" / "ids.npy")
     rng = np.random.default_rng(7)
-    recorded = itertools.cycle(json.loads((release / REQUESTS).read_text()))
+    by_scenario: dict[str, list[Any]] = {}
+    for raw in json.loads((release / REQUESTS).read_text()):
+        by_scenario.setdefault(raw["scenario"], []).append(raw)
+    recorded = itertools.cycle(itertools.chain.from_iterable(zip(*by_scenario.values(), strict=True)))
     requests = []
     for raw in itertools.islice(recorded, count):
         chosen = rng.choice(ids, candidates, replace=False)
@@ -151,6 +157,8 @@ def in_process(release: Path, rounds: int) -> list[Figure]:
             found.note(name, medians({name: call}, 200)[name] * 1e6)
         row = medians({"all": lambda turn: pipeline([tensors[200][turn % 64]])}, 400)
         found.note("in_process_p50_ms", row["all"] * 1e3)
+        one = medians({"all": lambda turn: pipeline([tensors[200][0]])}, 400)
+        found.note("in_process_one_request_p50_ms", one["all"] * 1e3)
         batches = {
             "few": lambda turn: preprocess(parts["few"]), "wide": lambda turn: preprocess(parts["wide"]),
             "mixed": lambda turn: preprocess([*parts["few"], *parts["wide"]]),
@@ -303,7 +311,7 @@ def poison(release: Path, name: str) -> Figure:
             thread.start()
         codes = {}
         for model in dict.fromkeys([c.ENSEMBLE, *server.served.stages]):
-            codes[model.rpartition("_")[0] or model] = hostile_calls(server.grpc, model, HOSTILE)
+            codes[model] = hostile_calls(server.grpc, model, HOSTILE)
         stop.set()
         for thread in threads:
             thread.join()
@@ -333,12 +341,12 @@ def main() -> None:
         worst = max(parts, key=lambda figure: figure.value)
         figures += [*parts, worst._replace(name="poisoned_failures", note="the larger of both pipelines")]
     by_name = {figure.name: figure for figure in figures}
-    if "in_process_p50_ms" in by_name and "single_p50_ms_c1" in by_name:
-        inside = by_name["in_process_p50_ms"]
+    if "in_process_one_request_p50_ms" in by_name and "single_p50_ms_c1" in by_name:
+        inside = by_name["in_process_one_request_p50_ms"]  # the one that the only caller sends
         for name in ("single", "ensemble", *PLAIN):
             seen = by_name[f"{name}_p50_ms_c1"]
             values = (seen.value - inside.value, seen.low - inside.high, seen.high - inside.low)
-            note = "p50 at one caller above the stages in process"
+            note = "p50 of one caller above the same request in process"
             figures.append(Figure(f"{name}_extra_ms_c1", *(round(value, 4) for value in values), "ms", note))
     write("serving", figures, keep=given.only is not None)
     for figure in figures:

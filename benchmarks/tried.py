@@ -67,8 +67,10 @@ def main() -> None:
             if name == "plain":
                 places["direct"] = (server.grpc, server.pid, server.served.entry)
         for number in range(-1, given.rounds):  # the first is not counted
+            order = list(places)[number % len(places) :] + list(places)[: number % len(places)]
             for callers in CONCURRENCIES:
-                for name, (address, pid, model) in places.items():
+                for name in order:
+                    address, pid, model = places[name]
                     run = load.closed_loop(address, requests, callers, given.seconds, [pid], model)
                     if number >= 0:
                         found.note(f"{name}_rps_c{callers}", run.rate)

@@ -209,7 +209,7 @@ def gate(
     if engine is not None and engine not in ENGINES:
         raise BadRecipe(f"--engine {engine} is none of {', '.join(ENGINES)}")
     from trirank_build.data.dataset import Dataset
-    from trirank_build.engines.latency import fastest_engine
+    from trirank_build.engines.latency import chosen_engine
     from trirank_build.export.onnx import check_onnx
     from trirank_build.gate.report import write_report
     from trirank_build.gate.verdict import run_gate
@@ -218,7 +218,7 @@ def gate(
     trained = TrainedRun.load(run)
     check_onnx(onnx, trained.features.spec)
     if engine is None:
-        engine, _ = fastest_engine(onnx, trained.features.spec, available_engines())
+        engine = chosen_engine(onnx, trained.features.spec, available_engines())
     report = run_gate(trained, Dataset.load(data), onnx, engine, split=split, requests=requests, live=live)
     path = write_report(report, onnx)
     if as_json:
@@ -372,7 +372,7 @@ def assemble(
     if runtime == "python" and pipeline == "ensemble":
         errors.print(
             "[dim]All stages could share one process (--pipeline single), which answers more requests a second on a "
-            "CPU; try both with python -m trirank_loadtest.run --release RELEASE.[/dim]", soft_wrap=True,
+            "CPU; try both with python -m trirank_loadtest.run --release RELEASE --rate 3000.[/dim]", soft_wrap=True,
         )  # fmt: skip
     if promote:
         point_at(made)

@@ -34,7 +34,7 @@ def build(work: Path) -> Path:
         from trirank_build.compression.chain import compress
         from trirank_build.compression.recipe import load_compression_recipe
         from trirank_build.data.dataset import Dataset
-        from trirank_build.engines.latency import fastest_engine
+        from trirank_build.engines.latency import chosen_engine
         from trirank_build.export.beside import gate_path
         from trirank_build.export.onnx import export
         from trirank_build.gate.report import write_report
@@ -61,7 +61,7 @@ def build(work: Path) -> Path:
         with working("exporting to ONNX and checking parity"):
             module = run.model()
             write_parity(onnx_path, export(module, run.features.spec, onnx_path), type(module).__name__)
-        engine, _ = fastest_engine(onnx_path, run.features.spec, available_engines())
+        engine = chosen_engine(onnx_path, run.features.spec, available_engines())
         report = run_gate(run, dataset, onnx_path, engine)
         write_report(report, onnx_path)
         out.print(gate_table(report))

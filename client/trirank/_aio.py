@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from trirank import contract
 from trirank._channels import Target
 from trirank._client import cannot_ask
-from trirank._core import Attempt, Call, Core, checked_deadline
+from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
 from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
@@ -68,12 +68,17 @@ class AsyncRankClient:
                 if error is None:
                     answered, attempt, outcome = await self._send(call, attempt)
                     if answered:
-                        return call.answered(attempt, outcome)
+                        try:
+                            return call.answered(attempt, outcome)
+                        except Again:
+                            continue
                     error = outcome
                 await asyncio.sleep(call.failed(attempt, error))
         except RankError as failure:
             return call.fallback(failure)
-        except BaseException:
+        except Exception as unknown:
+            return call.fallback(call.unexpected(unknown))
+        except BaseException:  # CancelledError among them
             call.cancelled()
             raise
 
@@ -160,13 +165,13 @@ class AsyncRankClient:
 
     async def _send(self, call: Call, attempt: Attempt) -> tuple[bool, Attempt, Any]:
         """Whether it was answered, which attempt, and with what: the reply or the error."""
-        under_way = {self._start(call, attempt): attempt}
-        delay = self._core.hedge_delay_s(attempt)
+        under_way: dict[asyncio.Task[Any], Attempt] = {}
+        self._start(call, attempt, under_way)
         answered = False
         try:
-            done, _ = await asyncio.wait(under_way, timeout=delay)
+            done, _ = await asyncio.wait(under_way, timeout=self._core.hedge_delay_s(attempt))
             if not done and (hedge := call.hedge()) is not None:
-                under_way[self._start(call, hedge)] = hedge
+                self._start(call, hedge, under_way)
             while True:
                 done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                 task = next(iter(done))
@@ -183,26 +188,30 @@ class AsyncRankClient:
                     raise error
                 if not under_way:
                     return False, one, error
-                call.given_up(one)
+                call.outdone(one, error)
         finally:
             for task, one in under_way.items():
                 task.cancel()
                 call.given_up(one, lost=answered)
 
-    def _start(self, call: Call, attempt: Attempt) -> asyncio.Task[Any]:
-        stub = self._stub(attempt.endpoint.address)
+    def _start(self, call: Call, attempt: Attempt, under_way: dict[asyncio.Task[Any], Attempt]) -> None:
+        try:
+            stub = self._stub(attempt.endpoint.address)
+        except BaseException:
+            call.given_up(attempt)
+            raise
 
         async def send() -> Any:
             return await stub.ModelInfer(call.message, timeout=attempt.timeout_s, metadata=call.metadata)
 
-        return asyncio.ensure_future(send())
+        under_way[asyncio.ensure_future(send())] = attempt
 
     async def _shake_hands(self, call: Call, attempt: Attempt) -> tuple[bool, Any]:
         """Whether the server speaks our contract, else another one is to be tried; and the error that asking failed
         with, if any."""
-        stub = self._stub(attempt.endpoint.address)
 
         async def ask() -> Any:
+            stub = self._stub(attempt.endpoint.address)
             return await stub.ModelConfig(call.config_request(), timeout=attempt.timeout_s, metadata=call.metadata)
 
         task = asyncio.ensure_future(ask())
@@ -230,7 +239,19 @@ class AsyncRankClient:
         try:
             return await getattr(self._stub(address), method)(message, timeout=deadline, metadata=metadata)
         except grpc.RpcError as error:
+            if self._core.closed:
+                raise ClientClosed("this client was closed while it waited for an answer") from None
             raise from_grpc(error, address=address, elapsed_s=time.perf_counter() - started) from None
+        except RankError:
+            raise
+        except Exception as error:
+            if self._core.closed:
+                raise ClientClosed("this client was closed while it was used") from None
+            raise Unavailable(f"the call could not be made ({error})", address=address) from error
+        except asyncio.CancelledError:
+            if self._core.closed:  # the channel was closed, and that is what it says then
+                raise ClientClosed("this client was closed while it waited for an answer") from None
+            raise
 
     def _stub(self, address: str) -> Any:
         generation = self._core.target.refresh()

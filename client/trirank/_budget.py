@@ -17,6 +17,7 @@ class TokenBucket:
         self._share = share
         self._capacity = capacity
         self._tokens = start if share > 0 else 0.0
+        self._reserved = 0
         self._lock = threading.Lock()
 
     def earn(self) -> None:
@@ -28,6 +29,27 @@ class TokenBucket:
     def ready(self) -> bool:
         """Whether an extra call could be paid now."""
         return self._tokens >= 1
+
+    def reserve(self) -> bool:
+        """Put a token aside for an extra call that may become necessary, if one is left that nobody else put aside. It
+        is given back with ``release``, or spent with ``redeem``. Others may still take it: then the bucket goes below
+        empty, by no more than what was put aside, and fills up again before anything is paid."""
+        with self._lock:
+            if self._tokens - self._reserved < 1:
+                return False
+            self._reserved += 1
+            return True
+
+    def release(self) -> None:
+        """A reserved token was not needed."""
+        with self._lock:
+            self._reserved -= 1
+
+    def redeem(self) -> None:
+        """A reserved token is spent."""
+        with self._lock:
+            self._reserved -= 1
+            self._tokens -= 1
 
     def take(self) -> bool:
         """Whether an extra call may be made; it then has been paid."""

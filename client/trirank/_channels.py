@@ -123,7 +123,7 @@ class Target:
             token = self._token() if callable(self._token) else self._token
         except Exception as error:  # somebody else's code, which may raise anything
             raise Unavailable(f"the token could not be had ({type(error).__name__}: {error})") from error
-        return [("authorization", f"Bearer {token}")]
+        return [("authorization", f"Bearer {token.strip()}")]
 
     def refresh(self) -> int:
         """Read certificates again if their files changed; gives the generation."""

@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trirank import contract
 from trirank._channels import Target
-from trirank._core import Attempt, Call, Core, checked_deadline
+from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
 from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
@@ -89,12 +89,16 @@ class RankClient:
                     if not attempt.endpoint.checked and not self._shake_hands(call, attempt):
                         continue
                     return self._send(call, attempt)
+                except Again:
+                    continue
                 except _Failed as failure:
                     if pause := call.failed(failure.attempt, failure.error):
                         time.sleep(pause)
         except RankError as error:
             return call.fallback(error)
-        except BaseException:
+        except Exception as error:
+            return call.fallback(call.unexpected(error))
+        except BaseException:  # the caller's own, KeyboardInterrupt for instance
             call.cancelled()
             raise
 
@@ -184,32 +188,29 @@ class RankClient:
 
     def _send(self, call: Call, attempt: Attempt) -> RankResponse:
         """One attempt, or two of which the first to answer wins."""
-        delay = self._core.hedge_delay_s(attempt)
-        if delay is not None:
-            return self._send_hedged(call, attempt, delay)
+        if self._core.hedge_delay_s(attempt) is not None:
+            return self._send_hedged(call, attempt)
         try:
             stub = self._stub(attempt.endpoint.address)
             reply = stub.ModelInfer(call.message, timeout=attempt.timeout_s, metadata=call.metadata)
         except grpc.RpcError as error:
             raise _Failed(attempt, error) from None
-        except BaseException as error:
+        except BaseException:
             call.given_up(attempt)
-            self._say_closed(error)
             raise
         return call.answered(attempt, reply)
 
-    def _say_closed(self, error: BaseException) -> None:
-        """Raises ClientClosed in place of what gRPC raises of a channel that was closed meanwhile."""
-        if self._core.closed and isinstance(error, ValueError):
-            raise ClientClosed("this client was closed while it was used") from None
-
-    def _send_hedged(self, call: Call, attempt: Attempt, delay: float) -> RankResponse:
+    def _send_hedged(self, call: Call, attempt: Attempt) -> RankResponse:
         ended: queue.SimpleQueue[tuple[Attempt, Any]] = queue.SimpleQueue()
         under_way: dict[int, tuple[Attempt, Any]] = {}
 
         def start(one: Attempt) -> None:
-            stub = self._stub(one.endpoint.address)
-            future = stub.ModelInfer.future(call.message, timeout=one.timeout_s, metadata=call.metadata)
+            try:
+                stub = self._stub(one.endpoint.address)
+                future = stub.ModelInfer.future(call.message, timeout=one.timeout_s, metadata=call.metadata)
+            except BaseException:
+                call.given_up(one)
+                raise
             under_way[id(one)] = (one, future)
             future.add_done_callback(lambda done: ended.put((one, done)))
 
@@ -217,25 +218,21 @@ class RankClient:
         try:
             start(attempt)
             try:
-                first, future = ended.get(timeout=delay)
+                first, future = ended.get(timeout=self._core.hedge_delay_s(attempt))
             except queue.Empty:
                 if (hedge := call.hedge()) is not None:
                     start(hedge)
                 first, future = ended.get()
-            failures = []
             while True:
                 del under_way[id(first)]
                 error = future.exception()
                 if error is None:
                     answered = True
                     return call.answered(first, future.result())
-                failures.append(_Failed(first, error))
                 if not under_way:
-                    break
+                    raise _Failed(first, error)
+                call.outdone(first, error)
                 first, future = ended.get()
-            for failure in failures[:-1]:
-                call.given_up(failure.attempt)
-            raise failures[-1]
         finally:
             for one, future in under_way.values():
                 future.cancel()
@@ -250,9 +247,8 @@ class RankClient:
             if cannot_ask(error):
                 return call.checked(attempt, None)
             raise _Failed(attempt, error) from None
-        except BaseException as error:
+        except BaseException:
             call.given_up(attempt)
-            self._say_closed(error)
             raise
         return call.checked(attempt, reply.config)
 
@@ -263,7 +259,15 @@ class RankClient:
         try:
             return getattr(self._stub(address), method)(message, timeout=deadline, metadata=metadata)
         except grpc.RpcError as error:
+            if self._core.closed:
+                raise ClientClosed("this client was closed while it waited for an answer") from None
             raise from_grpc(error, address=address, elapsed_s=time.perf_counter() - started) from None
+        except RankError:
+            raise
+        except Exception as error:
+            if self._core.closed:
+                raise ClientClosed("this client was closed while it was used") from None
+            raise Unavailable(f"the call could not be made ({error})", address=address) from error
 
     def _stub(self, address: str) -> Any:
         """Of a server, over a channel with today's certificates."""

@@ -148,13 +148,20 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
 def _ids(values: ItemIds, what: str) -> tuple[NDArray[np.int64], dict[int, str]]:
     if type(values) is np.ndarray and values.dtype == np.int64 and values.ndim == 1:
         return values, {}
-    if not hasattr(values, "__len__") or isinstance(values, str | bytes):
+    if hasattr(values, "to_numpy"):  # a column of pandas or polars, whose first element may not be number 0
+        values = values.to_numpy()
+    if (
+        not isinstance(values, Sequence | np.ndarray)
+        or isinstance(values, str | bytes)
+        or getattr(values, "ndim", 1) == 0
+    ):
         raise InvalidRequest(f"{what} is {values!r}; it is a list of ids")
     if len(values) and isinstance(values[0], str):
         hashed = []
         for value in values:
             if not isinstance(value, str):
                 raise InvalidRequest(f"{what} mixes strings with {value!r}; send one kind")
+            _text(value, what)
             hashed.append(contract.stable_id(value))
         return np.array(hashed, np.int64), dict(zip(hashed, cast("Sequence[str]", values), strict=True))
     try:
@@ -243,11 +250,14 @@ def _history(history: History) -> dict[str, NDArray[Any]]:
     return {"HISTORY_IDS": ids, **{f"HISTORY_{name.upper()}": column for name, column in columns.items()}}
 
 
-def _whole_numbers(values: Any, what: str, dtype: type) -> NDArray[Any]:
+def _whole_numbers(values: Any, what: str, dtype: Any) -> NDArray[Any]:
     try:
         array = np.asarray(values)
     except ValueError:
         array = np.asarray(None)
     if array.size and array.dtype.kind not in "iu":
         raise InvalidRequest(f"history.{what} holds what is no whole number; send one an event")
+    limits = np.iinfo(dtype)
+    if array.size and not limits.min <= array.min() <= array.max() <= limits.max:
+        raise InvalidRequest(f"history.{what} holds {array.max()}; it goes from {limits.min} to {limits.max}")
     return array.astype(dtype, copy=False)

@@ -40,10 +40,10 @@ from trirank._types import RankRequest, RankResponse
 from trirank.contract import Status
 
 _PUSHBACK = "grpc-retry-pushback-ms"
-_ATTEMPT_MEANS, _BLAMED_MEANS, _SHORT_S, _CONNECT_S = 10.0, 3.0, 0.05, 0.3
+_ATTEMPT_MEANS, _BLAMED_MEANS, _SHORT_S, _CONNECT_S = 10.0, 3.0, 0.05, 1.0
 """An attempt gets so many times the mean of answered calls before another server is tried. Given so many times of it,
 and no less than so many seconds, a server that has not answered is to blame, and not its caller's haste. A first
-attempt, which connects and asks for the contract, gets longer."""
+attempt, which connects and asks for the contract, gets longer, and a server that has answered nobody yet."""
 _HEDGES_KEPT = 2.0
 _SKEW_S = 0.005
 """A server that says "too late" with more time left than this has another clock."""
@@ -55,11 +55,21 @@ class Attempt:
 
     Attributes:
         timeout_s: for the call: what is left of the deadline, or less where another server could still be tried.
+        hedge: whether it runs beside another one.
+        reserved: whether a retry has been paid for it already, since its time is limited.
+        sent_moment: whether the deadline went along as a moment.
     """
 
     endpoint: Endpoint
     started: float
     timeout_s: float
+    hedge: bool = False
+    reserved: bool = False
+    sent_moment: bool = False
+
+
+class Again(Exception):
+    """An answer was no good; another server shall be asked."""
 
 
 class Core:
@@ -111,22 +121,21 @@ class Core:
 
     def attempt_limit_s(self, endpoint: Endpoint) -> float:
         """How long one attempt may take at this server before another one is tried; infinite: to the end."""
-        if not self.pool.others_than(endpoint) or not self.retries.ready:
+        if not self.pool.others_than(endpoint):
             return math.inf
+        if not endpoint.checked:  # it connects first, and asks for the contract
+            return max(_CONNECT_S, self.retry.attempt_timeout_s or 0.0)
         if self.retry.attempt_timeout_s is not None:
             return self.retry.attempt_timeout_s
-        usual = _ATTEMPT_MEANS * (self.pool.mean_s or 0.0)
-        if not endpoint.checked:
-            return max(_CONNECT_S, usual)
-        return max(_SHORT_S, usual) if usual else math.inf
+        return max(_SHORT_S, _ATTEMPT_MEANS * self.pool.mean_s) if self.pool.mean_s else math.inf
 
     def hedge_delay_s(self, attempt: Attempt) -> float | None:
-        """After how long an attempt is given company; None: not at all."""
+        """After how long from now an attempt is given company; None: not at all."""
         late = self.times.value if self.times else None
         if self.hedge is None or late is None or not self.pool.others_than(attempt.endpoint):
             return None
         delay = max(self.hedge.min_delay_s, late)
-        return delay if delay < attempt.timeout_s else None
+        return max(0.0, attempt.started + delay - time.monotonic()) if delay < attempt.timeout_s else None
 
 
 class Call:
@@ -172,13 +181,13 @@ class Call:
         if self.metadata is None:
             added = self._event.metadata if self._event is not None else []
             self.metadata = [*core.metadata, *core.target.credentials_metadata(), *added]
-        endpoint = core.pool.pick(self._tried)
-        return self._to(endpoint, self._time_for(endpoint), "attempt")
+        attempt = self._to(core.pool.pick(self._tried), "attempt")
+        self._limit(attempt)
+        return attempt
 
     def hedge(self) -> Attempt | None:
         """A second message beside the one under way, if there is a server for it and the budget pays for it."""
-        left = self.left_s
-        if left <= 0 or not self._core.hedges.ready:
+        if self.left_s <= 0 or not self._core.hedges.ready:
             return None
         endpoint = self._core.pool.pick_hedge(self._tried)
         if endpoint is None:
@@ -186,24 +195,37 @@ class Call:
         if not self._core.hedges.take():
             self._core.pool.done(endpoint, healthy=None)
             return None
-        return self._to(endpoint, left, "hedge")
+        return self._to(endpoint, "hedge")
 
-    def _time_for(self, endpoint: Endpoint) -> float:
-        """Seconds that an attempt at this server gets now."""
-        last = self._retried + 1 >= self._core.retry.max_attempts
-        return self.left_s if last else min(self.left_s, self._core.attempt_limit_s(endpoint))
+    def _limit(self, attempt: Attempt) -> None:
+        """Give an attempt what is left of the deadline, or less where another server could still be tried after it: a
+        retry is put aside for it then, so that no call ends before its deadline for want of one."""
+        core = self._core
+        attempt.timeout_s = self.left_s
+        limit = core.attempt_limit_s(attempt.endpoint)
+        if limit >= attempt.timeout_s or self._retried + 1 >= core.retry.max_attempts:
+            self._settle(attempt)
+        elif attempt.reserved or core.retries.reserve():
+            attempt.reserved, attempt.timeout_s = True, limit
 
-    def _to(self, endpoint: Endpoint, timeout_s: float, event: str) -> Attempt:
+    def _settle(self, attempt: Attempt) -> None:
+        """Give back what was put aside for an attempt."""
+        if attempt.reserved:
+            attempt.reserved = False
+            self._core.retries.release()
+
+    def _to(self, endpoint: Endpoint, event: str) -> Attempt:
         self._tried |= {endpoint.address}
         self._sent += 1
         parameters = self.message.parameters
-        if self._core.pool.clock_agrees(endpoint):
+        agrees = self._core.pool.clock_agrees(endpoint)
+        if agrees:
             parameters[contract.DEADLINE_PARAMETER].int64_param = self._moment_us
         elif contract.DEADLINE_PARAMETER in parameters:
             del parameters[contract.DEADLINE_PARAMETER]
         self._address = endpoint.address
         self._tell(event)
-        return Attempt(endpoint, time.monotonic(), timeout_s)
+        return Attempt(endpoint, time.monotonic(), self.left_s, hedge=event == "hedge", sent_moment=agrees)
 
     def answered(self, attempt: Attempt, reply: Any) -> RankResponse:
         """An attempt was answered.
@@ -212,14 +234,19 @@ class Call:
             IncompatibleServer: the answer is not of the contract.
             ServerError: it holds scores that are no numbers.
         """
+        self._settle(attempt)
         try:
             response = _codec.decode(reply, self._names)
-        except IncompatibleServer as error:
-            self._core.pool.unfit(attempt.endpoint)
-            raise self._error(IncompatibleServer, str(error), attempt) from None
-        except ServerError as error:
-            self._core.pool.done(attempt.endpoint, healthy=False, began=attempt.started)
-            raise self._error(ServerError, str(error), attempt) from None
+        except (IncompatibleServer, ServerError) as error:
+            found = self._error(type(error), str(error), attempt)
+            if isinstance(error, IncompatibleServer):
+                self._core.pool.unfit(attempt.endpoint)
+            else:
+                self._core.pool.done(attempt.endpoint, healthy=False, began=attempt.started)
+            if not self._core.pool.others_than(attempt.endpoint):
+                raise found from None
+            self._try_again(found)
+            raise Again from None
         self._core.pool.done(attempt.endpoint, healthy=True, began=attempt.started)
         if self._core.times is not None:
             self._core.times.add(time.monotonic() - attempt.started)
@@ -227,11 +254,17 @@ class Call:
         return response
 
     def given_up(self, attempt: Attempt, lost: bool = False) -> None:
-        """An attempt was cancelled, by its caller or because another one was faster (``lost``): it took that long at
-        least, which has to count, or hedges would learn from fast calls alone."""
+        """An attempt was cancelled, by its caller or because the hedge beside it was faster (``lost``): it took that
+        long at least, which has to count, or hedges would learn from fast calls alone."""
+        self._settle(attempt)
         self._core.pool.done(attempt.endpoint, healthy=None)
-        if lost and self._core.times is not None:
+        if lost and not attempt.hedge and self._core.times is not None:
             self._core.times.add(time.monotonic() - attempt.started)
+
+    def outdone(self, attempt: Attempt, error: grpc.RpcError) -> None:
+        """An attempt failed, but another one beside it goes on or has answered."""
+        self._settle(attempt)
+        self._note(attempt, error)
 
     def failed(self, attempt: Attempt, error: grpc.RpcError) -> float:
         """An attempt failed; gives the seconds to wait before the next one.
@@ -241,28 +274,48 @@ class Call:
         """
         core = self._core
         if core.closed:
-            core.pool.done(attempt.endpoint, healthy=None)
+            self.given_up(attempt)
             raise self._error(ClientClosed, "this client was closed while it waited for an answer", attempt)
-        status, details = error.code(), error.details() or error.code().name
-        kind = kind_of(status, details)
-        too_late = contract.TOO_LATE in details
-        core.pool.done(attempt.endpoint, None if too_late else self._healthy(kind, status, attempt), attempt.started)
-        if status is grpc.StatusCode.UNAVAILABLE and kind is Unavailable:
-            attempt.endpoint.checked = False  # what comes back at this address may be of another version
-        found = self._error(kind, details, attempt, status)
+        kind, details, too_late = self._note(attempt, error)
+        found = self._error(kind, details, attempt, error.code())
+        if kind is DeadlineExceeded and attempt.reserved and self.left_s > _SKEW_S:
+            attempt.reserved = False
+            core.retries.redeem()
+            self._retried += 1
+            self._tell("retry", error=found)
+            return 0.0
+        self._settle(attempt)
         if too_late and self.left_s > _SKEW_S:
-            if not core.pool.clock_agrees(attempt.endpoint):
+            if not attempt.sent_moment:
                 raise found
             core.pool.clock_differs(attempt.endpoint)
             return 0.0
         pause = self._pause(kind, attempt, error)
-        if pause is None or self._retried + 1 >= core.retry.max_attempts or pause >= self.left_s:
+        if pause is None or pause >= self.left_s:
             raise found
-        if not core.retries.take():
+        self._try_again(found)
+        return pause
+
+    def _note(self, attempt: Attempt, error: grpc.RpcError) -> tuple[type[RankError], str, bool]:
+        """Tell the pool how an attempt failed; gives the error that it is, its words, and whether it came too late."""
+        status, details = error.code(), error.details() or error.code().name
+        kind, too_late = kind_of(status, details), contract.TOO_LATE in details
+        healthy = None if too_late else self._healthy(kind, status, attempt)
+        if status is grpc.StatusCode.UNAVAILABLE and kind is Unavailable:
+            attempt.endpoint.checked = False  # what comes back at this address may be of another version
+        self._core.pool.done(attempt.endpoint, healthy, attempt.started)
+        return kind, details, too_late
+
+    def _try_again(self, found: RankError) -> None:
+        """Pay for another attempt.
+
+        Raises:
+            RankError: ``found``, where there is to be none.
+        """
+        if self._retried + 1 >= self._core.retry.max_attempts or not self._core.retries.take():
             raise found
         self._retried += 1
         self._tell("retry", error=found)
-        return pause
 
     def checked(self, attempt: Attempt, config: Any | None) -> bool:
         """What came of asking a server for its contract, from its configuration (None: it does not tell). Whether the
@@ -274,6 +327,7 @@ class Call:
         """
         said = str(contract.CONTRACT_VERSION) if config is None else _contract_of(config)
         if said != str(contract.CONTRACT_VERSION):
+            self._settle(attempt)
             self._core.pool.unfit(attempt.endpoint)
             if self._core.pool.others_than(attempt.endpoint) and len(self._tried) < len(self._core.pool):
                 return False
@@ -285,11 +339,17 @@ class Call:
             )
         attempt.endpoint.checked = True
         attempt.started = time.monotonic()
-        attempt.timeout_s = self._time_for(attempt.endpoint)
+        self._limit(attempt)
         if attempt.timeout_s <= 0:
-            self._core.pool.done(attempt.endpoint, healthy=None)
+            self.given_up(attempt)
             raise self._error(DeadlineExceeded, "no time was left after the server was asked for its contract", attempt)
         return True
+
+    def unexpected(self, error: Exception) -> RankError:
+        """What nobody thought of, as an error of ours: the channel was closed meanwhile, or gRPC would not take it."""
+        if self._core.closed:
+            return self._error(ClientClosed, "this client was closed while it was used")
+        return self._error(Unavailable, f"the call could not be made ({type(error).__name__}: {error})")
 
     def cancelled(self) -> None:
         """The caller has ended the call."""
@@ -317,8 +377,6 @@ class Call:
     def _pause(self, kind: type[RankError], attempt: Attempt, error: grpc.RpcError) -> float | None:
         """Seconds before another attempt; None: it would be of no use."""
         others = self._core.pool.others_than(attempt.endpoint)
-        if kind is DeadlineExceeded:  # of this attempt, not of the call
-            return 0.0 if others and self.left_s > _SKEW_S else None
         if kind not in (Unavailable, Overloaded) and not (others and kind in (ServerError, IncompatibleServer)):
             return None
         said = dict(error.trailing_metadata() or ()).get(_PUSHBACK)

@@ -11,11 +11,12 @@ from typing import Any
 
 import grpc
 import numpy as np
+from trirank import contract
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 _WHOLE: dict[str, Any] = {"INT64": np.int64, "INT32": np.int32}
-_SIZES = (0, 1, 2, 3, 8, 64, 256, 1024, 1025)
+_SIZES, _ROWS = (0, 1, 2, 3, 8, 64, 100, 256, 1024, 1025), (1, 1, 1, 1, 1, 2, 33, 0)
 
 
 def hostile_calls(address: str, model: str, count: int, seed: int = 0, timeout_s: float = 10.0) -> Counter[str]:
@@ -40,21 +41,23 @@ def hostile_calls(address: str, model: str, count: int, seed: int = 0, timeout_s
 
 def _hostile(config: Any, rng: np.random.Generator) -> Any:
     message = service_pb2.ModelInferRequest(model_name=config.name)
-    varied = int(rng.choice(_SIZES))
+    varied, rows = int(rng.choice(_SIZES)), int(rng.choice(_ROWS))
     for tensor in config.input:
         if tensor.optional and rng.random() < 0.5:
             continue
         dtype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
-        # Mostly of one length, so that a call gets through to where lengths are no longer looked at.
-        length = varied if rng.random() < 0.8 else int(rng.choice(_SIZES))
-        shape = [1, *(length if axis < 0 else axis for axis in tensor.dims)]
+        # Mostly of lengths that fit each other, so that a call gets through to where lengths are no longer looked at.
+        length = varied if rng.random() < 0.9 else int(rng.choice(_SIZES))
+        if tensor.name == contract.HANDOVER.name:
+            length = 5 + 2 * length
+        shape = [rows, *(length if axis < 0 else axis for axis in tensor.dims)]
         raw = _contents(dtype, int(np.prod(shape)), rng)
         luck = rng.random()
-        if luck < 0.03:
+        if luck < 0.02:
             shape = [*shape, 1]
-        elif luck < 0.06:
+        elif luck < 0.04:
             raw = raw[: len(raw) // 2]
-        elif luck < 0.09:
+        elif luck < 0.06:
             dtype = "INT64" if dtype != "INT64" else "FP32"
         message.inputs.add(name=tensor.name, datatype=dtype, shape=shape)
         message.raw_input_contents.append(raw)
@@ -62,14 +65,18 @@ def _hostile(config: Any, rng: np.random.Generator) -> Any:
 
 
 def _contents(dtype: str, count: int, rng: np.random.Generator) -> bytes:
+    """Lawful values, one or a few odd ones among them, or nothing else."""
     if dtype == "BYTES":
         words = [b"home", b"search", bytes(rng.integers(0, 256, int(rng.integers(0, 3000)), np.uint8))]
-        chosen = [words[at] for at in rng.integers(0, 3, count)]
+        chosen = [words[at] for at in rng.choice(3, count, p=[0.7, 0.2, 0.1])]
         return b"".join(len(word).to_bytes(4, "little") + word for word in chosen)
+    odd_ones = min(count, int(rng.choice([0, 1, 3, count], p=[0.5, 0.2, 0.2, 0.1])))
+    spoilt = rng.choice(count, odd_ones, replace=False) if odd_ones else np.zeros(0, np.int64)
     if dtype == "FP32":
-        odd = np.array([np.nan, np.inf, -np.inf, 0, 1, -1, 3e38], np.float32)
-        return np.where(rng.random(count) < 0.5, rng.normal(size=count), rng.choice(odd, count)).astype("<f4").tobytes()
+        numbers = rng.normal(size=count).astype(np.float32)
+        numbers[spoilt] = rng.choice(np.array([np.nan, np.inf, -np.inf, 0, 3e38], np.float32), odd_ones)
+        return numbers.tobytes()
     limits = np.iinfo(_WHOLE[dtype])
-    odd = np.array([limits.min, limits.max, -1, 0, 1, 2, 7, 63, 10**6], _WHOLE[dtype])
-    mild = rng.integers(0, 5, count).astype(_WHOLE[dtype])  # often lawful, so that the odd ones are met further in
-    return np.where(rng.random(count) < rng.choice([0.0, 0.02, 0.5]), rng.choice(odd, count), mild).tobytes()
+    values = rng.integers(0, 5, count).astype(_WHOLE[dtype])
+    values[spoilt] = rng.choice(np.array([limits.min, limits.max, -1, 0, 7, 63, 10**6], _WHOLE[dtype]), odd_ones)
+    return values.tobytes()

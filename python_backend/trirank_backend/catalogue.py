@@ -18,6 +18,12 @@ from trirank_backend.errors import InvalidRelease
 from trirank_backend.lookup_kernels import find_rows
 
 NO_ROW = -1
+_COLUMNS: dict[str, tuple[Any, tuple[tuple[int, ...], ...] | None]] = {
+    "ids": (np.int64, ((),)), "fields": (np.int32, None), "dense": (np.float32, ((2,),)), "products": (np.int32, ((),)),
+    "created_at": (np.int64, ((),)), "signals": (np.int32, ((),)), "titles": (np.int32, None),
+    "trigrams": (np.uint8, ((0,), (64,))),
+}  # fmt: skip
+"""Column → type, and the shapes that a row may have."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,13 @@ class Catalogue:
         for name, array in columns.items():
             if name != "ids" and len(array) != items + 1:
                 raise InvalidRelease(f"catalogue column {name} has {len(array)} rows, not {items + 1}; assemble again")
+        for name, (dtype, width) in _COLUMNS.items():  # compiled code looks at neither again
+            array = columns[name]
+            if array.dtype != dtype or (width is not None and array.shape[1:] not in width):
+                raise InvalidRelease(
+                    f"catalogue column {name} is {array.dtype} of shape {list(array.shape)}, which this version does "
+                    "not write; assemble again"
+                )
         return cls(**columns)
 
 

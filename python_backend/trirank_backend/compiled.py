@@ -8,6 +8,7 @@ go on with old code where a kernel that another one calls has changed.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import hashlib
 import os
 import platform
@@ -56,8 +57,10 @@ def compile_all() -> None:
     """Have every kernel compiled, or loaded where it has been compiled before, by running it on made-up requests."""
     from trirank_backend.rehearsal import rehearse
 
-    rehearse()
-    (folder() / _COMPLETE).touch()
+    with (folder() / "lock").open("w") as lock:  # two that compile at a time would write the same thing twice
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rehearse()
+        (folder() / _COMPLETE).touch()
 
 
 def kernel(function: F) -> F:
@@ -76,7 +79,8 @@ def kernel(function: F) -> F:
 def _fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted([*_HERE.rglob("*kernels.py"), *(_HERE / name for name in _BESIDE), Path(contract.__file__)]):
-        digest.update(source.read_bytes())
+        # numba's own index goes by a file's place and time, so these count as well.
+        digest.update(f"{source} {source.stat().st_mtime_ns}".encode() + source.read_bytes())
     versions = [f"{package} {metadata.version(package)}" for package in ("numba", "llvmlite")]
     digest.update(" ".join([*versions, platform.python_version(), _processor()]).encode())
     return digest.hexdigest()[:12]

@@ -48,6 +48,8 @@ class Handover(NamedTuple):
             InvalidInput: a number is out of range.
         """
         name = contract.HANDOVER.name
+        if not len(tensor):
+            raise InvalidInput(f"{name} has 0 rows; send at least one")
         places = (tensor.shape[1] - _HEADER) // 2
         if not 1 <= places <= contract.MAX_CANDIDATES or tensor.shape[1] != _HEADER + 2 * places:
             raise InvalidInput(

@@ -71,7 +71,11 @@ class Pipeline:
         try:
             return self._ranker(prepared.ranker)
         except Exception as error:  # engines' exceptions share no base; the others' requests are not at fault
-            return StageFailed(f"{contract.RANKER} failed ({type(error).__name__}: {error})")
+            failure = StageFailed(
+                f"{contract.RANKER} failed ({type(error).__name__}: {error}); the server's log says where"
+            )
+            failure.__cause__ = error
+            return failure
 
     def _rerank_one(
         self, scores: NDArray[np.float32] | BackendError, prepared: Prepared | BackendError

@@ -174,7 +174,9 @@ class Preprocess:
 def _side_by_side(arrays: list[NDArray[Any] | None], requests: list[Request], fill: float, dtype: type) -> NDArray[Any]:
     """[S]: all lines' values one after the other, each filled up to its request's bucket."""
     if len(requests) == 1 and arrays[0] is not None and arrays[0].shape[1] == requests[0].bucket:
-        return np.ascontiguousarray(arrays[0], dtype).reshape(-1)
+        return np.array(arrays[0], dtype).reshape(
+            -1
+        )  # a copy of its own, which may be written to: see catalogue.read_only
     flat: NDArray[Any] = np.full(sum(len(request) * request.bucket for request in requests), fill, dtype)
     start = 0
     for array, request in zip(arrays, requests, strict=True):

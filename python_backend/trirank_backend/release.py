@@ -33,6 +33,11 @@ def load_packer(directory: Path) -> tuple[Packer, TextEncoder]:
         idf = np.load(directory / "token_idf.npy")
     except (OSError, ValueError) as error:
         raise InvalidRelease(f"{directory / 'token_idf.npy'} cannot be read ({error}); assemble again") from error
+    if idf.dtype != np.float32 or idf.shape != (spec.vocabulary_size,):
+        raise InvalidRelease(
+            f"{directory / 'token_idf.npy'} holds {idf.dtype} of shape {list(idf.shape)}, not one float32 for each of "
+            f"{spec.vocabulary_size} ids; assemble again"
+        )
     return Packer(spec, catalogue, idf), TextEncoder.load(directory / "tokenizer.json", spec.tables["token"][0])
 
 

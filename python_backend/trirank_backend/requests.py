@@ -36,8 +36,8 @@ class Request:
             self.bucket = contract.bucket_for(sent)
         except ValueError as error:
             raise InvalidInput(f"ITEM_IDS has {error}") from None
-        if size > contract.MAX_BATCH:
-            raise InvalidInput(f"the request has {size} rows; the limit is {contract.MAX_BATCH}: send several requests")
+        if not 1 <= size <= contract.MAX_BATCH:
+            raise InvalidInput(f"the request has {size} rows; it has 1 to {contract.MAX_BATCH}: send several requests")
         for name, tensor in tensors.items():
             if len(tensor) != size:
                 raise InvalidInput(f"{name} has {len(tensor)} rows, ITEM_IDS {size}; send the same number of each")

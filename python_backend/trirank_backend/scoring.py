@@ -180,7 +180,11 @@ class GuardedRanker:
         return [{"scores": next(scores)} if problem is None else problem for problem in answers]
 
     def _problem(self, tensors: Tensors) -> InvalidInput | None:
-        sent = tensors["candidates"].shape[1]
+        rows, sent = tensors["candidates"].shape[:2]
+        if not rows or tensors["dense"].shape[1] != sent:
+            return InvalidInput(
+                f"candidates has {rows} rows of {sent}, dense of {tensors['dense'].shape[1]}; send as many"
+            )
         if not 1 <= sent <= contract.MAX_CANDIDATES:
             return InvalidInput(f"candidates has {sent} of them; the ranker takes 1 to {contract.MAX_CANDIDATES}")
         for name, limits in self._limits.items():

@@ -85,7 +85,7 @@ class TextEncoder:
         """[B, length] int32."""
         ids = np.zeros((len(texts), length), np.int32)
         for row, encoding in enumerate(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)):
-            tokens = encoding.ids[:length]
+            tokens = [token for token in encoding.ids if token][:length]  # 0 is padding, whatever somebody typed
             ids[row, : len(tokens)] = tokens
         ids[ids > 0] += self._offset
         return ids

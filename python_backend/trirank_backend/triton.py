@@ -91,10 +91,13 @@ class StageTimes:
         if now < self._next:
             return
         self._next = now + REPORT_EVERY_S
-        for stage, metric in self._metrics.items():
-            if (grown := self._seconds[stage] - self._told[stage]) > 0:
-                metric.increment(grown)
-                self._told[stage] += grown
+        try:
+            for stage, metric in self._metrics.items():
+                if (grown := self._seconds[stage] - self._told[stage]) > 0:
+                    metric.increment(grown)
+                    self._told[stage] += grown
+        except Exception as error:  # whoever asks has nothing to do with it
+            pb_utils.Logger.log_warn(f"what the stages cost could not be told: {error}")
 
 
 class Stage:
@@ -143,15 +146,21 @@ class Stage:
         return [self._answers([one], [deadline])[0] for one, deadline in zip(batch, deadlines, strict=True)]
 
     def _failed(self, error: Exception) -> StageFailed:
-        pb_utils.Logger.log_error(f"{self._name}: {''.join(traceback.format_exception(error))}")
-        return StageFailed(f"{self._name} failed ({type(error).__name__}: {error}); the server's log says where")
+        failure = StageFailed(f"{self._name} failed ({type(error).__name__}: {error}); the server's log says where")
+        failure.__cause__ = error
+        return failure
 
     def _response(self, answer: Any) -> Any:
-        if isinstance(answer, BackendError):
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _code(answer)))
-        return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, np.ascontiguousarray(answer[name])) for name in self._outputs]
-        )
+        try:
+            if not isinstance(answer, BackendError):
+                return pb_utils.InferenceResponse(
+                    [pb_utils.Tensor(name, np.ascontiguousarray(answer[name])) for name in self._outputs]
+                )
+        except Exception as error:  # of an answer that is none: its own request's matter too
+            answer = self._failed(error)
+        if not isinstance(answer, InvalidInput | TooLate):  # nobody's fault but ours
+            pb_utils.Logger.log_error(f"{self._name}: {''.join(traceback.format_exception(answer))}")
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _code(answer)))
 
     def _read(self, request: Any) -> Tensors:
         return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}

@@ -72,7 +72,16 @@ def test_two_assemblies_choose_one_engine(world, trained, dataset, tmp_path, mon
     monkeypatch.setattr(latency, "fastest_engine", lambda *_: (next(noise), {"openvino": 1.0, "onnxruntime": 1.0}))
     names = [assemble(trained, dataset, onnx, tmp_path / "out").name for _ in range(2)]
     assert names[0] == names[1]
-    assert json.loads((tmp_path / "r.engine.json").read_text())["engine"] == "openvino"
+    (kept,) = json.loads((tmp_path / "r.engine.json").read_text())["choices"].values()
+    assert kept["engine"] == "openvino"
+
+
+def test_assembling_again_mends_what_is_damaged(world, trained, dataset, tmp_path):
+    made = assemble(trained, dataset, world.onnx, tmp_path, engine="onnxruntime")
+    (made / "features" / "token_idf.npy").write_bytes(b"rubbish")
+    assert verify(made)
+    assert assemble(trained, dataset, world.onnx, tmp_path, engine="onnxruntime") == made
+    assert verify(made) == []
 
 
 def test_promotion_moves_one_link(world, trained, dataset, tmp_path):

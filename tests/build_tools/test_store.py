@@ -254,7 +254,8 @@ def test_a_rollback_cut_short_is_done_again(four, monkeypatch):
         rollback(folder)
     monkeypatch.undo()
     assert current(folder) == four[2]
-    assert [rollback(folder).name for _ in range(2)] == [four[1].name, four[0].name]
+    promote(four[3])
+    assert [rollback(folder).name for _ in range(3)] == [four[2].name, four[1].name, four[0].name]
 
 
 def test_an_assembly_that_takes_long_is_left_alone(four):

@@ -191,7 +191,14 @@ def test_whatever_is_accepted_is_lawful_on_the_wire(ids, top_k, query):
         ({"retrieval_scores": [[0.1], [0.2, 0.3]]}, "retrieval_scores holds what is no number"),
         ({"retrieval_scores": [None]}, r"retrieval_scores\[0\] is nan"),
         ({"item_ids": [[1], [2, 3]]}, "item_ids"),
-        ({"item_ids": 5}, "item_ids"),
+        ({"item_ids": 5}, "item_ids is 5; it is a list of ids"),
+        ({"item_ids": {1: 2}}, "it is a list of ids"),
+        ({"item_ids": {1, 2}}, "it is a list of ids"),
+        ({"item_ids": "SKU-1"}, "item_ids is 'SKU-1'; it is a list of ids"),
+        ({"item_ids": np.array(5)}, "it is a list of ids"),
+        ({"item_ids": ["\ud800"]}, "item_ids is no valid Unicode"),
+        ({"user_id": "\ud800"}, "user_id is no valid Unicode"),
+        ({"history": History(item_ids=[1], behaviours=[2**40])}, "history.behaviours holds 1099511627776"),
         ({"query": b"shoes"}, "query is b'shoes'; it is text"),
         ({"query": None, "item_ids": [1]}, "query is None; it is text"),
         ({"scenario": 7}, "scenario is 7; it is text"),
@@ -200,6 +207,15 @@ def test_whatever_is_accepted_is_lawful_on_the_wire(ids, top_k, query):
 def test_whatever_cannot_be_sent_is_an_invalid_request(change, words):
     with pytest.raises(InvalidRequest, match=words):
         encode(RankRequest(**{"item_ids": [1], **change}), "rank")
+
+
+def test_columns_of_pandas_and_polars_are_ids():
+    import pandas
+    import polars
+
+    frame = pandas.DataFrame({"id": [5, 6, 7]})
+    for ids in (frame[frame.id > 5].id, polars.Series([6, 7])):
+        assert tensors(encode(RankRequest(item_ids=ids), "rank")[0])["ITEM_IDS"][:2].tolist() == [6, 7]
 
 
 def harmed(harm):

@@ -21,10 +21,12 @@ def single(world, trained, tmp_path_factory):
     """The small world's release with all stages in one process."""
     from trirank_build.data.dataset import Dataset
     from trirank_build.repository.assemble import assemble
+    from trirank_build.repository.configs import Instances
 
     folder = tmp_path_factory.mktemp("single")
     dataset = Dataset.load(world.data)
-    return assemble(trained, dataset, world.onnx, folder, pipeline="single", engine="onnxruntime")
+    two = Instances(single=2)  # as one would have them
+    return assemble(trained, dataset, world.onnx, folder, pipeline="single", engine="onnxruntime", instances=two)
 
 
 @pytest.fixture(scope="session")

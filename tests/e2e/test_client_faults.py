@@ -249,7 +249,7 @@ def test_a_clock_that_is_behind(make, server, monkeypatch):
     client = make(server.grpc, deadline_s=2)
     assert len(client.rank(REQUEST)) == RIGHT
     (endpoint,) = client.client._core.pool.endpoints
-    assert not endpoint.clock_agrees
+    assert not client.client._core.pool.clock_agrees(endpoint)
     assert len(client.rank(REQUEST)) == RIGHT
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from trirank import RankClient, RankError, RankRequest
+from trirank_loadtest.hostile import hostile_calls
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 DTYPES = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
@@ -154,6 +157,38 @@ def test_a_thousand_hostile_requests_do_no_harm(stub):
             codes.add(error.code().name)
     assert codes == {"OK", "INVALID_ARGUMENT"}
     assert len(ranked(ask(stub))) == 2
+
+
+def test_hostile_calls_of_any_model_harm_nobody_else(server):
+    """A client that called a stage directly used to fail half of the others' requests: they share its batches."""
+    requests = [RankRequest(item_ids=list(range(1, count))) for count in (3, 60, 200)]
+    stop, harmed, sane = threading.Event(), [], [0]
+    with RankClient(server.grpc, deadline_s=10, retry=None) as client:
+        expected = [client.rank(request).item_ids.tolist() for request in requests]
+
+        def go_on():
+            while not stop.is_set():
+                for request, ids in zip(requests, expected, strict=True):
+                    try:
+                        if client.rank(request).item_ids.tolist() != ids:
+                            harmed.append("another answer")
+                    except RankError as error:
+                        harmed.append(str(error))
+                    sane[0] += 1
+
+        threads = [threading.Thread(target=go_on) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        found = {model: hostile_calls(server.grpc, model, 150) for model in {"rank", *server.served.stages}}
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert harmed == []
+    assert sane[0] > 50
+    for model, codes in found.items():
+        assert codes["OK"], model  # some of them get through to where the work is done
+        assert codes["INVALID_ARGUMENT"], model
+        assert set(codes) <= {"OK", "INVALID_ARGUMENT", "INTERNAL"}
 
 
 def test_json_over_http_by_curl(server):

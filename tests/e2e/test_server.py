@@ -198,28 +198,35 @@ def test_short_shared_memory_is_told(world, monkeypatch):
 
 
 def test_what_a_killed_command_left_is_swept_at_the_next_start(world, tmp_path, monkeypatch):
+    """Whoever still runs holds its folder, whatever its process id is in whichever container."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
-    left, ours = tmp_path / f"trirank-serve-{gone}-abc", tmp_path / f"trirank-serve-{os.getpid()}-abc"
-    shared = Path("/dev/shm") / f"trirank_{gone}_abc_1"
-    for place in (left / "models", ours / "models"):
+    left, fresh = tmp_path / "trirank-serve-abandoned", tmp_path / "trirank-serve-fresh"
+    shared = Path("/dev/shm") / "trirank_abandoned_1"
+    for place in (left / "models", fresh / "models"):
         place.mkdir(parents=True)
+    os.utime(left, (0, 0))
     shared.write_bytes(b"x")
-    with TritonServer(world.release, tritonserver=fake(tmp_path, "exec sleep 60")):
+    with TritonServer(world.release, tritonserver=fake(tmp_path, "exec sleep 60")) as running:
         assert not left.exists()
         assert not shared.exists()
-        assert ours.exists()
+        assert fresh.exists()
+        os.utime(running._scratch, (0, 0))
+        with TritonServer(world.release, tritonserver=fake(tmp_path, "exec sleep 60")):
+            assert running._scratch.exists()
 
 
 def test_tritons_log_is_kept_where_one_wants_it_and_errors_are_told(world, tmp_path):
     log = tmp_path / "triton.log"
-    script = "echo 'I1125 ready'; echo 'E1125 the disk is full'; echo 'E1125 no CUDA driver'; exec sleep 60"
+    script = "echo 'I1125 ready'; echo 'E1125 the disk is full'; echo 'E1125 unable to create stream'; exec sleep 60"
     with TritonServer(world.release, tritonserver=fake(tmp_path, script), log=log) as server:
         deadline, told = time.monotonic() + 20, []
         while not told and time.monotonic() < deadline:
             told += server.new_errors()
         assert told == ["E1125 the disk is full"]
         assert server.new_errors() == []
+        log.rename(tmp_path / "rotated")  # by logrotate, say
+        assert server.new_errors() == []
+        (tmp_path / "rotated").rename(log)
     assert "the disk is full" in log.read_text()
     with pytest.raises(ServeError, match="--log .* cannot be written"):
         TritonServer(world.release, tritonserver=fake(tmp_path, "exit"), log=tmp_path / "no" / "log")

@@ -165,8 +165,9 @@ def test_different_buckets_share_a_batch(line):
 BAD = {
     "too many rows": (
         {name: np.repeat(tensor, 33, 0) for name, tensor in ask().items()},
-        "the request has 33 rows; the limit is 32",
+        "the request has 33 rows; it has 1 to 32",
     ),
+    "no rows": ({name: tensor[:0] for name, tensor in ask().items()}, "the request has 0 rows; it has 1 to 32"),
     "rows differ": (ask(TOP_K=np.array([[1], [2]], np.int32)), "TOP_K has 2 rows, ITEM_IDS 1"),
     "no candidates": (ask(ids=()), "0 candidates; a request has 1 to 1024"),
     "only padding": (ask(ids=(-1, -1)), "0 candidates"),
@@ -253,6 +254,36 @@ def test_the_ranker_refuses_ids_that_it_has_no_row_for(world, graph, name, wrong
     answers = GuardedRanker.load(world.release, graph, "onnxruntime")([good, bad, good], [])
     assert [type(answer) for answer in answers] == [dict, InvalidInput, dict]
     assert str(wrong) in str(answers[1])
+
+
+def test_padding_that_somebody_types_is_no_token(pipeline, trained):
+    """The tokeniser knows [PAD] as its number 0, which stands for "no token" in titles too."""
+    text, length = trained.features.text, trained.features.spec.query_length
+    plain, typed = text.encode(["red lamp"], length), text.encode(["[PAD] red [PAD] lamp"], length)
+    np.testing.assert_array_equal(plain, typed)
+    assert not text.encode(["[PAD]"], length).any()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_is_compiled_while_requests_are_served(line, rows):
+    """Not for one row or several, and not for arrays that cannot be written to, as some servers hand them over."""
+    from trirank_backend import lookup_kernels, ranking_kernels
+    from trirank_backend.features import kernels
+
+    def compiled():
+        found = [lookup_kernels.find_rows, lookup_kernels.drop_repeats, ranking_kernels.rank_line, kernels.fill]
+        return [len(each.signatures) for each in [*found, kernels.events]]
+
+    before = compiled()
+    request = {name: np.repeat(tensor, rows, 0) for name, tensor in ask(ids=tuple(range(1, 65)), user=1).items()}
+    request["QUERY"] = np.array([[b"red lamp"]] * rows, object)
+    request["RETRIEVAL_SCORES"] = np.ones((rows, 64), np.float32)
+    frozen = {name: tensor.copy() for name, tensor in request.items()}
+    for tensor in frozen.values():
+        tensor.flags.writeable = False
+    assert all(isinstance(answer, dict) for answer in line(request, frozen))
+    assert isinstance(line(frozen)[0], dict)
+    assert compiled() == before
 
 
 def test_a_release_of_another_contract_is_refused(world, tmp_path):

@@ -56,14 +56,15 @@ def other_versions(repository: Repository, around: Surroundings) -> Found:
 
 @rule(
     "REL05", Severity.INFO,
-    "Assemble once more with --pipeline single and send both the same load: "
-    "python -m trirank_loadtest.run --release RELEASE.",
+    "Assemble once more with --pipeline single and give both more than they can take: "
+    "python -m trirank_loadtest.run --release RELEASE --rate 3000.",
 )  # fmt: skip
 def single_would_serve_more(repository: Repository, around: Surroundings) -> Found:
     """Stages and ranker are three Python models, which hand over to each other; all in one process serve more on a
     CPU."""
     manifest = _manifest(repository)
-    if manifest.get("runtime") == "python" and manifest.get("pipeline") == "ensemble":
+    on_cpu = manifest.get("runtime") == "python" and not str(manifest.get("engine")).startswith("onnxruntime-")
+    if on_cpu and manifest.get("pipeline") == "ensemble":
         yield manifest["release"], "its stages are three models with --runtime python"
 
 

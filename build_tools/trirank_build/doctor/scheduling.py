@@ -70,7 +70,7 @@ def batches_nobody_makes(repository: Repository, around: Surroundings) -> Found:
 
 
 @rule(
-    "QUEUE01", Severity.WARNING, "Give each step its share: timeouts that together are below the deadline.",
+    "QUEUE01", Severity.WARNING, "Take the timeouts out (see QUEUE02), or give each step its share of the deadline.",
     "triton-inference-server/server #7512",
 )  # fmt: skip
 def timeouts_add_up(repository: Repository, around: Surroundings) -> Found:
@@ -109,7 +109,7 @@ def requests_may_sleep(repository: Repository, around: Surroundings) -> Found:
 
 
 @rule(
-    "QUEUE03", Severity.ERROR, "Take max_queue_size out of the step; set a timeout with REJECT there instead.",
+    "QUEUE03", Severity.ERROR, "Take max_queue_size out of the step; callers' gRPC deadlines bound the wait.",
     "triton-inference-server/server #7512, triton-inference-server/core #466, #470",
 )  # fmt: skip
 def full_queue_within_an_ensemble(repository: Repository, around: Surroundings) -> Found:

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,18 @@ def fastest_engine(
 def chosen_engine(onnx: Path, spec: FeatureSpec, engines: list[str]) -> str:
     """The fastest of these engines, as it was measured when the graph was first asked about: noise may turn two that
     are close, and then the same graph would give two releases. The choice lies beside the graph."""
-    path, digest = engine_path(onnx), file_digest(onnx)
-    asked = {"onnx": digest, "engines": engines}
+    path, digest, asked = engine_path(onnx), file_digest(onnx), ", ".join(engines)
+    kept: dict[str, Any] = {"onnx": digest, "choices": {}}
     try:
-        kept = json.loads(path.read_text())
-        if {key: kept[key] for key in asked} == asked:
-            return str(kept["engine"])
+        read = json.loads(path.read_text())
+        if read["onnx"] == digest:
+            kept = read
+        if asked in kept["choices"]:
+            return str(kept["choices"][asked]["engine"])
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or not by this version
         pass
     engine, medians = fastest_engine(onnx, spec, engines)
-    with atomic_file(path) as scratch:
-        scratch.write_text(json.dumps(asked | {"engine": engine, "median_ms": medians}, indent=1) + "\n")
+    kept["choices"][asked] = {"engine": engine, "median_ms": medians}
+    with suppress(OSError), atomic_file(path) as scratch:  # a graph may lie where nothing can be written
+        scratch.write_text(json.dumps(kept, indent=1) + "\n")
     return engine

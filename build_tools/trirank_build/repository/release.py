@@ -115,7 +115,10 @@ def verify(release: Path) -> list[str]:
         BadModel: this is no release.
     """
     manifest = load_manifest(release)
-    return list(_problems(release, manifest))
+    try:
+        return list(_problems(release, manifest))
+    except OSError as error:
+        return [f"{error.filename or release} cannot be read ({error.strerror})"]
 
 
 def _problems(release: Path, manifest: dict[str, Any]) -> Iterator[str]:

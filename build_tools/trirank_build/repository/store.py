@@ -14,13 +14,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from trirank_build.artefacts import atomic_file
+from trirank_build.artefacts import atomic_directory, atomic_file
 from trirank_build.errors import BadModel
 from trirank_build.repository.release import CARD, MANIFEST, load_manifest, verify
 
@@ -78,8 +78,9 @@ def promote(release: Path) -> Path:
         BadModel: it is no release, or no longer what was assembled.
     """
     release = release.resolve()
-    refuse_damaged(release, "promoted")
+    load_manifest(release)  # what is no release lies in no folder of releases, and gets no lock there
     with _locked(release.parent):
+        refuse_damaged(release, "promoted")
         return _move(release.parent, release.name, rollback=False)
 
 
@@ -128,8 +129,9 @@ def gc(folder: Path, keep: int, dry_run: bool = False) -> list[str]:
                 shutil.rmtree(trash)
         if not dry_run:
             for left in (*folder.glob(f"{_REMOVING}*"), *folder.glob(f"{_ASSEMBLING}*")):
-                if time.time() - left.stat().st_mtime > _ABANDONED_S and not _in_use(left):
-                    shutil.rmtree(left, ignore_errors=True)
+                with suppress(FileNotFoundError):  # its assembly has just ended
+                    if time.time() - left.stat().st_mtime > _ABANDONED_S and not _in_use(left):
+                        shutil.rmtree(left, ignore_errors=True)
     return removed
 
 
@@ -143,11 +145,16 @@ def assembling(folder: Path) -> Iterator[Path]:
 
 def settle(made: Path, target: Path) -> Path:
     """Put a release that was made to its place; gives it. Where the same files are there already, they stay, and what
-    is told of them is taken from the one that was made."""
+    is told of them is taken from the one that was made; where they are damaged, they are replaced."""
     if not target.is_dir():
-        os.replace(made, target)
-        return target
-    with _locked(target.parent):  # so that no promotion verifies it between the two
+        with suppress(OSError):  # another assembly of the same was faster
+            os.replace(made, target)
+            return target
+    with _locked(target.parent):  # so that no promotion verifies it meanwhile
+        if _is_damaged(target):
+            with atomic_directory(target) as scratch:
+                shutil.copytree(made, scratch, dirs_exist_ok=True)
+            return target
         for name in (CARD, MANIFEST):
             with atomic_file(target / name) as scratch:
                 shutil.copyfile(made / name, scratch)
@@ -225,16 +232,27 @@ def _promotions(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _is_damaged(release: Path) -> bool:
+    try:
+        return bool(verify(release))
+    except BadModel:
+        return True
+
+
 def _served_before(folder: Path, served: str) -> list[str]:
     """What was served before the release that is served now, the last one last."""
     lines = _promotions(folder)
     while lines:
         stack: list[str] = []
+        whole: list[str] = []  # as it was before the last rollback, which may have been cut short
         for line in lines:
             name, before = line["release"], line["before"]
             if line["rollback"]:
+                whole = stack
                 stack = stack[: len(stack) - stack[::-1].index(name)] if name in stack else [name]
                 continue
+            if before not in stack and whole and whole[-1] == before:
+                stack = whole
             # A promotion that was cut short left a line of its own, but nothing was served by it.
             stack = stack[: len(stack) - stack[::-1].index(before)] if before in stack else [before] if before else []
             stack.append(name)

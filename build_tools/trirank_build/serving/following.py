@@ -13,7 +13,7 @@ from trirank_build.progress import out, warn
 from trirank_build.repository.store import in_use, refuse_damaged
 from trirank_build.serving.server import Ports, TritonServer
 
-POLL_S = 0.5
+POLL_S, AGAIN_S = 0.5, 15.0
 
 
 def serve(
@@ -56,7 +56,7 @@ def serve(
 
 
 def _watch(server: TritonServer, link: Path | None) -> None:
-    refused = None
+    refused, asked_again, told = None, 0.0, ""
     with ExitStack() as held:
         held.enter_context(in_use(server.release))
         while True:
@@ -64,15 +64,18 @@ def _watch(server: TritonServer, link: Path | None) -> None:
             for line in server.new_errors():
                 warn(line)
             wanted = link.resolve() if link is not None else server.release
-            if wanted not in (server.release, refused):
+            if wanted != server.release and (wanted != refused or time.monotonic() > asked_again):
                 try:
                     refuse_damaged(wanted, "served")
                     server.swap(wanted)
                     held.close()
                     held.enter_context(in_use(wanted))
-                    refused = None
+                    refused, told = None, ""
                     out.print(f"serving {wanted.name} now")
                 except TrirankBuildError as error:
-                    refused = wanted
-                    warn(f"{error}; {server.release.name} is served as before")
+                    # Its files may still be on their way, so it is looked at again.
+                    refused, asked_again = wanted, time.monotonic() + AGAIN_S
+                    if str(error) != told:
+                        warn(f"{error}; {server.release.name} is served as before")
+                    told = str(error)
             time.sleep(POLL_S)

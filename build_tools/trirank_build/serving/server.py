@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import secrets
@@ -19,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 from trirank import RankClient, contract
 from trirank_backend.compiled import need_compiling
 
@@ -35,9 +35,10 @@ STOP_TIMEOUT_S = 20
 _SHM_BYTES = 16 << 20
 """A stub's first shared memory; the largest batch fits, so that it need not grow under load."""
 _PDEATHSIG = 1
-_SCRATCH, _SHARED = "trirank-serve-", "trirank_"
-"""What scratch folders and shared memory are named, before the process id of whoever made them."""
-_NOISE = ("CUDA",)
+_SCRATCH = "trirank-serve-"
+_FRESH_S = 5.0
+"""Whoever makes a scratch folder holds it within so long."""
+_NOISE = ("unable to create stream", "CUDA driver version is insufficient", "no CUDA-capable device")
 """Of a server without a GPU."""
 
 
@@ -81,15 +82,17 @@ class TritonServer:
                 run here and there is no fallback.
             BadModel: ``release`` is none.
         """
+        _sweep()
         _check_shared_memory()
         _compile_kernels()
         self._control: Control | None = None
-        _sweep()
-        self._scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-"))
+        self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+        self._holder = os.open(self._scratch, os.O_RDONLY)
+        fcntl.flock(self._holder, fcntl.LOCK_SH)  # until this process ends, however it does
         self._process: subprocess.Popen[bytes] | None = None
         self.log = log or self._scratch / "triton.log"
-        self._read = 0
-        self._shm_prefix = f"{_SHARED}{os.getpid()}_{self._scratch.name[-8:]}_"
+        self._read = self.log.stat().st_size if self.log.is_file() else 0
+        self._shm_prefix = _shared_prefix(self._scratch)
         try:
             self._binary = binary = find_tritonserver(tritonserver, self._scratch)
             self._fallback = fallback
@@ -192,11 +195,15 @@ class TritonServer:
 
     def new_errors(self) -> list[str]:
         """Errors that Triton has told since this was asked last, a line each."""
-        with self.log.open("rb") as stream:
-            stream.seek(self._read)
-            text = stream.read()
+        try:
+            size = self.log.stat().st_size
+            with self.log.open("rb") as stream:
+                stream.seek(self._read if self._read <= size else 0)  # it may have been cut by who rotates logs
+                start, text = stream.tell(), stream.read()
+        except OSError:  # it was moved away, or is no file
+            return []
         whole = text[: text.rfind(b"\n") + 1]  # a line that is half written is read next time
-        self._read += len(whole)
+        self._read = start + len(whole)
         lines = whole.decode(errors="replace").splitlines()
         return [line for line in lines if re.match(r"E\d{4} ", line) and not any(words in line for words in _NOISE)]
 
@@ -216,6 +223,9 @@ class TritonServer:
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._holder >= 0:
+            os.close(self._holder)
+            self._holder = -1
 
     def statistics(self) -> dict[str, Any]:
         """Stage or ensemble → its statistics, as Triton counts them, of the release that is served."""
@@ -311,23 +321,31 @@ def _check_shared_memory() -> None:
 
 def _opened(log: Path) -> Any:
     try:
-        return log.open("wb")
+        return log.open("ab")
     except OSError as error:
-        raise ServeError(
-            f"--log {log} cannot be written ({error.strerror}); name a file in a folder that is there"
-        ) from error
+        reason = f"--log {log} cannot be written ({error.strerror})"
+        raise ServeError(f"{reason}; name a file in a folder that is there") from error
+
+
+def _shared_prefix(scratch: Path) -> str:
+    """What the shared memory of a server is named, after its scratch folder."""
+    return f"trirank_{scratch.name.removeprefix(_SCRATCH)}_"
 
 
 def _sweep() -> None:
-    """Remove what servers left behind whose process was killed outright."""
-    for place in (*Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"), *Path("/dev/shm").glob(f"{_SHARED}*")):
-        found = re.match(rf"(?:{_SCRATCH}|{_SHARED})(\d+)[-_]", place.name)
-        if found is None or psutil.pid_exists(int(found[1])):
-            continue
-        if place.is_dir():
-            shutil.rmtree(place, ignore_errors=True)
-        else:
-            place.unlink(missing_ok=True)
+    """Remove what servers left behind that were killed outright: nobody holds their scratch folders any more."""
+    for scratch in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with suppress(OSError):  # somebody else's, or swept by somebody else meanwhile
+            holder = os.open(scratch, os.O_RDONLY)
+            try:
+                fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - scratch.stat().st_mtime < _FRESH_S:
+                    continue
+                for region in Path("/dev/shm").glob(f"{_shared_prefix(scratch)}*"):
+                    region.unlink(missing_ok=True)
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(holder)
 
 
 def _compile_kernels() -> None:
