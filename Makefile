@@ -52,6 +52,8 @@ loadtest: install
 
 bench: install
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/tried.py
+	$(BIN)/python benchmarks/hops.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/engines.py

@@ -220,7 +220,7 @@ def wait_for(address: str, request: RankRequest) -> np.ndarray:
                 time.sleep(0.2)
 
 
-def stage_times(before: dict, after: dict) -> dict[str, float]:
+def stage_times(before: dict, after: dict, callers: int) -> dict[str, float]:
     """``MODEL_PART`` → ms a request, and ``MODEL_batch``, between two readings of Triton's statistics."""
     found = {}
     for model in before.keys() - {c.ENSEMBLE}:
@@ -232,7 +232,10 @@ def stage_times(before: dict, after: dict) -> dict[str, float]:
             return float(new or 0) - float(old or 0)
 
         requests, executions = grown(("inference_stats", "success", "count")), grown(("execution_count",))
-        assert not grown(("inference_stats", "fail", "count")), f"{model} failed requests of the load"
+        failed = grown(("inference_stats", "fail", "count"))
+        assert failed <= callers, (
+            f"{model} failed {failed} requests"
+        )  # each caller leaves in the middle of its last one
         for part in ("queue", "compute_input", "compute_infer", "compute_output"):
             found[f"{model}_{part}"] = grown(("inference_stats", part, "ns")) / requests / 1e6
         found[f"{model}_batch_mean"] = grown(("inference_count",)) / executions
@@ -264,7 +267,7 @@ def servers(served: dict[str, Path], rounds: int, seconds: float) -> list[Figure
                     before = started[name].statistics() if name in started else {}
                     run = load.closed_loop(address, requests, callers, seconds, [pid])
                     if name in started:
-                        for stage, value in stage_times(before, started[name].statistics()).items():
+                        for stage, value in stage_times(before, started[name].statistics(), callers).items():
                             found.note(f"{name}_{stage.replace('single_', '')}_c{callers}", value)
                     p50, p99 = run.percentile(50), run.percentile(99)
                     found.note(f"{name}_p50_ms_c{callers}", p50)

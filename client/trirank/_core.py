@@ -278,7 +278,7 @@ class Call:
             raise self._error(ClientClosed, "this client was closed while it waited for an answer", attempt)
         kind, details, too_late = self._note(attempt, error)
         found = self._error(kind, details, attempt, error.code())
-        if kind is DeadlineExceeded and attempt.reserved and self.left_s > _SKEW_S:
+        if kind is DeadlineExceeded and not too_late and attempt.reserved and self.left_s > _SKEW_S:
             attempt.reserved = False
             core.retries.redeem()
             self._retried += 1

@@ -174,9 +174,8 @@ class Preprocess:
 def _side_by_side(arrays: list[NDArray[Any] | None], requests: list[Request], fill: float, dtype: type) -> NDArray[Any]:
     """[S]: all lines' values one after the other, each filled up to its request's bucket."""
     if len(requests) == 1 and arrays[0] is not None and arrays[0].shape[1] == requests[0].bucket:
-        return np.array(arrays[0], dtype).reshape(
-            -1
-        )  # a copy of its own, which may be written to: see catalogue.read_only
+        # A copy of its own, which may be written to (see catalogue.read_only).
+        return np.array(arrays[0], dtype).reshape(-1)
     flat: NDArray[Any] = np.full(sum(len(request) * request.bucket for request in requests), fill, dtype)
     start = 0
     for array, request in zip(arrays, requests, strict=True):

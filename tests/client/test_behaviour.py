@@ -56,9 +56,12 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.script = []
         self.seen = []
         self.pushback = None
+        self.ahead = False
 
     def ModelInfer(self, request, context):
         self.seen.append((request, dict(context.invocation_metadata())))
+        if self.ahead and contract.DEADLINE_PARAMETER in request.parameters:
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"rank did not work on it: {contract.TOO_LATE}")
         step = self.script.pop(0) if self.script else None
         if isinstance(step, grpc.StatusCode):
             if self.pushback is not None:
@@ -491,6 +494,15 @@ def test_an_attempt_may_be_given_a_time_of_its_own(servers):
             assert time.monotonic() - started < 0.9
     with pytest.raises(trirank.InvalidRequest, match="attempt_timeout_s"):
         RetryPolicy(attempt_timeout_s=0)
+
+
+def test_clocks_that_differ_cost_no_call_however_many_are_under_way(servers):
+    """Both servers refuse whatever has a moment with it, as clocks ahead of ours would have them do."""
+    one, other = servers(), servers()
+    one.ahead = other.ahead = True
+    with RankClient([one.address, other.address], deadline_s=5) as client:
+        with futures.ThreadPoolExecutor(8) as pool:
+            assert [len(each) for each in pool.map(client.rank, [REQUEST] * 24)] == [2] * 24
 
 
 def test_a_limit_of_an_attempt_ends_no_call_before_its_deadline(servers):
