@@ -57,9 +57,10 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
         _padded(raw_ids, bucket * 8, _PADDING),
         _INT32.pack(top_k),
         _with_length(_text(scenario, "scenario")),
+        # Empty too: Triton batches only requests that have the same optional tensors, and home pages come beside
+        # searches.
+        _with_length(query),
     ]
-    if query:
-        contents.append(_with_length(query))
     if request.retrieval_scores is not None:
         scores = _scores(request.retrieval_scores, ids)
         contents.append(_padded(scores.tobytes(), bucket * 4, _ZEROS))
@@ -68,7 +69,7 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
         if not 0 <= timestamp < 2**63:
             raise InvalidRequest(f"timestamp is {timestamp}; it is seconds since 1970, 0 or more")
         contents.append(_INT64.pack(timestamp))
-    given = bool(query), request.retrieval_scores is not None, request.timestamp is not None
+    given = request.retrieval_scores is not None, request.timestamp is not None
     message = service_pb2.ModelInferRequest.FromString(_header(model, bucket, *given))
     if request.history is not None:
         # Their lengths are many, and a header for each would not stay.
@@ -80,12 +81,12 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
 
 
 @lru_cache(256)
-def _header(model: str, bucket: int, query: bool, scores: bool, timestamp: bool) -> bytes:
+def _header(model: str, bucket: int, scores: bool, timestamp: bool) -> bytes:
     """A message with everything but contents and history. Requests of a service have few different ones, and reading
     one back is several times faster than adding tensor by tensor."""
     message = service_pb2.ModelInferRequest(model_name=model)
-    lengths = {"USER_ID": 1, "ITEM_IDS": bucket, "TOP_K": 1, "SCENARIO": 1}
-    optional = {"QUERY": query and 1, "RETRIEVAL_SCORES": scores and bucket, "TIMESTAMP": timestamp and 1}
+    lengths = {"USER_ID": 1, "ITEM_IDS": bucket, "TOP_K": 1, "SCENARIO": 1, "QUERY": 1}
+    optional = {"RETRIEVAL_SCORES": scores and bucket, "TIMESTAMP": timestamp and 1}
     for name, length in (lengths | {name: length for name, length in optional.items() if length}).items():
         message.inputs.add(name=name, datatype=_SPECS[name].dtype, shape=(1, length))
     written: bytes = message.SerializeToString()

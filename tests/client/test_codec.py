@@ -53,7 +53,14 @@ def test_the_scenario_follows_the_query(query, scenario):
 
 def test_optional_tensors_stay_away():
     message, _ = encode(RankRequest(item_ids=[1]), "rank")
-    assert set(tensors(message)) == {"USER_ID", "ITEM_IDS", "TOP_K", "SCENARIO"}
+    assert set(tensors(message)) == {"USER_ID", "ITEM_IDS", "TOP_K", "SCENARIO", "QUERY"}
+
+
+def test_a_home_page_has_the_tensors_of_a_search():
+    """Triton batches only requests that have the same optional tensors."""
+    home, search = (encode(RankRequest(item_ids=[1], query=query), "rank")[0] for query in ("", "shoes"))
+    assert [each.name for each in home.inputs] == [each.name for each in search.inputs]
+    assert tensors(home)["QUERY"] == b""
 
 
 @pytest.mark.parametrize("change", [{"top_k": 2.5}, {"top_k": "3"}, {"timestamp": 1.5}])
