@@ -247,7 +247,10 @@ def servers(served: dict[str, Path], rounds: int, seconds: float) -> list[Figure
     found = Rounds()
     requests = make_requests(served["ensemble"])
     with ExitStack() as running:
-        started = {name: running.enter_context(TritonServer(release)) for name, release in served.items()}
+        started = {
+            name: running.enter_context(TritonServer(release, log=WORK / f"{name}.log"))
+            for name, release in served.items()
+        }
         for server in started.values():
             server.wait_ready()
         places = {name: (server.grpc, server.pid) for name, server in started.items()}

@@ -44,7 +44,6 @@ _ATTEMPT_MEANS, _BLAMED_MEANS, _SHORT_S, _CONNECT_S = 10.0, 3.0, 0.05, 1.0
 """An attempt gets so many times the mean of answered calls before another server is tried. Given so many times of it,
 and no less than so many seconds, a server that has not answered is to blame, and not its caller's haste. A first
 attempt, which connects and asks for the contract, gets longer, and a server that has answered nobody yet."""
-_HEDGES_KEPT = 2.0
 _SKEW_S = 0.005
 """A server that says "too late" with more time left than this has another clock."""
 
@@ -104,7 +103,7 @@ class Core:
         self.hooks = {name: list(hooks) for name, hooks in (event_hooks or {}).items()}
         self.pool = Pool(target.resolve(), balancing, ejection or EjectionPolicy())
         self.retries = TokenBucket(self.retry.budget, start=10.0)
-        self.hedges = TokenBucket(hedge.budget if hedge else 0.0, capacity=_HEDGES_KEPT)
+        self.hedges = TokenBucket(hedge.budget if hedge else 0.0)
         self.times = LateTimes(hedge.quantile) if hedge else None
         self.closed = False
         self._process = os.getpid()

@@ -51,7 +51,7 @@ class HedgePolicy:
 
     Attributes:
         quantile: of late calls' times; a call that takes longer is hedged.
-        budget: hedges may be this share of all calls; of what a quiet time leaves over, two are kept.
+        budget: hedges may be this share of all calls since the client was made; of what is left over, ten are kept.
         min_delay_s: never hedge sooner.
     """
 

@@ -214,7 +214,17 @@ def test_clocks_are_compared_again_after_a_while(clock):
 
 def test_saved_up_hedges_are_few():
     """However long a client was quiet, a burst of hedges stays a burst."""
-    bucket = TokenBucket(0.05, capacity=2.0)
+    bucket = TokenBucket(0.05)
     for _ in range(10_000):
         bucket.earn()
-    assert sum(bucket.take() for _ in range(100)) == 2
+    assert sum(bucket.take() for _ in range(100)) == 10
+
+
+def test_what_is_put_aside_is_nobody_elses_to_put_aside():
+    bucket = TokenBucket(0.1, start=2.0)
+    assert [bucket.reserve() for _ in range(3)] == [True, True, False]
+    bucket.release()
+    assert bucket.reserve()
+    bucket.redeem()
+    bucket.redeem()
+    assert not bucket.take()
