@@ -247,8 +247,9 @@ def tried() -> str:
     """One thing changed at a time."""
     found = read("tried")
     rows = {
-        "plain": "`single`, an instance a core", "queue_policy": "with a queue policy",
-        "pinned": "with OpenVINO pinning its thread", "direct": "called by the model's own name",
+        "plain": "`single`, an instance a core", "direct": "the same, called by the model's own name",
+        "pinned": "the same, with OpenVINO pinning its thread", "one_instance": "`single`, one instance",
+        "queue_policy": "the same, with a queue policy",
     }  # fmt: skip
     lines = ["| | callers | p50 ms | p99 ms | requests/s | slept 450 ms or longer |", "|---|---|---|---|---|---|"]
     for name, words in rows.items():

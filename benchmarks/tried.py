@@ -2,9 +2,10 @@
 
     python benchmarks/tried.py [--rounds N] [--seconds S]
 
-``plain``: as ``assemble --pipeline single`` writes it, an instance a core. ``queue_policy``: with the timeout and its
-override that every queue had before. ``pinned``: with OpenVINO's own default, under which each process pins its thread
-to one core. ``direct``: the model called by its own name, without the ensemble of one in front that swaps need.
+``plain``: as ``assemble --pipeline single`` writes it, an instance a core. ``one_instance``: one of it.
+``queue_policy``: that with the timeout and its override that every queue had before. ``pinned``: with OpenVINO's own
+default, under which each process pins its thread to one core. ``direct``: the model called by its own name, without the
+ensemble of one in front that swaps need.
 """
 
 from __future__ import annotations
@@ -51,14 +52,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     given = parser.parse_args()
-    single = releases()["single"]
-    requests, found = make_requests(single), Rounds()
+    served = releases()
+    requests, found = make_requests(served["single"]), Rounds()
     with ExitStack() as running:
         places = {}
-        for name, change in (("plain", None), ("queue_policy", with_queue_policy), ("pinned", pinned)):
+        for name, base, change in (
+            ("plain", "single", None), ("pinned", "single", pinned), ("one_instance", "single_1_instance", None),
+            ("queue_policy", "single_1_instance", with_queue_policy),
+        ):  # fmt: skip
             release = WORK / "tried" / name
             shutil.rmtree(release, ignore_errors=True)
-            shutil.copytree(single, release)
+            shutil.copytree(served[base], release)
             if change is not None:
                 change(release)
             server = running.enter_context(TritonServer(release))
