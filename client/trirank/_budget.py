@@ -60,8 +60,13 @@ class TokenBucket:
             return True
 
 
+_UNUSUAL = 2.0
+"""Where calls take much the same time, one in twenty is above the 95th percentile and not late at all: hedges for those
+would leave no budget for a server that stands still."""
+
+
 class LateTimes:
-    """A quantile of how long the last calls took.
+    """A quantile of how long the last calls took, and twice their median at least.
 
     Args:
         quantile: between 0 and 1.
@@ -90,7 +95,8 @@ class LateTimes:
             self._seen += 1
             if self._seen >= self.ENOUGH and self._seen % self._EVERY == 0:
                 ordered = sorted(self._times)
-                self._value = ordered[min(len(ordered) - 1, int(self._quantile * len(ordered)))]
+                late = ordered[min(len(ordered) - 1, int(self._quantile * len(ordered)))]
+                self._value = max(late, _UNUSUAL * ordered[len(ordered) // 2])
 
     @property
     def value(self) -> float | None:

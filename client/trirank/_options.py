@@ -50,7 +50,7 @@ class HedgePolicy:
     cancelled (Dean and Barroso, "The Tail at Scale", CACM 2013). Needs two servers.
 
     Attributes:
-        quantile: of late calls' times; a call that takes longer is hedged.
+        quantile: of late calls' times; a call that takes longer, and longer than twice their median, is hedged.
         budget: hedges may be this share of all calls since the client was made; of what is left over, ten are kept.
         min_delay_s: never hedge sooner.
     """
