@@ -160,7 +160,7 @@ SERVERS = {
     "ensemble": "`--pipeline ensemble`",
     "grpc_aio": "bare grpc.aio, a request at a time",
     "grpc_aio_batching": "bare grpc.aio, micro-batching",
-    "grpc_aio_batching_process_a_core": "the same, a process a core",
+    "grpc_aio_batching_process_a_core": "bare grpc.aio, micro-batching, a process a core",
 }
 
 
