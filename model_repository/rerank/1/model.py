@@ -12,6 +12,3 @@ class TritonPythonModel:
 
     def execute(self, requests):
         return self.stage.execute(requests)
-
-    def finalize(self):
-        self.quality.clear()  # metrics that outlive this crash the stub
