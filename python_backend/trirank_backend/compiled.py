@@ -14,11 +14,12 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from trirank import contract
 
@@ -57,8 +58,7 @@ def compile_all() -> None:
     """Have every kernel compiled, or loaded where it has been compiled before, by running it on made-up requests."""
     from trirank_backend.rehearsal import rehearse
 
-    with (folder() / "lock").open("w") as lock:  # two that compile at a time would write the same thing twice
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone("lock"):  # two that compile at a time would do the same work twice
         rehearse()
         (folder() / _COMPLETE).touch()
 
@@ -67,13 +67,40 @@ def kernel(function: F) -> F:
     """A function compiled with numba: it runs without Python's lock, and its code is kept on disk."""
     import numba
 
+    compiled: Any = numba.njit(function, nogil=True, error_model="numpy")
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder())  # is read while the decorator runs
+    numba.config.CACHE_DIR = str(folder())  # is read while the cache is made
     try:
-        compiled: F = numba.njit(function, cache=True, nogil=True, error_model="numpy")
+        compiled._cache = shared_cache()(function)
     finally:
         numba.config.CACHE_DIR = before
-    return compiled
+    return cast(F, compiled)
+
+
+@lru_cache(1)
+def shared_cache() -> type:
+    """numba's cache, for several processes at a time. Its index is read, added to and written back: of two that do so
+    at once one loses its entry, or both name the same file, and the code of one signature is run for another."""
+    from numba.core.caching import FunctionCache
+
+    class SharedCache(FunctionCache):  # type: ignore[misc]  # numba has no types
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            with _alone("index.lock"):
+                return super().load_overload(sig, target_context)
+
+        def save_overload(self, sig: Any, data: Any) -> None:
+            with _alone("index.lock"):
+                super().save_overload(sig, data)
+
+    return SharedCache
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Hold a lock between processes."""
+    with (folder() / name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fingerprint() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -317,6 +318,24 @@ print(sorted(k for k, v in count().items() if v != before[k]))
     folder = Path(__file__).parent
     run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_processes_that_compile_at_a_time_keep_each_other_s_code(tmp_path, monkeypatch):
+    """As ranks of a training do, whose first batches may differ in kind. Threads stand in for them: the lock is a
+    file's."""
+    from numba.core import config, types
+    from trirank_backend import compiled
+
+    PACKER.pack(request())
+    code = next(iter(fill.overloads.values()))
+    kinds = [(getattr(types, f"{sign}int{bits}"),) for sign in ("", "u") for bits in (8, 16, 32, 64)]
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
+    caches = [compiled.shared_cache()(fill.py_func) for _ in kinds]
+    with ThreadPoolExecutor(len(kinds)) as threads:
+        list(threads.map(lambda cache, kind: cache.save_overload(kind, code), caches, kinds))
+    kept = caches[0]._cache_file._load_index()
+    assert len(set(kept.values())) == len(kept) == len(kinds)
 
 
 @settings(deadline=None)

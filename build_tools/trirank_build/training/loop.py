@@ -135,8 +135,9 @@ class Loop:
         return self.directory / f"{phase}.safetensors"
 
     def _load_best(self, phase: str) -> None:
-        self.ranks.wait()
+        self.ranks.wait()  # until the first has written them
         load_weights(self.model, load_checkpoint(self.best(phase))[0], self.best(phase))
+        self.ranks.wait()  # until all have read them: the file may be moved now
 
     def _run_phase(self, phase: Phase, state: dict[int, dict[str, Tensor]] | None, report: Any) -> None:
         settings = phase.settings
