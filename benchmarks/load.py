@@ -47,7 +47,7 @@ class Run:
 
 def frame(request: RankRequest, model: str) -> bytes:
     """A request as gRPC frames it: not compressed, length, message."""
-    message = _codec.encode(request, model)[0].SerializeToString()
+    message = _codec.encode(request, model)[0]
     return b"\0" + len(message).to_bytes(4, "big") + message
 
 

@@ -405,6 +405,7 @@ def client() -> str:
         ("overhead_us", "this client, above it"),
         ("tritonclient_overhead_us", "tritonclient as its examples use it, above it"),
         ("own_cost_us", "this client's own work, nothing sent"),
+        ("own_cost_warm_us", "the same again and again, all of it in the processor's caches"),
     ):
         lines.append(f"| {words} | " + " | ".join(cell(f"{name}_{size}") for size in (50, 200, 1000)) + " |")
     lines += ["", "| | p50 ms | p99 ms |", "|---|---|---|"]

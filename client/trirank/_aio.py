@@ -10,10 +10,10 @@ from typing import Any, Literal, overload
 
 import grpc
 import grpc.aio
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from trirank import contract
-from trirank._channels import Target
+from trirank._channels import Target, make_stub
 from trirank._client import cannot_ask
 from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
@@ -202,7 +202,7 @@ class AsyncRankClient:
             raise
 
         async def send() -> Any:
-            return await stub.ModelInfer(call.message, timeout=attempt.timeout_s, metadata=call.metadata)
+            return await stub.ModelInfer(attempt.message, timeout=attempt.timeout_s, metadata=call.metadata)
 
         under_way[asyncio.ensure_future(send())] = attempt
 
@@ -263,7 +263,7 @@ class AsyncRankClient:
             if kept is not None:
                 self._in_background(_retired(kept[1]))
             channel = self._core.target.channel(address, grpc.aio)
-            kept = (generation, channel, service_pb2_grpc.GRPCInferenceServiceStub(channel))
+            kept = (generation, channel, make_stub(channel))
             self._channels[address] = kept
         return kept[2]
 

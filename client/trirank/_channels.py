@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trirank._errors import InvalidRequest, Unavailable
 from trirank._options import Tls
@@ -64,6 +65,7 @@ class Target:
             _check_address(address)
         self.tls = tls
         self._token = token
+        self._changes = any(address.startswith(DNS) for address in self.addresses)
         self.resolve_every_s = resolve_every_s
         self._resolved_at = 0.0
         self._looked_at = 0.0
@@ -77,14 +79,9 @@ class Target:
         if tls is not None:
             self._credentials = self._read()
 
-    @property
-    def changes(self) -> bool:
-        """Whether a name has to be looked up again from time to time."""
-        return any(address.startswith(DNS) for address in self.addresses)
-
     def due(self) -> bool:
         """Whether that time has come; says yes to one caller only."""
-        if not self.changes:
+        if not self._changes:
             return False
         with self._lock:
             if time.monotonic() - self._resolved_at < self.resolve_every_s:
@@ -178,6 +175,17 @@ class Target:
                 raise InvalidRequest(f"{file} is no whole PEM file")
         self._stamp = stamp
         return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def make_stub(channel: Any) -> Any:
+    """Triton's methods over a channel; ModelInfer takes a message as bytes, since it is written so (_codec.encode)."""
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    stub.ModelInfer = channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        response_deserializer=service_pb2.ModelInferResponse.FromString,
+        _registered_method=True,  # as in the code that gRPC generates: the path is not looked up again for each call
+    )
+    return stub
 
 
 def _check_address(address: str) -> None:

@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Any, Literal, overload
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from trirank import contract
-from trirank._channels import Target
+from trirank._channels import Target, make_stub
 from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
 from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
@@ -192,7 +192,7 @@ class RankClient:
             return self._send_hedged(call, attempt)
         try:
             stub = self._stub(attempt.endpoint.address)
-            reply = stub.ModelInfer(call.message, timeout=attempt.timeout_s, metadata=call.metadata)
+            reply = stub.ModelInfer(attempt.message, timeout=attempt.timeout_s, metadata=call.metadata)
         except grpc.RpcError as error:
             raise _Failed(attempt, error) from None
         except BaseException:
@@ -207,7 +207,7 @@ class RankClient:
         def start(one: Attempt) -> None:
             try:
                 stub = self._stub(one.endpoint.address)
-                future = stub.ModelInfer.future(call.message, timeout=one.timeout_s, metadata=call.metadata)
+                future = stub.ModelInfer.future(one.message, timeout=one.timeout_s, metadata=call.metadata)
             except BaseException:
                 call.given_up(one)
                 raise
@@ -284,7 +284,7 @@ class RankClient:
                 if kept is not None:
                     self._retire(kept[1])
                 channel = self._core.target.channel(address, grpc)
-                kept = (generation, channel, service_pb2_grpc.GRPCInferenceServiceStub(channel))
+                kept = (generation, channel, make_stub(channel))
                 self._channels[address] = kept
             return kept[2]
 

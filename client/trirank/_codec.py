@@ -1,6 +1,7 @@
 """RankRequest → protobuf and protobuf → RankResponse; no side effects, shared by every kind of client.
 
-The KServe message is built directly: tensors go once from numpy to ``raw_input_contents``.
+A request is written as bytes: what most requests have in common is kept, the tensors are appended. protobuf reads
+messages that were joined as one (the encoding guide's "last one wins" and "repeated fields are appended").
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ _PAD = _INT64.pack(contract.PAD_ITEM_ID)
 _INSTALL = f"this client speaks contract {contract.CONTRACT_VERSION}: install the client that fits the server"
 _PADDING = _PAD * contract.MAX_CANDIDATES
 _ZEROS = bytes(4 * contract.MAX_CANDIDATES)
+_FIELDS = service_pb2.ModelInferRequest.DESCRIPTOR.fields_by_name
+_CONTENT = bytes([_FIELDS["raw_input_contents"].number << 3 | 2])
+"""Tag of one tensor's bytes; 2: they come with their length."""
 
 
-def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
-    """The ModelInferRequest of a request, and the id → string map of string ids.
+def encode(request: RankRequest, model: str) -> tuple[bytes, dict[int, str]]:
+    """The ModelInferRequest of a request, as bytes, and the id → string map of string ids.
 
     Raises:
         InvalidRequest: a value that no server would accept; nothing was sent.
@@ -70,27 +74,41 @@ def encode(request: RankRequest, model: str) -> tuple[Any, dict[int, str]]:
             raise InvalidRequest(f"timestamp is {timestamp}; it is seconds since 1970, 0 or more")
         contents.append(_INT64.pack(timestamp))
     given = request.retrieval_scores is not None, request.timestamp is not None
-    message = service_pb2.ModelInferRequest.FromString(_header(model, bucket, *given))
+    parts = [_header(model, bucket, *given)]
     if request.history is not None:
         # Their lengths are many, and a header for each would not stay.
-        for name, column in _history(request.history).items():
-            message.inputs.add(name=name, datatype=_SPECS[name].dtype, shape=(1, len(column)))
-            contents.append(column.tobytes())
-    message.raw_input_contents.extend(contents)
-    return message, names
+        columns = _history(request.history)
+        parts.append(_inputs({name: len(column) for name, column in columns.items()}).SerializeToString())
+        contents += [column.tobytes() for column in columns.values()]
+    for content in contents:
+        parts += (_CONTENT, _varint(len(content)), content)
+    return b"".join(parts), names
+
+
+def with_deadline(message: bytes, moment_us: int) -> bytes:
+    """The message, with the moment by which its caller wants an answer in microseconds since 1970."""
+    deadline = service_pb2.ModelInferRequest()
+    deadline.parameters[contract.DEADLINE_PARAMETER].int64_param = moment_us
+    written: bytes = deadline.SerializeToString()
+    return message + written
 
 
 @lru_cache(256)
 def _header(model: str, bucket: int, scores: bool, timestamp: bool) -> bytes:
-    """A message with everything but contents and history. Requests of a service have few different ones, and reading
-    one back is several times faster than adding tensor by tensor."""
-    message = service_pb2.ModelInferRequest(model_name=model)
+    """A message with everything but contents and history. Requests of a service have few different ones."""
     lengths = {"USER_ID": 1, "ITEM_IDS": bucket, "TOP_K": 1, "SCENARIO": 1, "QUERY": 1}
     optional = {"RETRIEVAL_SCORES": scores and bucket, "TIMESTAMP": timestamp and 1}
-    for name, length in (lengths | {name: length for name, length in optional.items() if length}).items():
-        message.inputs.add(name=name, datatype=_SPECS[name].dtype, shape=(1, length))
+    message = _inputs(lengths | {name: length for name, length in optional.items() if length})
+    message.model_name = model
     written: bytes = message.SerializeToString()
     return written
+
+
+def _inputs(lengths: dict[str, int]) -> Any:
+    message = service_pb2.ModelInferRequest()
+    for name, length in lengths.items():
+        message.inputs.add(name=name, datatype=_SPECS[name].dtype, shape=(1, length))
+    return message
 
 
 def candidate_ids(request: RankRequest) -> tuple[NDArray[np.int64], dict[int, str]]:
@@ -130,7 +148,7 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
     count = len(ids)
     if count and ids[-1] == contract.PAD_ITEM_ID:
         count = int(np.count_nonzero(ids != contract.PAD_ITEM_ID))
-    if not math.isfinite(sum(scores.tolist())):  # as double precision, in which no sum of these overflows
+    if not math.isfinite(scores.dot(scores)) and not np.isfinite(scores).all():
         at = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ServerError(f"SCORES[{at}] is {scores[at]}; the release that is served is broken")
     status, unknown, duplicates, filtered = arrays["STATUS"].tolist()
@@ -138,12 +156,17 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
         item_ids=ids[:count],
         scores=scores[:count],
         reasons=reasons[:count],
-        status=contract.Status(status),
+        status=_status(status),
         unknown=unknown,
         duplicates=duplicates,
         filtered=filtered,
         names=names,
     )
+
+
+@lru_cache(64)
+def _status(bits: int) -> contract.Status:
+    return contract.Status(bits)
 
 
 def _ids(values: ItemIds, what: str) -> tuple[NDArray[np.int64], dict[int, str]]:
@@ -212,6 +235,16 @@ def _padded(raw: bytes, length: int, padding: bytes) -> bytes:
     return raw + padding[: length - len(raw)]
 
 
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first."""
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
 def _with_length(value: bytes) -> bytes:
     """One element of a BYTES tensor."""
     return len(value).to_bytes(4, "little") + value
@@ -224,7 +257,8 @@ def _scores(values: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         raise InvalidRequest("retrieval_scores holds what is no number; send one finite number a candidate") from None
     if scores.shape != ids.shape:
         raise InvalidRequest(f"retrieval_scores has shape {scores.shape}, item_ids {ids.shape}: one a candidate")
-    if not np.isfinite(scores).all():
+    # The square of what is finite may overflow; only then is each looked at, which takes longer.
+    if not math.isfinite(scores.dot(scores)) and not np.isfinite(scores).all():
         at = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise InvalidRequest(f"retrieval_scores[{at}] is {scores[at]}; send finite numbers")
     return scores

@@ -53,6 +53,7 @@ class Attempt:
     """One message to one server.
 
     Attributes:
+        message: the ModelInferRequest, as bytes.
         timeout_s: for the call: what is left of the deadline, or less where another server could still be tried.
         hedge: whether it runs beside another one.
         reserved: whether a retry has been paid for it already, since its time is limited.
@@ -60,6 +61,7 @@ class Attempt:
     """
 
     endpoint: Endpoint
+    message: bytes
     started: float
     timeout_s: float
     hedge: bool = False
@@ -120,7 +122,7 @@ class Core:
 
     def attempt_limit_s(self, endpoint: Endpoint) -> float:
         """How long one attempt may take at this server before another one is tried; infinite: to the end."""
-        if not self.pool.others_than(endpoint):
+        if len(self.pool) == 1 or not self.pool.others_than(endpoint):
             return math.inf
         if not endpoint.checked:  # it connects first, and asks for the contract
             return max(_CONNECT_S, self.retry.attempt_timeout_s or 0.0)
@@ -151,7 +153,7 @@ class Call:
         self._began = time.monotonic()
         self._ends = self._began + deadline
         self._moment_us = int((time.time() + deadline) * 1e6)
-        self.message, self._names = _codec.encode(request, core.model)
+        self._message, self._names = _codec.encode(request, core.model)
         self._sent = self._retried = 0
         self._tried: frozenset[str] = frozenset()
         self._address = ""
@@ -168,7 +170,7 @@ class Call:
         return self._ends - time.monotonic()
 
     def attempt(self) -> Attempt:
-        """The next message to send; ``self.message`` and ``self.metadata`` are made ready for it.
+        """The next message to send; ``self.metadata`` goes with it.
 
         Raises:
             DeadlineExceeded: there is no time left for it.
@@ -216,15 +218,11 @@ class Call:
     def _to(self, endpoint: Endpoint, event: str) -> Attempt:
         self._tried |= {endpoint.address}
         self._sent += 1
-        parameters = self.message.parameters
         agrees = self._core.pool.clock_agrees(endpoint)
-        if agrees:
-            parameters[contract.DEADLINE_PARAMETER].int64_param = self._moment_us
-        elif contract.DEADLINE_PARAMETER in parameters:
-            del parameters[contract.DEADLINE_PARAMETER]
+        message = _codec.with_deadline(self._message, self._moment_us) if agrees else self._message
         self._address = endpoint.address
         self._tell(event)
-        return Attempt(endpoint, time.monotonic(), self.left_s, hedge=event == "hedge", sent_moment=agrees)
+        return Attempt(endpoint, message, time.monotonic(), self.left_s, hedge=event == "hedge", sent_moment=agrees)
 
     def answered(self, attempt: Attempt, reply: Any) -> RankResponse:
         """An attempt was answered.
@@ -367,9 +365,7 @@ class Call:
         if self._on_failure == "raise" or isinstance(error, InvalidRequest | ClientClosed):
             self._tell("error", error=error)
             raise error
-        # The first tensors of the message are USER_ID and ITEM_IDS: string ids have been hashed for it.
-        ids = np.frombuffer(self.message.raw_input_contents[1], np.int64)[: len(self._request.item_ids)]
-        response = retrieval_order(self._request, ids, self._names)
+        response = retrieval_order(self._request, _codec.candidate_ids(self._request)[0], self._names)
         self._tell("fallback", response=response, error=error)
         return response
 

@@ -14,13 +14,20 @@ from trirank import (
     RankRequest,
     ServerError,
     Status,
+    _codec,
     contract,
     stable_id,
 )
-from trirank._codec import _header, decode, encode
+from trirank._codec import _header, decode
 from tritonclient.grpc import service_pb2
 
 DTYPES = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
+
+
+def encode(request, model):
+    """As a server reads it."""
+    message, names = _codec.encode(request, model)
+    return service_pb2.ModelInferRequest.FromString(message), names
 
 
 def tensors(message):
@@ -43,6 +50,12 @@ def test_scores_are_padded_alike():
     scores = tensors(message)["RETRIEVAL_SCORES"]
     assert len(scores) == 64
     assert scores[:3].tolist() == [0.5, 0.25, 0.0]
+
+
+def test_huge_scores_are_numbers_too():
+    """Their squares are none."""
+    message, _ = encode(RankRequest(item_ids=[5, 6], retrieval_scores=[3e38, -3e38]), "rank")
+    assert tensors(message)["RETRIEVAL_SCORES"][:2].tolist() == [np.float32(3e38), -np.float32(3e38)]
 
 
 @pytest.mark.parametrize(("query", "scenario"), [("shoes", b"search"), ("", b"home")])
