@@ -14,11 +14,12 @@ from rich.table import Table
 from trirank import RankClient, RankError, RankRequest
 from trirank_backend.errors import BackendError
 
+from trirank_build.commands.data import app as data_app
 from trirank_build.commands.doctor import doctor
 from trirank_build.commands.engine import app as engine_app
 from trirank_build.commands.options import Data, Json, Run
 from trirank_build.commands.release import app as release_app
-from trirank_build.errors import BadRecipe, TrirankBuildError
+from trirank_build.errors import BadRecipe, BadUsage, TrirankBuildError
 from trirank_build.progress import console as errors
 from trirank_build.progress import out, warn, working
 
@@ -29,7 +30,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Prepare datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(engine_app, name="engine")
 app.add_typer(release_app, name="release")
@@ -37,49 +37,18 @@ app.command()(doctor)
 
 
 def main() -> None:
-    """Entry point: every known error is one line and exit status 1."""
+    """Entry point: every known error is one line and exit status 1, or 2 where the arguments are at fault."""
     try:
         app()
     except (TrirankBuildError, BackendError, RankError) as error:
         errors.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, BadUsage) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-@data_app.command("prepare")
-def data_prepare(
-    source: Annotated[str, typer.Argument(help="`shop`, or a CSV, Parquet or text file.")],
-    target: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
-    items: Annotated[Path | None, typer.Option(help="Item file: item_id and title, brand, category, price, …")] = None,
-    queries: Annotated[Path | None, typer.Option(help="Query file: user_id, query, timestamp.")] = None,
-    min_count: Annotated[int, typer.Option(min=1, help="k of the k-core; 1: off.")] = 1,
-    max_train: Annotated[int, typer.Option(min=1, help="Training requests to keep.")] = 200_000,
-    max_eval: Annotated[int, typer.Option(min=1, help="Validation and test requests to keep.")] = 20_000,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 7,
-) -> None:
-    """Read, clean, split by time, find candidates; write a dataset."""
-    from trirank_build.preparation.options import PrepareOptions
-    from trirank_build.preparation.prepare import prepare
-
-    options = PrepareOptions(items, queries, min_count, max_train, max_eval, seed)
-    dataset = prepare(source, options)
-    with working("writing the dataset"):
-        dataset.save(target)
-    if dataset.description.cleaning:
-        table = Table("rule", "rows in", "rows out", "dropped", title="cleaning")
-        for rule, before, after in dataset.description.cleaning:
-            table.add_row(rule, f"{before:,}", f"{after:,}", f"{before - after:,}")
-        out.print(table)
-    counts = dataset.requests.group_by("split").len().collect()
-    sizes = {name: f"{count:,}" for name, count in dataset.description.counts.items()}
-    splits = {split: f"{count:,}" for split, count in counts.iter_rows()}
-    out.print(f"{target}: " + ", ".join(f"{n} {name}" for name, n in sizes.items()))
-    out.print("requests: " + ", ".join(f"{splits.get(name, 0)} {name}" for name in ("train", "valid", "test")))
 
 
 @app.command()

@@ -1,12 +1,14 @@
 """TrirankBuildError
 ├── BadData            a data file or dataset cannot be used
+├── BadUsage           a command's arguments do not fit; exit status 2
 ├── BadRecipe          a recipe has an unknown key or a value out of range
 ├── BadCheckpoint      a checkpoint is damaged, unsafe, or of another model
 ├── BadModel           an ONNX graph or module breaks the contract
 ├── Diverged           a loss is no number any more
 └── ServeError         the server cannot be found, started or reached
 
-The command prints the message on one line and exits with 1; a traceback is a defect.
+The command prints the message on one line and exits with 1, or 2 where its own arguments are at fault, as for those
+that the command line itself refuses; a traceback is a defect.
 """
 
 
@@ -16,6 +18,10 @@ class TrirankBuildError(Exception):
 
 class BadData(TrirankBuildError):
     """A data file or dataset cannot be used."""
+
+
+class BadUsage(TrirankBuildError):
+    """A command's arguments do not fit each other, or what they name."""
 
 
 class BadRecipe(TrirankBuildError):

@@ -249,7 +249,10 @@ BAD = {
         "lacks the column behavior; it has user_id, item_id, color",
     ),
     "two columns missing": (b"user_id,colour\n1,2\n", "lacks the columns item_id, behavior"),
-    "nothing known": (b"user_id,item_id,behavior\n1,2,jump\n", "no item is left after cleaning"),
+    "nothing known": (
+        b"user_id,item_id,behavior\n1,2,jump\n",
+        r"unknown behaviours: 1 of 1, 'jump' \(1\).*--behaviour jump=click",
+    ),
     "too little": (b"user_id,item_id,behavior\n1,2,buy\n", "cannot be split"),
     "negative id": (b"user_id,item_id,behavior\n-4,2,buy\n", "holds -4"),
     "prose": (b"once upon a time\n", "none of"),

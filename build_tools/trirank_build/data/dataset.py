@@ -75,6 +75,8 @@ class Description:
         timed: whether timestamps are times; if not they only order a user's events.
         tasks: task → the smallest label that counts; 0: the label itself is the target.
         cleaning: (rule, rows in, rows out), in the order in which they ran.
+        notes: ``read``: how the source's values were read, a line each.
+        ids: whether ids of ``item`` and ``user`` are ``numbers`` or ``strings`` (hashed by contract.stable_id).
         digest: SHA-256 over the tables.
     """
 
@@ -86,6 +88,7 @@ class Description:
     digest: str = ""
     schema_version: int = SCHEMA_VERSION
     notes: dict[str, Any] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=lambda: {"item": "numbers", "user": "numbers"})
 
 
 class SplitSizes(NamedTuple):

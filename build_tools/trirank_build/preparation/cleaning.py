@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
 
 import polars as pl
 
@@ -11,13 +13,58 @@ from trirank_build.errors import BadData
 
 EARLIEST = 631_152_000  # 1990-01-01: what lies before is no time of an online shop
 BOT_EVENTS_PER_MINUTE = 60
+MAX_LOSS = 0.1
 
 
 @dataclass
 class Report:
-    """What each rule did, in order."""
+    """What was made of the files, and what each rule did, in order.
+
+    Attributes:
+        rows: (rule, rows in, rows out).
+        notes: how values were read, a line each.
+        max_loss: largest share of values or rows that may be of no use before that is an error.
+    """
 
     rows: list[tuple[str, int, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    max_loss: float = MAX_LOSS
+
+    def note(self, line: str) -> None:
+        """Say how something was read; once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def unused(self, path: Path, columns: Sequence[str], used: Sequence[str]) -> None:
+        """Say which columns of a file nobody looks at."""
+        if ignored := [name for name in columns if name not in used]:
+            self.note(f"{path.name}: columns that are not used: {', '.join(ignored)}")
+
+    def read(self, name: str, text: pl.Series, found: pl.Series, advice: str) -> None:
+        """Hold what was read of a column against what stands there: null in ``found`` alone is unreadable.
+
+        Raises:
+            BadData: more than ``max_loss`` of the values are.
+        """
+        bad = text.filter(found.is_null() & text.is_not_null())
+        if len(bad):
+            named = ", ".join(repr(example) for example in bad.unique(maintain_order=True).head(3))
+            self.lost(f"unreadable {name}", text.len(), len(bad), f"such as {named}", advice)
+
+    def lost(self, what: str, total: int, lost: int, examples: str, advice: str) -> None:
+        """Count what is of no use.
+
+        Raises:
+            BadData: it is more than ``max_loss`` of all.
+        """
+        if not lost:
+            return
+        if lost > self.max_loss * total:
+            raise BadData(
+                f"{what}: {lost:,} of {total:,}, {examples}. That is more than {self.max_loss:.0%}: {advice}; to go on "
+                "all the same, say --max-loss 1"
+            )
+        self.note(f"{what}: {lost:,} of {total:,}, {examples}")
 
     def apply(self, rule: str, frame: pl.DataFrame, clean: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
         """Run one rule and count."""
@@ -42,9 +89,15 @@ def clean_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report,
     Raises:
         BadData: nothing is left.
     """
+    before = events.height
     events = report.apply("user or item missing", events, lambda frame: frame.drop_nulls(["user_id", "item_id"]))
+    report.lost(
+        "rows without user or item", before, before - events.height, "or with an id that is none",
+        "look at the columns user_id and item_id of the log",
+    )  # fmt: skip
     events = report.apply("unknown behaviour", events, lambda frame: frame.drop_nulls("behaviour"))
     if timed:
+        _told_of_times(events["timestamp"], now, report)
         events = report.apply(
             "impossible timestamp", events, lambda f: f.filter(pl.col("timestamp").is_between(EARLIEST, now))
         )
@@ -58,6 +111,25 @@ def clean_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report,
         steps = "; ".join(f"{rule}: {before:,} → {after:,}" for rule, before, after in report.rows)
         raise BadData(f"no item is left after cleaning ({steps}); check the columns' meaning, or lower --min-count")
     return events
+
+
+def _told_of_times(times: pl.Series, now: int, report: Report) -> None:
+    known = times.drop_nulls()
+    for what, bad, advice in (
+        ("timestamps in the future", known.filter(known > now),
+         f"it is {_date(now)} UTC now: look at the clock, the time zone and the unit of the log's times"),
+        ("timestamps before 1990", known.filter(known < EARLIEST),
+         "look at the unit of the log's times: seconds, milliseconds and microseconds are told apart by most of them"),
+    ):  # fmt: skip
+        if len(bad):
+            report.lost(what, times.len(), len(bad), f"such as {bad[0]} ({_date(int(bad[0]))})", advice)
+
+
+def _date(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return "no date at all"
 
 
 def _without_bots(events: pl.DataFrame) -> pl.DataFrame:

@@ -13,7 +13,7 @@ from trirank_build.preparation.sources.judged_search import COLUMNS as JUDGED_CO
 from trirank_build.preparation.sources.judged_search import prepare_judged_search
 from trirank_build.preparation.sources.sequences import looks_like_sequences, prepare_sequences
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
-from trirank_build.preparation.sources.tables import read_text
+from trirank_build.preparation.sources.tables import read_text, split_header
 
 SHOP = "shop"
 
@@ -28,16 +28,19 @@ def prepare(source: str, options: PrepareOptions) -> Dataset:
         if extra is not None and not extra.is_file():
             raise BadData(f"{extra} is no file")
     if source == SHOP:
+        if options.items is not None or options.queries is not None:
+            raise BadData("--items and --queries go with a log of yours; the shop has items and queries of its own")
         return make_shop(ShopSize(), options.seed)
     path = Path(source)
     if path.is_dir():
         raise BadData(f"{path} is a folder; give one of its files")
     if path.suffix == ".parquet":
         return prepare_behaviour_log(path, options)
-    head = read_text(path).lstrip().split("\n", 1)[0].strip()
+    text = read_text(path, options.report(), options.encoding)
+    head = text.lstrip().split("\n", 1)[0].strip()
     if looks_like_sequences(head):
         return prepare_sequences(path, options)
-    names = {name.strip().strip('"').lower() for name in head.replace("\t", ",").split(",")}
+    names = {name.strip().lower() for name in split_header(text)[1]}
     if {"search_term", "relevance"} & names:
         return prepare_judged_search(path, options)
     if len(names) > 1:

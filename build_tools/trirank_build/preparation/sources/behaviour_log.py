@@ -13,9 +13,10 @@ from trirank_build.errors import BadData
 from trirank_build.preparation.candidates import requests_from_events
 from trirank_build.preparation.cleaning import Report, clean_events
 from trirank_build.preparation.options import PrepareOptions
-from trirank_build.preparation.sources.catalogue_table import complete, read_items
-from trirank_build.preparation.sources.tables import read_table, require, to_ids
+from trirank_build.preparation.sources.catalogue_table import complete, open_items, read_items
+from trirank_build.preparation.sources.tables import read_table, require
 from trirank_build.preparation.splitting import leave_last_out, split_by_time, time_split
+from trirank_build.preparation.values import IdKind, behaviours, kind_of_ids, seconds, to_ids
 
 COLUMNS = ("user_id", "item_id", "behavior")
 SYNONYMS = {
@@ -23,15 +24,6 @@ SYNONYMS = {
     "event": "behavior", "visitorid": "user_id", "user": "user_id", "itemid": "item_id", "item": "item_id",
     "product_id": "item_id", "ts": "timestamp", "time": "timestamp", "event_time": "timestamp",
 }  # fmt: skip
-BEHAVIOURS = {
-    "view": Behaviour.VIEW, "impression": Behaviour.VIEW, "pv": Behaviour.CLICK, "click": Behaviour.CLICK,
-    "1": Behaviour.CLICK, "fav": Behaviour.FAVOURITE, "favourite": Behaviour.FAVOURITE,
-    "favorite": Behaviour.FAVOURITE, "like": Behaviour.FAVOURITE, "2": Behaviour.FAVOURITE, "cart": Behaviour.CART,
-    "addtocart": Behaviour.CART, "add_to_cart": Behaviour.CART, "3": Behaviour.CART, "buy": Behaviour.PURCHASE,
-    "purchase": Behaviour.PURCHASE, "transaction": Behaviour.PURCHASE, "order": Behaviour.PURCHASE,
-    "4": Behaviour.PURCHASE,
-}  # fmt: skip
-"""Words (and Alibaba's numbers) for what a user did. Where nothing but views is logged, a view counts as a click."""
 QUERY_REACH_S = 1800
 """An event belongs to the user's last query if it came within half an hour."""
 
@@ -42,37 +34,83 @@ def prepare_behaviour_log(path: Path, options: PrepareOptions) -> Dataset:
     Raises:
         BadData: columns are missing, or nothing is left after cleaning.
     """
-    table = read_table(path)
-    table = table.rename({c: c.strip().lower() for c in table.columns})
-    renames = {old: new for old, new in SYNONYMS.items() if old in table.columns and new not in table.columns}
-    table = table.rename(renames)
-    require(table, path, COLUMNS)
+    report = options.report()
+    table = open_log(path, options, report)
+    given = None if options.items is None else open_items(options.items, options, report)
+    kinds = kinds_of(table, given, options, report)
     timed = "timestamp" in table.columns
-    report = Report()
-    words = table["behavior"].cast(pl.String).str.strip_chars().str.to_lowercase()
-    events = table.select(
-        to_ids(table["user_id"]),
-        to_ids(table["item_id"]),
-        words.replace_strict(
-            list(BEHAVIOURS), [b.value for b in BEHAVIOURS.values()], default=None, return_dtype=pl.Int8
-        ).alias("behaviour"),
-        _seconds(table["timestamp"]) if timed else pl.lit(0, pl.Int64).alias("timestamp"),
-        pl.col("query").fill_null("").cast(pl.String) if "query" in table.columns else pl.lit("").alias("query"),
-    )
+    events = clean_log(table, kinds, options, report)
+    return dataset_from_events(events, options, source=path.name, timed=timed, report=report, kinds=kinds, given=given)
+
+
+def open_log(path: Path, options: PrepareOptions, report: Report) -> pl.DataFrame:
+    """A log as it stands there, its columns under the names that are used here.
+
+    Raises:
+        BadData: it cannot be read, or a column is missing.
+    """
+    table = read_table(path, report, options.encoding)
+    for other, name in SYNONYMS.items():
+        if other in table.columns and name not in table.columns:
+            table = table.rename({other: name})
+    require(table, path, COLUMNS)
+    report.unused(path, table.columns, (*COLUMNS, "timestamp", "query"))
+    return table
+
+
+def kinds_of(
+    table: pl.DataFrame, given: pl.DataFrame | None, options: PrepareOptions, report: Report
+) -> dict[str, IdKind]:
+    """What the ids of items and users are, in the log and in the item file alike."""
+    items = [table["item_id"], *([] if given is None else [given["item_id"]])]
+    return {
+        "item": kind_of_ids("item", items, options.item_ids, report),
+        "user": kind_of_ids("user", [table["user_id"]], options.user_ids, report),
+    }
+
+
+def clean_log(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareOptions, report: Report) -> pl.DataFrame:
+    """The events of an opened log that can be used: user_id, item_id, behaviour, timestamp, query.
+
+    Raises:
+        BadData: too many values cannot be read, or nothing is left.
+    """
+    timed = "timestamp" in table.columns
+    found = [to_ids(table["user_id"], kinds["user"]), to_ids(table["item_id"], kinds["item"])]
+    left_out = [word for word, meaning in options.behaviours.items() if meaning is None]
+    columns = pl.DataFrame([*found, behaviours(table["behavior"], options.behaviours, report)]).with_columns(
+        seconds(table["timestamp"], report) if timed else pl.lit(0, pl.Int64).alias("timestamp"),
+        table["query"].fill_null("").cast(pl.String).alias("query") if "query" in table.columns
+        else pl.lit("").alias("query"),
+    )  # fmt: skip
+    if left_out:
+        words = table["behavior"].cast(pl.String).str.strip_chars().str.to_lowercase().fill_null("")
+        columns = report.apply("behaviours to be left out", columns, lambda f: f.filter(~words.is_in(left_out)))
     if "query" in table.columns:
-        report.filled("queries", events.height, table["query"].null_count())
-    events = clean_events(events, timed=timed, now=int(time.time()), report=report, min_count=options.min_count)
-    return dataset_from_events(events, options, source=str(path.name), timed=timed, report=report)
+        report.filled("queries", columns.height, table["query"].null_count())
+    return clean_events(columns, timed=timed, now=int(time.time()), report=report, min_count=options.min_count)
 
 
 def dataset_from_events(
-    events: pl.DataFrame, options: PrepareOptions, *, source: str, timed: bool, report: Report
+    events: pl.DataFrame,
+    options: PrepareOptions,
+    *,
+    source: str,
+    timed: bool,
+    report: Report,
+    kinds: dict[str, IdKind],
+    given: pl.DataFrame | None,
 ) -> Dataset:
-    """Split clean events, complete the catalogue, retrieve candidates. Shared by all kinds of logs."""
+    """Split clean events, complete the catalogue, retrieve candidates. Shared by all kinds of logs.
+
+    Args:
+        kinds: what the ids of items and users are.
+        given: an opened item file.
+    """
     if options.queries is not None:
         if not timed:
             raise BadData("a query file needs timestamps in the log, to know which events a query led to")
-        events = _with_queries(events, options.queries)
+        events = _with_queries(events, options, kinds, report)
     events = events.sort("timestamp", maintain_order=True)
     boundaries = split_by_time(events["timestamp"])
     events = events.with_columns(time_split(*boundaries)) if timed else leave_last_out(events)
@@ -83,7 +121,7 @@ def dataset_from_events(
         )
     if events["behaviour"].max() == Behaviour.VIEW.value:
         events = events.with_columns(behaviour=pl.lit(Behaviour.CLICK.value, pl.Int8))
-    items = _items(events, options, report)
+    items = _items(events, given, kinds, report)
     gains = {Behaviour[name].value: gain for name, gain in GAINS.items()}
     events = events.with_columns(
         gain=pl.col("behaviour").replace_strict(list(gains), list(gains.values()), return_dtype=pl.Float32)
@@ -117,29 +155,18 @@ def dataset_from_events(
                 "requests": requests.height,
             },
             cleaning=report.rows,
+            ids=dict(kinds),
+            notes={"read": report.notes},
         ),
     )
 
 
-def _seconds(column: pl.Series) -> pl.Series:
-    """Seconds since 1970 from seconds, milliseconds, or dates; null where it is none of them."""
-    if column.dtype.is_temporal():
-        return column.cast(pl.Datetime("ms")).dt.epoch("s").alias("timestamp")
-    text = column.cast(pl.String).str.strip_chars()
-    numbers = text.cast(pl.Float64, strict=False)
-    if numbers.null_count() == numbers.len():
-        return text.str.to_datetime(strict=False).dt.epoch("s").alias("timestamp")
-    milliseconds = float(str(numbers.median())) > 1e11
-    return (numbers / 1000 if milliseconds else numbers).cast(pl.Int64, strict=False).alias("timestamp")
-
-
-def _with_queries(events: pl.DataFrame, path: Path) -> pl.DataFrame:
+def _with_queries(
+    events: pl.DataFrame, options: PrepareOptions, kinds: dict[str, IdKind], report: Report
+) -> pl.DataFrame:
     """Give each event the user's last query of the half hour before it."""
-    table = read_table(path)
-    require(table, path, ("user_id", "query", "timestamp"))
-    queries = table.select(
-        to_ids(table["user_id"]), _seconds(table["timestamp"]), pl.col("query").alias("searched")
-    ).drop_nulls()
+    assert options.queries is not None
+    queries = read_queries(open_queries(options.queries, options, report), kinds, report)
     joined = events.sort("timestamp", maintain_order=True).join_asof(
         queries.sort("timestamp"),
         on="timestamp",
@@ -150,16 +177,53 @@ def _with_queries(events: pl.DataFrame, path: Path) -> pl.DataFrame:
     return joined.with_columns(query=pl.coalesce("searched", "query")).drop("searched")
 
 
-def _items(events: pl.DataFrame, options: PrepareOptions, report: Report) -> pl.DataFrame:
+def open_queries(path: Path, options: PrepareOptions, report: Report) -> pl.DataFrame:
+    """A query file as it stands there."""
+    table = read_table(path, report, options.encoding)
+    require(table, path, ("user_id", "query", "timestamp"))
+    return table
+
+
+def read_queries(table: pl.DataFrame, kinds: dict[str, IdKind], report: Report) -> pl.DataFrame:
+    """user_id, timestamp and searched of an opened query file."""
+    return pl.DataFrame(
+        [
+            to_ids(table["user_id"], kinds["user"]),
+            seconds(table["timestamp"], report),
+            table["query"].cast(pl.String).alias("searched"),
+        ]
+    ).drop_nulls()
+
+
+def _items(events: pl.DataFrame, given: pl.DataFrame | None, kinds: dict[str, IdKind], report: Report) -> pl.DataFrame:
+    """All items of the log and of the item file: what nobody has met yet can be shown, and be met."""
     seen = events.select("item_id").unique()
-    if options.items is None:
+    if given is None:
         return complete(seen)
-    given = read_items(options.items)
-    items = complete(seen.join(given, on="item_id", how="left"))
-    report.rows.append(("items of the log found in the item file", items.height, seen.join(given, on="item_id").height))
+    known = read_items(given, kinds["item"], report)
+    compare_items(events, known, report)
+    items = complete(seen.join(known, on="item_id", how="full", coalesce=True))
     for name in ("title", "brand", "category"):
-        if name in given.columns:
+        if name in known.columns:
             report.filled(name, items.height, int((items[name] == "").sum()))
-    if "price" in given.columns:
+    if "price" in known.columns:
         report.filled("price", items.height, int(items["price"].is_nan().sum()))
     return items
+
+
+def compare_items(events: pl.DataFrame, known: pl.DataFrame, report: Report) -> None:
+    """Hold the items of an item file against those of the log.
+
+    Raises:
+        BadData: they have none in common.
+    """
+    seen = events.select("item_id").unique()
+    met = seen.join(known, on="item_id").height
+    if not met:
+        raise BadData(
+            f"none of the {seen.height:,} items of the log is in the item file, whose first id is "
+            f"{known['key'][0]!r}; give the item file of this log"
+        )
+    report.rows.append(("items of the log found in the item file", seen.height, met))
+    if new := known.height - met:
+        report.note(f"items without an event, known by their content alone: {new:,}")

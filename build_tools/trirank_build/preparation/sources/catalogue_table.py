@@ -8,7 +8,10 @@ from pathlib import Path
 import polars as pl
 
 from trirank_build.errors import BadData
-from trirank_build.preparation.sources.tables import read_table, read_text, require, to_ids
+from trirank_build.preparation.cleaning import Report
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.sources.tables import read_table, read_text, require
+from trirank_build.preparation.values import IdKind, are_numbers, prices, seconds, to_ids, yes_or_no
 
 _DEFAULTS: dict[str, pl.Expr] = {
     "title": pl.lit(""),
@@ -20,6 +23,7 @@ _DEFAULTS: dict[str, pl.Expr] = {
     "attributes": pl.lit([], dtype=pl.List(pl.String)),
     "available": pl.lit(True),
 }
+NAMES_OF_ID = ("itemid", "item", "sku", "id")
 
 
 def complete(items: pl.DataFrame) -> pl.DataFrame:
@@ -27,37 +31,64 @@ def complete(items: pl.DataFrame) -> pl.DataFrame:
     items = items.unique("item_id", keep="first", maintain_order=True)
     for name, default in _DEFAULTS.items():
         items = items.with_columns(pl.col(name).fill_null(default) if name in items.columns else default.alias(name))
-    if "key" not in items.columns:
-        items = items.with_columns(key=pl.col("item_id").cast(pl.String))
+    key = pl.col("item_id").cast(pl.String)
+    items = items.with_columns(key=pl.col("key").fill_null(key) if "key" in items.columns else key)
     return items.sort("item_id")
 
 
-def read_items(path: Path) -> pl.DataFrame:
-    """An item file: a table with ``item_id`` and any of title, brand, category, price, product_id, created_at,
-    available; or JSON that maps item ids to lists of attributes.
+def open_items(path: Path, options: PrepareOptions, report: Report) -> pl.DataFrame:
+    """An item file as it stands there, its ids as text in the column ``item_id``: a table with any of title, brand,
+    category, price, product_id, created_at, available; or JSON that maps item ids to lists of attributes.
 
     Raises:
         BadData: it cannot be read, or ``item_id`` is missing.
     """
     if path.suffix == ".json":
         try:
-            raw = json.loads(read_text(path))
+            raw = json.loads(read_text(path, report, options.encoding))
             ids, attributes = list(raw), [[str(value) for value in values] for values in raw.values()]
         except (ValueError, TypeError, AttributeError) as error:
             raise BadData(f"{path} is no JSON object of item id → list of attributes ({error})") from error
-        frame = pl.DataFrame({"item_id": ids, "key": ids, "attributes": attributes})
-        return frame.with_columns(to_ids(frame["item_id"]))
-    table = read_table(path)
+        return pl.DataFrame({"item_id": ids, "attributes": attributes})
+    table = read_table(path, report, options.encoding)
+    if "item_id" not in table.columns:
+        other = next((name for name in NAMES_OF_ID if name in table.columns), None)
+        table = table if other is None else table.rename({other: "item_id"})
     require(table, path, ("item_id",))
-    known = [name for name in ("item_id", *_DEFAULTS) if name in table.columns and name != "attributes"]
-    table = table.select(known).with_columns(key=pl.col("item_id").cast(pl.String))
-    numbers = {"price": pl.Float64, "created_at": pl.Int64}
-    table = table.with_columns(
-        to_ids(table["item_id"]),
-        *(pl.col(name).cast(dtype, strict=False) for name, dtype in numbers.items() if name in table.columns),
-        *(to_ids(table[name]) for name in ("product_id",) if name in table.columns),
-    )
-    if "available" in table.columns:
-        text = pl.col("available").cast(pl.String).str.to_lowercase()
-        table = table.with_columns(available=~text.is_in(["0", "false", "no"]))
-    return table.drop_nulls("item_id")
+    used = [name for name in ("item_id", *_DEFAULTS) if name in table.columns and name != "attributes"]
+    report.unused(path, table.columns, used)
+    return table.select(used)
+
+
+def read_items(table: pl.DataFrame, kind: IdKind, report: Report) -> pl.DataFrame:
+    """The values of an opened item file, one row an item, the first of several.
+
+    Raises:
+        BadData: too many values cannot be read.
+    """
+    columns = [to_ids(table["item_id"], kind), table["item_id"].cast(pl.String).str.strip_chars().alias("key")]
+    for name in table.columns:
+        column = table[name]
+        if name in ("title", "brand", "category"):
+            columns.append(column.cast(pl.String).str.strip_chars())
+        elif name == "price":
+            columns.append(prices(column, report))
+        elif name == "created_at":
+            columns.append(seconds(column, report))
+        elif name == "available":
+            columns.append(yes_or_no(column, report))
+        elif name == "product_id":
+            columns.append(to_ids(column, "numbers" if are_numbers(column) else "strings"))
+        elif name == "attributes":
+            columns.append(column)
+    items = pl.DataFrame(columns)
+    known = items.drop_nulls("item_id")
+    report.lost("items without an id", items.height, items.height - known.height, "or with one that is none",
+                "look at the column item_id of the item file")  # fmt: skip
+    first = known.unique("item_id", keep="first", maintain_order=True)
+    if first.height < known.height:
+        twice = known.filter(pl.col("item_id").is_duplicated())["key"][0]
+        report.note(
+            f"item file: {known.height - first.height:,} rows repeat an item, such as {twice!r}; the first one counts"
+        )
+    return first

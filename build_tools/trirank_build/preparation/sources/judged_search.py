@@ -12,10 +12,10 @@ from trirank.contract import ANONYMOUS_USER
 from trirank_build.baselines.bm25 import Bm25
 from trirank_build.data.dataset import EVENTS, GRADED_TASKS, Dataset, Description
 from trirank_build.errors import BadData
-from trirank_build.preparation.cleaning import Report
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.sources.catalogue_table import complete
-from trirank_build.preparation.sources.tables import read_table, require, to_ids
+from trirank_build.preparation.sources.tables import read_table, require
+from trirank_build.preparation.values import kind_of_ids, to_ids
 from trirank_build.progress import progress
 
 COLUMNS = ("product_uid", "product_title", "search_term", "relevance")
@@ -29,11 +29,12 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
     Raises:
         BadData: columns are missing, or nothing is left after cleaning.
     """
-    table = read_table(path)
+    report = options.report()
+    table = read_table(path, report, options.encoding)
     require(table, path, COLUMNS)
-    report = Report()
+    kind = kind_of_ids("item", [table["product_uid"]], options.item_ids, report)
     table = table.select(
-        to_ids(table["product_uid"]).alias("item_id"),
+        to_ids(table["product_uid"], kind).alias("item_id"),
         pl.col("product_title").str.strip_chars().alias("title"),
         pl.col("search_term").str.strip_chars().str.to_lowercase().alias("query"),
         pl.col("relevance").cast(pl.Float64, strict=False),
@@ -74,6 +75,8 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
                 "judgements": table.height,
             },
             cleaning=report.rows,
+            ids={"item": kind, "user": "numbers"},
+            notes={"read": report.notes},
         ),
     )
 

@@ -11,10 +11,12 @@ from trirank.contract import Behaviour
 
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
-from trirank_build.preparation.cleaning import Report, clean_events
+from trirank_build.preparation.cleaning import clean_events
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.sources.behaviour_log import dataset_from_events
-from trirank_build.preparation.sources.tables import read_text, to_ids
+from trirank_build.preparation.sources.catalogue_table import open_items
+from trirank_build.preparation.sources.tables import read_text
+from trirank_build.preparation.values import to_ids
 
 _LINE = re.compile(r"\d+(\s+\d+)+\s*$")
 
@@ -32,7 +34,8 @@ def prepare_sequences(path: Path, options: PrepareOptions) -> Dataset:
     Raises:
         BadData: a line is something else, or nothing is left after cleaning.
     """
-    lines = pl.Series("line", read_text(path).splitlines()).str.strip_chars()
+    report = options.report()
+    lines = pl.Series("line", read_text(path, report, options.encoding).splitlines()).str.strip_chars()
     lines = lines.filter(lines != "")
     good = lines.str.contains(_LINE.pattern)
     if not good.all():
@@ -43,15 +46,18 @@ def prepare_sequences(path: Path, options: PrepareOptions) -> Dataset:
     parts = lines.str.split(" ")
     table = pl.DataFrame({"user_id": parts.list.first(), "item_id": parts.list.slice(1)}).explode("item_id")
     events = table.select(
-        to_ids(table["user_id"]),
-        to_ids(table["item_id"]),
+        to_ids(table["user_id"], "numbers"),
+        to_ids(table["item_id"], "numbers"),
         pl.lit(Behaviour.PURCHASE.value, pl.Int8).alias("behaviour"),
         pl.lit(0, pl.Int64).alias("timestamp"),
         pl.lit("").alias("query"),
     )
-    report = Report()
     events = clean_events(events, timed=False, now=0, report=report, min_count=options.min_count)
     sibling = path.with_name(f"{path.stem}_item2attributes.json")
     if options.items is None and sibling.is_file():
         options = replace(options, items=sibling)
-    return dataset_from_events(events, options, source=path.name, timed=False, report=report)
+    given = None if options.items is None else open_items(options.items, options, report)
+    return dataset_from_events(
+        events, options, source=path.name, timed=False, report=report, given=given,
+        kinds={"item": "numbers", "user": "numbers"},
+    )  # fmt: skip

@@ -1,7 +1,9 @@
-"""Reading what users bring: CSV, TSV and Parquet, gzipped or not, UTF-8 or Latin-1."""
+"""Reading what users bring: CSV with commas, tabs, semicolons or bars, and Parquet; gzipped or not; in any encoding."""
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
 import io
 from pathlib import Path
@@ -9,6 +11,11 @@ from pathlib import Path
 import polars as pl
 
 from trirank_build.errors import BadData
+from trirank_build.preparation.cleaning import Report
+
+_SEPARATORS = (",", "\t", ";", "|")
+_SHOWN = 40
+"""Letters of a damaged line that an error shows."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -30,38 +37,82 @@ def read_bytes(path: Path) -> bytes:
     return raw
 
 
-def read_text(path: Path) -> str:
-    """Text in UTF-8, or else in Latin-1.
+def read_text(path: Path, report: Report, encoding: str | None = None) -> str:
+    """Text in the encoding that is named. Without a name: UTF-8; where nothing but ASCII is valid UTF-8, Latin-1, which
+    the report tells.
 
     Raises:
-        BadData: it holds NUL bytes, so it is no text.
+        BadData: it is no text, or not in that encoding.
     """
     raw = read_bytes(path)
+    if encoding is None and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    if encoding is not None:
+        try:
+            return raw.decode(encoding)
+        except LookupError:
+            raise BadData(f"--encoding {encoding} is none; take utf-8, latin-1, cp1252, gb18030, …") from None
+        except UnicodeError as error:
+            at = _line_of(raw, getattr(error, "start", 0))
+            raise BadData(f"{path}, line {at} is not in --encoding {encoding} ({error}); name another") from None
     if b"\0" in raw[:65_536]:
         raise BadData(f"{path} is a binary file, not text; give CSV, TSV or Parquet")
     try:
         return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
+    except UnicodeDecodeError as error:
+        at, damaged = _line_of(raw, error.start), raw.decode("utf-8", "replace")
+        line = damaged.splitlines()[at - 1].strip()
+        if sum(letter > "\x7f" and letter != "\ufffd" for letter in damaged) > damaged.count("\ufffd"):
+            raise BadData(
+                f"{path}, line {at} is damaged: most of the file is UTF-8, and {line[:_SHOWN]!r} is not; mend it, or "
+                "say --encoding latin-1 if all of it is"
+            ) from None
+        text = raw.decode("latin-1")
+        line = text.splitlines()[at - 1].strip()[:_SHOWN]
+        report.note(
+            f"{path.name}: read as Latin-1, since line {at} is not UTF-8: {line!r}. "
+            "If that does not look right, say --encoding cp1252, gb18030, shift_jis, …"
+        )
+        return text
 
 
-def read_table(path: Path) -> pl.DataFrame:
-    """A table whose column names are as in the file; CSV columns are all strings.
+def read_table(path: Path, report: Report, encoding: str | None = None) -> pl.DataFrame:
+    """A table whose column names are in small letters; CSV columns are all strings.
 
     Raises:
-        BadData: it cannot be parsed.
+        BadData: it cannot be parsed, or two columns have one name.
     """
     try:
         if path.suffix == ".parquet":
             if not path.is_file():
                 raise BadData(f"{path} is no file")
-            return pl.read_parquet(path)
-        text = read_text(path)
-        header = text.split("\n", 1)[0]
-        separator = "\t" if header.count("\t") > header.count(",") else ","
-        return pl.read_csv(io.BytesIO(text.encode()), separator=separator, infer_schema=False)
+            table = pl.read_parquet(path)
+            return table.rename(dict(zip(table.columns, _names(table.columns, path), strict=True)))
+        text = read_text(path, report, encoding).lstrip()
+        separator, header = split_header(text)
+        names = _names(header, path)
+        body = io.BytesIO(text.encode())
+        return pl.read_csv(body, separator=separator, infer_schema=False, new_columns=names)
     except pl.exceptions.PolarsError as error:
         raise BadData(f"{path} cannot be read as a table: {error}".split("\n")[0]) from error
+
+
+def column_names(path: Path, encoding: str | None = None) -> list[str]:
+    """Names of a table's columns, in small letters.
+
+    Raises:
+        BadData: it cannot be read.
+    """
+    if path.suffix == ".parquet":
+        return read_table(path, Report()).columns
+    return _names(split_header(read_text(path, Report(), encoding))[1], path)
+
+
+def split_header(text: str) -> tuple[str, list[str]]:
+    """The separator of a CSV file, which is what its first line has most of, and that line's fields."""
+    line = text.lstrip().split("\n", 1)[0].rstrip("\r")
+    separator = max(_SEPARATORS, key=line.count)
+    return separator, next(csv.reader([line], delimiter=separator), [])
 
 
 def require(table: pl.DataFrame, path: Path, columns: tuple[str, ...]) -> None:
@@ -74,27 +125,12 @@ def require(table: pl.DataFrame, path: Path, columns: tuple[str, ...]) -> None:
         raise BadData(f"{path} has a header but no row")
 
 
-def to_ids(column: pl.Series) -> pl.Series:
-    """int64 ids: numbers as they are, anything else by ``contract.stable_id``.
+def _names(header: list[str], path: Path) -> list[str]:
+    names = [name.strip().lower() for name in header]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadData(f"{path} has two columns named {', '.join(map(repr, twice))}; rename or remove one")
+    return names
 
-    Raises:
-        BadData: two names collide, or an id is negative.
-    """
-    from trirank.contract import stable_id
 
-    name = column.name
-    if column.dtype.is_integer():
-        ids = column.cast(pl.Int64)
-    else:
-        text = column.cast(pl.String).str.strip_chars()
-        ids = text.cast(pl.Int64, strict=False)
-        if ids.null_count() > text.null_count():
-            keys = text.drop_nulls().unique()
-            hashed = pl.Series("id", [stable_id(key) for key in keys], dtype=pl.Int64)
-            if hashed.n_unique() < keys.len():
-                raise BadData(f"two values of {name} have the same 64-bit hash; rename one of them")
-            ids = text.replace_strict(keys, hashed, default=None, return_dtype=pl.Int64)
-    negative = ids.filter(ids < 0)
-    if len(negative):
-        raise BadData(f"{name} holds {negative[0]}; ids are 0 or more")
-    return ids.alias(name)
+def _line_of(raw: bytes, at: int) -> int:
+    return raw.count(b"\n", 0, at) + 1

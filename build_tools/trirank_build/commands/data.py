@@ -1,0 +1,118 @@
+"""`trirank data`: from raw files to a dataset."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from trirank.contract import Behaviour
+
+from trirank_build.commands.options import Seed, check_target
+from trirank_build.errors import BadUsage
+from trirank_build.progress import out, working
+
+app = typer.Typer(help="Check files and prepare datasets.", no_args_is_help=True)
+
+SKIP = "skip"
+
+
+class Ids(str, Enum):
+    """How ids are taken."""
+
+    numbers = "numbers"
+    strings = "strings"
+
+
+Encoding = Annotated[str | None, typer.Option(help="Of the files: gb18030, cp1252, …; UTF-8 by default.")]
+Behaviours = Annotated[
+    list[str] | None,
+    typer.Option("--behaviour", metavar="WORD=MEANING", help="What a word of the log means: view, click, favourite, "
+                 "cart, purchase, or skip; once for each."),
+]  # fmt: skip
+ItemIds = Annotated[Ids | None, typer.Option("--item-ids", help="Take item ids as numbers or as text.")]
+UserIds = Annotated[Ids | None, typer.Option("--user-ids", help="Take user ids as numbers or as text.")]
+MaxLoss = Annotated[
+    float, typer.Option(min=0, max=1, help="Largest share of values or rows of no use before that is an error.")
+]
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(help="A log, an item file, a query file, in any order.")],
+    encoding: Encoding = None,
+    behaviour: Behaviours = None,
+    item_ids: ItemIds = None,
+    user_ids: UserIds = None,
+    max_loss: MaxLoss = 0.1,
+) -> None:
+    """Say what of files that belong together would be read, and what would not; writes nothing."""
+    from trirank_build.preparation.check import check as examine
+    from trirank_build.preparation.options import PrepareOptions
+
+    report = examine(files, PrepareOptions(
+        encoding=encoding, behaviours=_meanings(behaviour or []), item_ids=item_ids and item_ids.value,
+        user_ids=user_ids and user_ids.value, max_loss=max_loss,
+    ))  # fmt: skip
+    show_report(report.notes, report.rows)
+    out.print("these files can be prepared")
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="`shop`, or a CSV, Parquet or text file.")],
+    target: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
+    items: Annotated[Path | None, typer.Option(help="Item file: item_id and title, brand, category, price, …")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Query file: user_id, query, timestamp.")] = None,
+    encoding: Encoding = None,
+    behaviour: Behaviours = None,
+    item_ids: ItemIds = None,
+    user_ids: UserIds = None,
+    max_loss: MaxLoss = 0.1,
+    min_count: Annotated[int, typer.Option(min=1, help="k of the k-core; 1: off.")] = 1,
+    max_train: Annotated[int, typer.Option(min=1, help="Training requests to keep.")] = 200_000,
+    max_eval: Annotated[int, typer.Option(min=1, help="Validation and test requests to keep.")] = 20_000,
+    seed: Seed = 7,
+) -> None:
+    """Read, clean, split by time, find candidates; write a dataset."""
+    from trirank_build.preparation.options import PrepareOptions
+    from trirank_build.preparation.prepare import prepare as make
+
+    check_target(target, "a dataset", replaces="dataset.json")
+    dataset = make(source, PrepareOptions(
+        items, queries, min_count, max_train, max_eval, seed, encoding=encoding,
+        behaviours=_meanings(behaviour or []), item_ids=item_ids and item_ids.value,
+        user_ids=user_ids and user_ids.value, max_loss=max_loss,
+    ))  # fmt: skip
+    with working("writing the dataset"):
+        dataset.save(target)
+    show_report(dataset.description.notes.get("read", []), dataset.description.cleaning)
+    counts = dataset.requests.group_by("split").len().collect()
+    sizes = {name: f"{count:,}" for name, count in dataset.description.counts.items()}
+    splits = {split: f"{count:,}" for split, count in counts.iter_rows()}
+    out.print(f"{target}: " + ", ".join(f"{n} {name}" for name, n in sizes.items()))
+    out.print("requests: " + ", ".join(f"{splits.get(name, 0)} {name}" for name in ("train", "valid", "test")))
+
+
+def show_report(notes: list[str], rows: list[Any]) -> None:
+    """How values were read, and what the rules of cleaning dropped."""
+    for line in notes:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    if rows:
+        table = Table("rule", "rows in", "rows out", "dropped", title="cleaning")
+        for rule, before, after in rows:
+            table.add_row(rule, f"{before:,}", f"{after:,}", f"{before - after:,}")
+        out.print(table)
+
+
+def _meanings(said: list[str]) -> dict[str, Behaviour | None]:
+    found: dict[str, Behaviour | None] = {}
+    names = {behaviour.name.lower(): behaviour for behaviour in Behaviour}
+    for each in said:
+        word, equals, meaning = each.rpartition("=")
+        if not equals or not word or meaning.lower() not in (*names, SKIP):
+            raise BadUsage(f"--behaviour {each} is no WORD=MEANING; meanings are {', '.join(names)}, {SKIP}")
+        found[word.strip().lower()] = names.get(meaning.lower())
+    return found

@@ -1,0 +1,203 @@
+"""What stands in a column, as numbers: prices, times, yes and no, behaviours, ids.
+
+A value is *missing* where the file leaves it out (an empty field, or one of ``MISSING``), and *unreadable* where
+something stands there that nobody can tell the meaning of. The report counts the two apart, the second with examples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import polars as pl
+from trirank.contract import Behaviour, stable_id
+
+from trirank_build.errors import BadData
+from trirank_build.preparation.cleaning import Report
+
+MISSING = ("", "na", "n/a", "nan", "null", "none", "-", "?", "nil")
+"""What stands for "not known", in any case of letters."""
+YES = ("1", "true", "t", "yes", "y", "ja", "j", "oui", "si", "sí", "on", "available", "in stock", "instock", "in_stock")
+NO = (
+    "0", "false", "f", "no", "n", "nein", "non", "off", "unavailable", "out of stock", "outofstock", "out_of_stock",
+    "sold out", "soldout",
+)  # fmt: skip
+BEHAVIOURS = {
+    "view": Behaviour.VIEW, "impression": Behaviour.VIEW, "pv": Behaviour.CLICK, "click": Behaviour.CLICK,
+    "1": Behaviour.CLICK, "fav": Behaviour.FAVOURITE, "favourite": Behaviour.FAVOURITE,
+    "favorite": Behaviour.FAVOURITE, "like": Behaviour.FAVOURITE, "2": Behaviour.FAVOURITE, "cart": Behaviour.CART,
+    "addtocart": Behaviour.CART, "add_to_cart": Behaviour.CART, "3": Behaviour.CART, "buy": Behaviour.PURCHASE,
+    "purchase": Behaviour.PURCHASE, "transaction": Behaviour.PURCHASE, "order": Behaviour.PURCHASE,
+    "4": Behaviour.PURCHASE,
+}  # fmt: skip
+"""Words (and Alibaba's numbers) for what a user did. Where nothing but views is logged, a view counts as a click."""
+IdKind = Literal["numbers", "strings"]
+ID_KINDS: tuple[str, ...] = get_args(IdKind)
+
+_NUMBER = r"^(0|[1-9]\d{0,18})$"
+"""An id that means the same as text and as a number: no zeros in front, no sign, no point."""
+_PRICE = (
+    r"(?i)^(?:\p{Sc}|[a-z]{1,4}\.?|[a-z]{1,3}\p{Sc})?\s*([-+]?\d[\d.,'’\s\u{a0}\u{202f}]*?)"
+    r"(?:,-|\.-|,–)?\s*(?:\p{Sc}|[a-z]{1,4}\.?)?$"
+)
+"""A number between a currency's sign or letters, on either side."""
+_SPACES = r"['’\s\u{a0}\u{202f}]"
+_COMMA_CENTS, _COMMA_THOUSANDS = r"^[-+]?[\d.]*,\d+$", r"^[-+]?\d{1,3},\d{3}$"
+_POINT_THOUSANDS = r"^[-+]?\d{1,3}(\.\d{3})+$"
+_DATES = ("%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%Y/%m/%d")
+_UNITS = ((1e17, 1_000_000_000, "nanoseconds"), (1e14, 1_000_000, "microseconds"), (1e11, 1_000, "milliseconds"))
+
+
+def prices(column: pl.Series, report: Report) -> pl.Series:
+    """Float64, NaN where it is not known: ``12.50``, ``12,50 €``, ``$1,234.50``, ``1.234,50``, ``CHF 1'234.50``.
+
+    Whether a comma stands before the cents is told from the whole column: it does unless it is followed by three digits
+    everywhere.
+    """
+    text = known(column)
+    bare = text.str.extract(_PRICE).str.replace_all(_SPACES, "")
+    cents = bare.str.contains(_COMMA_CENTS) & ~bare.str.contains(_COMMA_THOUSANDS)
+    by_comma = pl.lit(False)
+    if cents.any():
+        report.note(f"{column.name}: a comma stands before the decimals")
+        point_last = pl.col("bare").str.contains(r",.*\.")
+        by_comma = ~point_last & (pl.col("bare").str.contains(",") | pl.col("bare").str.contains(_POINT_THOUSANDS))
+    # Marks stand where they may, or it is no number: 1,2,3.
+    bare_text = pl.col("bare")
+    with_comma = bare_text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
+    with_comma = pl.when(bare_text.str.contains(r"^[-+]?(\d{1,3}(\.\d{3})+|\d+)(,\d*)?$")).then(with_comma)
+    with_point = bare_text.str.replace_all(",", "", literal=True)
+    with_point = pl.when(bare_text.str.contains(r"^[-+]?(\d{1,3}(,\d{3})+|\d+)(\.\d*)?$")).then(with_point)
+    number = pl.when(by_comma).then(with_comma).otherwise(with_point).cast(pl.Float64, strict=False)
+    # What is written otherwise may still be a number: 1e3.
+    number = pl.coalesce(number, pl.col("text").cast(pl.Float64, strict=False))
+    priced = pl.DataFrame({"bare": bare, "text": text}).select(number=number)
+    found = priced.select(pl.when(pl.col("number").is_finite() & (pl.col("number") >= 0)).then("number")).to_series()
+    report.read(column.name, text, found, "taken as unknown; a price is a number of 0 or more")
+    return found.fill_null(float("nan")).alias(column.name)
+
+
+def seconds(column: pl.Series, report: Report) -> pl.Series:
+    """Int64 seconds since 1970, null where it is not known, from numbers of any unit or from dates."""
+    text = known(column)
+    if column.dtype.is_temporal():
+        return column.cast(pl.Datetime("ms")).dt.epoch("s").alias(column.name)
+    numbers = text.cast(pl.Float64, strict=False)
+    if numbers.null_count() < numbers.len():
+        middle = float(str(numbers.median()))
+        divisor, unit = next(((d, u) for least, d, u in _UNITS if middle > least), (1, "seconds"))
+        report.note(f"{column.name}: {unit} since 1970")
+        found = (numbers / divisor).floor().cast(pl.Int64, strict=False)
+    else:
+        found = text.str.to_datetime(strict=False, time_unit="us", time_zone="UTC").dt.epoch("s")
+        for form in _DATES:
+            if found.null_count() == text.null_count():
+                break
+            found = found.fill_null(text.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("s"))
+        report.note(f"{column.name}: dates, in UTC where they name no time zone")
+    report.read(column.name, text, found, "write seconds since 1970, or dates like 2026-01-31 13:45:00")
+    return found.alias(column.name)
+
+
+def yes_or_no(column: pl.Series, report: Report) -> pl.Series:
+    """Boolean, null where it is not known; a number above 0, such as what is in stock, is a yes."""
+    text = known(column).str.to_lowercase()
+    number = text.cast(pl.Float64, strict=False) > 0
+    found = pl.select(
+        pl.when(text.is_in(YES)).then(True).when(text.is_in(NO)).then(False).otherwise(number)
+    ).to_series()
+    report.read(column.name, text, found, f"taken as yes; write {', '.join(YES[:4])}, … or {', '.join(NO[:4])}, …")
+    return found.alias(column.name)
+
+
+def behaviours(column: pl.Series, extra: Mapping[str, Behaviour | None], report: Report) -> pl.Series:
+    """Int8 codes of Behaviour, null for a word that nobody knows or that ``extra`` maps to None.
+
+    Args:
+        extra: further words, or other meanings of known ones; None: rows to be left out.
+    """
+    words = column.cast(pl.String).str.strip_chars().str.to_lowercase()
+    meanings: dict[str, Behaviour | None] = {**BEHAVIOURS, **extra}
+    codes = {word: meaning.value for word, meaning in meanings.items() if meaning is not None}
+    found = words.replace_strict(list(codes), list(codes.values()), default=None, return_dtype=pl.Int8)
+    unknown = words.filter(found.is_null() & words.is_not_null() & ~words.is_in(list(meanings)))
+    if len(unknown):
+        counts = unknown.value_counts(sort=True, name="count")
+        named = ", ".join(f"{word!r} ({count:,})" for word, count in counts.head(5).iter_rows())
+        more = f" and {counts.height - 5} more" if counts.height > 5 else ""
+        first = str(counts.row(0)[0])
+        report.lost(
+            "unknown behaviours", words.len(), len(unknown), f"{named}{more}",
+            f"say what they mean, such as --behaviour {first}=click, or --behaviour {first}=skip to leave them out",
+        )  # fmt: skip
+    return found.alias("behaviour")
+
+
+def kind_of_ids(what: str, columns: Sequence[pl.Series], wanted: str | None, report: Report) -> IdKind:
+    """Whether ids are taken as numbers or as text, which callers then have to send: of all columns alike.
+
+    Args:
+        what: ``item`` or ``user``.
+        wanted: one of ID_KINDS; None: as they look.
+
+    Raises:
+        BadData: one is negative; or most are numbers and some are not, which may be damage, and nobody said what to do.
+    """
+    if wanted is not None:
+        report.note(f"{what} ids: {wanted}")
+        return "numbers" if wanted == "numbers" else "strings"
+    odd, total, examples = 0, 0, list[str]()
+    for column in columns:
+        text = _id_text(column).drop_nulls()
+        strange = text.filter(~text.str.contains(_NUMBER))
+        odd, total = odd + len(strange), total + len(text)
+        examples += strange.unique(maintain_order=True).head(3).to_list()
+    if not odd:
+        report.note(f"{what} ids: numbers")
+        return "numbers"
+    if negative := [example for example in examples if re.fullmatch(r"-\d+", example)]:
+        raise BadData(f"{what}_id holds {negative[0]}; ids are 0 or more")
+    named = " and ".join(repr(example) for example in examples[:2])
+    if odd * 2 < total:
+        raise BadData(
+            f"{odd:,} of {total:,} {what} ids are no plain numbers, such as {named}; say --{what}-ids strings to take "
+            f"all of them as text (callers then send strings), or --{what}-ids numbers to leave those out"
+        )
+    report.note(f"{what} ids: strings, such as {named}; callers send them as strings")
+    return "strings"
+
+
+def are_numbers(column: pl.Series) -> bool:
+    """Whether every id that is there is a plain number."""
+    return bool(_id_text(column).drop_nulls().str.contains(_NUMBER).all())
+
+
+def to_ids(column: pl.Series, kind: IdKind) -> pl.Series:
+    """Int64 ids: numbers as they are, text by ``contract.stable_id``; null where there is none, or no number.
+
+    Raises:
+        BadData: two names collide.
+    """
+    name, text = column.name, _id_text(column)
+    if kind == "numbers":
+        plain = pl.select(pl.when(text.str.contains(_NUMBER)).then(text)).to_series()
+        return plain.cast(pl.Int64, strict=False).alias(name)
+    keys = text.drop_nulls().unique()
+    hashed = pl.Series("id", [stable_id(key) for key in keys], dtype=pl.Int64)
+    if hashed.n_unique() < keys.len():
+        raise BadData(f"two values of {name} have the same 64-bit hash; rename one of them")
+    return text.replace_strict(keys, hashed, default=None, return_dtype=pl.Int64).alias(name)
+
+
+def known(column: pl.Series) -> pl.Series:
+    """A column's values as text without spaces around; null where they are missing."""
+    text = column.cast(pl.String).str.strip_chars()
+    return pl.select(pl.when(~text.str.to_lowercase().is_in(MISSING)).then(text)).to_series().alias(column.name)
+
+
+def _id_text(column: pl.Series) -> pl.Series:
+    if column.dtype.is_float():  # whole numbers beside missing ones become such in many a Parquet file
+        column = column.cast(pl.Int64)
+    text = column.cast(pl.String).str.strip_chars()
+    return pl.select(pl.when(text != "").then(text)).to_series().alias(column.name)
