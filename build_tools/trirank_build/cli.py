@@ -19,6 +19,7 @@ from trirank_build.commands.doctor import doctor
 from trirank_build.commands.engine import app as engine_app
 from trirank_build.commands.options import Data, Json, Run
 from trirank_build.commands.release import app as release_app
+from trirank_build.commands.release import promote_checked
 from trirank_build.errors import BadRecipe, BadUsage, TrirankBuildError
 from trirank_build.progress import console as errors
 from trirank_build.progress import out, warn, working
@@ -315,7 +316,6 @@ def assemble(
     from trirank_build.repository.assemble import assemble as make_release
     from trirank_build.repository.configs import Instances
     from trirank_build.repository.release import load_manifest
-    from trirank_build.repository.store import promote as point_at
     from trirank_build.training.run import TrainedRun
 
     with working("assembling"):
@@ -344,7 +344,7 @@ def assemble(
             "CPU; try both with python -m trirank_loadtest.run --release RELEASE --rate 3000.[/dim]", soft_wrap=True,
         )  # fmt: skip
     if promote:
-        point_at(made)
+        promote_checked(made)
     print(made)
 
 

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
+from http.client import HTTPConnection
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from trirank import RankClient, RankError
 from trirank_build.data.dataset import Dataset
@@ -114,6 +117,13 @@ def test_swaps_under_load(world, single, others, pipelines):
         assert loaded == {"rank", *(f"{name}_{other.name}" for name in models)}
 
 
+def health(server):
+    """What a load balancer gets to know."""
+    with closing(HTTPConnection(server.http, timeout=10)) as connection:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status
+
+
 def stub(server):
     return service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(server.grpc))
 
@@ -149,6 +159,7 @@ def test_a_release_that_cannot_be_served_changes_nothing(world, swappable, tmp_p
     assert answers(swappable.grpc, world.release) == before
     index = stub(swappable).RepositoryIndex(*controlled(swappable)).models
     assert {model.name for model in index if model.state == "READY" and "b" * 12 in model.name} == set()
+    assert health(swappable) == 200  # or a load balancer drops every replica that follows the link
 
 
 def test_nobody_else_may_load_models(swappable):
@@ -194,10 +205,16 @@ def test_the_command_follows_the_link(world, other, tmp_path):
             link.unlink()
             promote(first)
             wait_for(lambda: np.allclose(flat(answers(address, first)), flat(before), atol=1e-4), process)
+            wait_for(lambda: f"serving {first.name} now" in said.read_text(), process)
+            stub = wait_for(lambda: only_stub(process, f"ranker_{first.name}"), process)
+            stub.kill()  # Triton goes on saying that it is ready
+            process.wait(60)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(60)
-    assert process.returncode == 0, said.read_text()
+    assert process.returncode == 1, said.read_text()
+    assert "a recorded request was not answered" in said.read_text()
+    assert "3 recorded requests in a row were not answered" in said.read_text()
 
 
 def flat(answered):
@@ -206,10 +223,19 @@ def flat(answered):
 
 def wait_for(condition, process, timeout_s=100):
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not (found := condition()):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    return found
+
+
+def only_stub(process, model):
+    """The process of a model, once the one that it had when it was served before is gone."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    stubs = [child for child in alive if any(model in word for word in child.cmdline())]
+    return stubs[0] if len(stubs) == 1 else None
 
 
 def test_a_fallback_scores_where_the_runtime_cannot(world, trained, server, tmp_path, capfd):

@@ -28,7 +28,7 @@ def doctor(
         bool, typer.Option(help="For a server: whether to send each model one request, and one that must fail.")
     ] = True,
     elsewhere: Annotated[
-        bool, typer.Option("--elsewhere", help="It will be served on another machine: say nothing of this one's GPUs.")
+        bool, typer.Option("--elsewhere", help="It will be served on another machine: say nothing of this one.")
     ] = False,
     fail_on: Annotated[str, typer.Option(help="From which severity on the exit status is 1: info, warning, error.")] = (
         "warning"
@@ -36,7 +36,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what is wrong with any Triton repository or server, why, and how to mend it."""
-    from trirank_build.doctor.examine import examine, examine_server
+    from trirank_build.doctor.examine import OF_THIS_MACHINE, examine, examine_server
     from trirank_build.doctor.finding import Severity
     from trirank_build.doctor.repository import Surroundings
     from trirank_build.repository.release import recorded_requests
@@ -52,7 +52,7 @@ def doctor(
     else:
         raise BadRecipe(f"{target} is neither a folder nor host:port of a server")
     if elsewhere:
-        findings = [finding for finding in findings if finding.rule.id not in ("RES01", "RES02", "RES06", "RES07")]
+        findings = [finding for finding in findings if finding.rule.id not in OF_THIS_MACHINE]
     failing = [finding for finding in findings if finding.rule.severity >= Severity[fail_on.upper()]]
     if as_json:
         print(json.dumps({"target": target, "findings": [finding.to_json() for finding in findings]}, indent=1))

@@ -72,9 +72,7 @@ def verify(release: Release) -> None:
 @app.command()
 def promote(release: Release) -> None:
     """Point `current` at a release; servers that follow the link take it up."""
-    from trirank_build.repository.store import promote as point_at
-
-    out.print(f"{point_at(release)} → {release.resolve().name}")
+    out.print(f"{promote_checked(release)} → {release.resolve().name}")
 
 
 @app.command()
@@ -114,6 +112,27 @@ def diff(one: Release, other: Release, as_json: Json = False) -> None:
     for row in found:
         table.add_row(*row)
     out.print(table)
+
+
+def promote_checked(release: Path) -> Path:
+    """Promote a release that the doctor finds no error in, those of this machine left out; gives the link.
+
+    Raises:
+        BadModel: there is an error, or it is no release.
+    """
+    from trirank_build.doctor.examine import OF_THIS_MACHINE, examine
+    from trirank_build.doctor.finding import Severity
+    from trirank_build.repository.release import load_manifest
+    from trirank_build.repository.store import promote as point_at
+
+    load_manifest(release)
+    for finding in examine(release):
+        if finding.rule.severity is Severity.ERROR and finding.rule.id not in OF_THIS_MACHINE:
+            raise BadModel(
+                f"{release} cannot be promoted: {finding.reason} ({finding.rule.id}). {finding.rule.fix} "
+                f"`trirank doctor {release}` says more"
+            )
+    return point_at(release)
 
 
 def _row(listed: Any) -> dict[str, Any]:

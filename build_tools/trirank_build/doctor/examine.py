@@ -11,6 +11,8 @@ from trirank_build.doctor import code, ensembles, files, live, releases, resourc
 from trirank_build.doctor.finding import Finding, run_checks
 from trirank_build.doctor.repository import Repository, Surroundings
 
+OF_THIS_MACHINE = ("RES01", "RES02", "RES06", "RES07", "REL02")
+"""Rules that say nothing of a release that will be served elsewhere."""
 ROOMS = (files, ensembles, scheduling, resources, code, releases, live)
 
 

@@ -6,6 +6,8 @@ import importlib.util
 from importlib import metadata
 from typing import Any
 
+from trirank_backend.scoring import ENGINES
+
 from trirank_build.doctor.finding import Found, Severity, rule
 from trirank_build.doctor.repository import Repository, Surroundings
 from trirank_build.errors import BadModel
@@ -29,8 +31,17 @@ def engine_is_not_installed(repository: Repository, around: Surroundings) -> Fou
     """The engine that shall score is not installed here."""
     manifest = _manifest(repository)
     engine = manifest.get("engine")
-    if engine and importlib.util.find_spec(engine.split("-")[0]) is None:
+    if engine in ENGINES and importlib.util.find_spec(engine.split("-")[0]) is None:
         yield manifest["release"], f"engine {engine} is not installed"
+
+
+@rule("REL06", Severity.ERROR, "Assemble again with an engine that there is, or without --engine.")
+def engine_that_nobody_knows(repository: Repository, around: Surroundings) -> Found:
+    """The release names an engine that this version does not have; no server would start with it."""
+    manifest = _manifest(repository)
+    engine = manifest.get("engine")
+    if engine and engine not in ENGINES:
+        yield manifest["release"], f"engine {engine} is none of {', '.join(ENGINES)}"
 
 
 @rule("REL03", Severity.WARNING, "Run `trirank gate` on the graph and assemble again.")

@@ -14,7 +14,7 @@ import polars as pl
 from trirank import contract
 from trirank_backend.histories import Events, SqliteUserStore
 from trirank_backend.policies import check_policy, save_policies
-from trirank_backend.scoring import exact_engines
+from trirank_backend.scoring import ENGINES, exact_engines
 
 from trirank_build.artefacts import file_digest, tree_digests
 from trirank_build.data.dataset import Dataset
@@ -81,6 +81,8 @@ def assemble(
     gate = gate_of(onnx_path, run, allow_failing_gate)
     if engine is not None and runtime != "python":
         raise BadModel(f"an engine is for --runtime python, not {runtime}")
+    if engine is not None and engine not in ENGINES:
+        raise BadModel(f"engine {engine} is none of {', '.join(ENGINES)}")
     plan_files = _checked_plans(plans or [], onnx_path, runtime)
     capabilities = {m.compute_capability: f"{m.sm}.plan" for _, m in plan_files}
     if engine is None and runtime == "python":

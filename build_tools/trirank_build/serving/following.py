@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from trirank_build.artefacts import atomic_file
-from trirank_build.errors import TrirankBuildError
+from trirank_build.errors import ServeError, TrirankBuildError
 from trirank_build.progress import out, warn
 from trirank_build.repository.store import in_use, refuse_damaged
 from trirank_build.serving.server import Ports, TritonServer
 
 POLL_S, AGAIN_S = 0.5, 15.0
+PROBE_S, PROBES = 3.0, 3
+"""A recorded request is sent so often; after so many in a row without an answer the server is given up."""
 
 
 def serve(
@@ -36,7 +38,7 @@ def serve(
         log: file that Triton's words go to; None: one that is gone when the server stops. Errors are shown in any case.
 
     Raises:
-        ServeError: the server cannot be started, or has ended.
+        ServeError: the server cannot be started, has ended, or answers no more.
         BadModel: ``release`` is none, or no longer what was assembled.
     """
     refuse_damaged(release.resolve(), "served")
@@ -57,12 +59,16 @@ def serve(
 
 def _watch(server: TritonServer, link: Path | None) -> None:
     refused, asked_again, told = None, 0.0, ""
+    failed, probe_at = 0, time.monotonic() + PROBE_S
     with ExitStack() as held:
         held.enter_context(in_use(server.release))
         while True:
             server.check_alive()
             for line in server.new_errors():
                 warn(line)
+            if time.monotonic() > probe_at:
+                failed = _probed(server, failed)
+                probe_at = time.monotonic() + PROBE_S
             wanted = link.resolve() if link is not None else server.release
             if wanted != server.release and (wanted != refused or time.monotonic() > asked_again):
                 try:
@@ -79,3 +85,22 @@ def _watch(server: TritonServer, link: Path | None) -> None:
                         warn(f"{error}; {server.release.name} is served as before")
                     told = str(error)
             time.sleep(POLL_S)
+
+
+def _probed(server: TritonServer, failed: int) -> int:
+    """How many probes in a row have failed, now that there was another one.
+
+    Raises:
+        ServeError: too many. Whoever watches over this command starts it anew; Triton goes on saying "ready".
+    """
+    problem = server.probe()
+    if not problem:
+        return 0
+    if failed + 1 >= PROBES:
+        raise ServeError(
+            f"{PROBES} recorded requests in a row were not answered: {problem}; a stage's process may have died. The "
+            "server is stopped, so that it can be started anew"
+        )
+    if not failed:
+        warn(f"a recorded request was not answered: {problem}; asking again every {PROBE_S:g} s")
+    return failed + 1

@@ -7,6 +7,7 @@ release and scores of another: whichever configuration of ``rank`` it is taken u
 
 from __future__ import annotations
 
+import py_compile
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,9 @@ class LiveRepository:
                     # Python puts compiled code beside what it imports, and a release stays what it was.
                     if file.suffix == ".py":
                         shutil.copyfile(file, scratch / "1" / file.name)
+                        # Else the stub writes it, and Triton loads the model once more at its next occasion: it has
+                        # changed since.
+                        py_compile.compile(str(scratch / "1" / file.name))
                     elif file.is_file():
                         (scratch / "1" / file.name).symlink_to(file)
         if served.pipeline != "single":

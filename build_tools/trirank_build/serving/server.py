@@ -20,11 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trirank import RankClient, contract
+from trirank import DeadlineExceeded, Overloaded, RankClient, RankError, contract
 from trirank_backend.compiled import need_compiling
+from tritonclient.utils import InferenceServerException
 
 from trirank_build.errors import ServeError
 from trirank_build.progress import warn, working
+from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.fitness import unfit
 from trirank_build.serving.live import LiveRepository, Served
 from trirank_build.serving.swapping import CONTROL_HEADER, Control, retire, switch, warm_up
@@ -38,7 +40,12 @@ _PDEATHSIG = 1
 _SCRATCH = "trirank-serve-"
 _FRESH_S = 5.0
 """Whoever makes a scratch folder holds it within so long."""
-_NOISE = ("unable to create stream", "CUDA driver version is insufficient", "no CUDA-capable device")
+_NOISE = (
+    "unable to create stream",
+    "CudaDriverHelper has not been initialized",
+    "CUDA driver version is insufficient",
+    "no CUDA-capable device",
+)
 """Of a server without a GPU."""
 
 
@@ -193,6 +200,28 @@ class TritonServer:
         if self._process.poll() is not None:
             raise ServeError(f"Triton ended with {self._process.returncode}: {self._last_words()}")
 
+    def probe(self, deadline_s: float = 5.0) -> str:
+        """Why a recorded request is not answered; empty: it is, or others are, whom this one waited behind.
+
+        What Triton says of itself would not do: it stays ready when a stub has died (triton-inference-server/server
+        #8604).
+        """
+        request = recorded_requests(self.release)[0]
+        try:
+            before = self._answered()
+            with RankClient(self.grpc, deadline_s=deadline_s, retry=None) as client:
+                client.rank(request)
+        except (Overloaded, DeadlineExceeded) as error:
+            with suppress(InferenceServerException):
+                return "" if self._answered() > before else str(error)
+            return str(error)
+        except (RankError, InferenceServerException) as error:
+            return str(error)
+        return ""
+
+    def _answered(self) -> int:
+        return int(self.statistics()[contract.ENSEMBLE].get("inference_stats", {}).get("success", {}).get("count", 0))
+
     def new_errors(self) -> list[str]:
         """Errors that Triton has told since this was asked last, a line each."""
         try:
@@ -266,6 +295,9 @@ class TritonServer:
         self._control = Control(self.grpc, secret)
         return [
             "--model-control-mode=explicit",
+            # Else a release that cannot be loaded, or is loading, makes the whole server "not ready", though it serves
+            # the old one all the while, and a load balancer drops every replica that follows the link at once.
+            "--strict-readiness=false",
             f"--load-model={contract.ENSEMBLE}",
             f"--grpc-restricted-protocol=model-repository:{CONTROL_HEADER}={secret}",
             f"--http-restricted-api=model-repository:{CONTROL_HEADER}={secret}",

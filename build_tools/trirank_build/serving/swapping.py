@@ -83,8 +83,9 @@ def switch(control: Control, address: str, live: LiveRepository, old: Served, ne
     """
     with _nothing_left_of(new, control, live):
         live.add(new)
-        for model in new.models:
-            control.load(model)
+        control.load(
+            new.entry
+        )  # and with it, at a time, the models that it has; naming those too would load them twice
         warm_up(address, new, new.entry)
         try:
             live.point(new)
