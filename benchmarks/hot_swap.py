@@ -1,6 +1,6 @@
 """Does a swap under load lose a request, mix two releases, or keep callers waiting?
 
-    python benchmarks/hot_swap.py [--swaps N] [--rate R] [--way in_place|without_draining]
+    python benchmarks/hot_swap.py [--swaps N] [--bad N] [--rate R] [--way in_place|without_draining]
 
 Two releases of the demo's shop whose shapes agree while vocabulary and weights do not, so that a mixture would answer,
 and nothing but the scores would tell. Every answer is held to what each release's stages give in process. Requests come
@@ -12,21 +12,27 @@ Client and server share the machine's cores, so what starting three Python stubs
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
 from results import ROOT, WORK, Figure, write
-from serving import CANDIDATES, InProcess, as_tensors, make_requests
+from serving import CANDIDATES, as_tensors, engine_of, make_requests
 from trirank import RankClient, RankError, RankRequest, RankResponse
+from trirank_backend.pipeline import Pipeline
 from trirank_build.data.dataset import Dataset
 from trirank_build.demo import build
+from trirank_build.errors import ServeError
 from trirank_build.export.onnx import export
 from trirank_build.recipe import load_recipe
 from trirank_build.repository.assemble import assemble
+from trirank_build.repository.release import MANIFEST, graph_place
 from trirank_build.repository.reports import write_parity
 from trirank_build.serving import swapping
 from trirank_build.serving.live import Served
@@ -86,14 +92,45 @@ def without_draining(server: TritonServer, release: Path) -> None:
 WAYS = {"swap": TritonServer.swap, "in_place": in_place, "without_draining": without_draining}
 
 
+class Health(threading.Thread):
+    """Asks what a load balancer asks, a hundred times a second."""
+
+    def __init__(self, address: str, stop: threading.Event) -> None:
+        super().__init__()
+        self._address, self._stop_it = address, stop
+        self.polls = self.not_ready = 0
+
+    def run(self) -> None:
+        """Until ``stop`` is set."""
+        connection = HTTPConnection(self._address, timeout=10)
+        while not self._stop_it.wait(0.01):
+            connection.request("GET", "/v2/health/ready")
+            answer = connection.getresponse()
+            answer.read()
+            self.polls += 1
+            self.not_ready += answer.status != 200
+        connection.close()
+
+
+def bad_release(release: Path, number: int) -> Path:
+    """A copy of a release with a graph that is none."""
+    copy = WORK / "hot_swap" / f"bad{number}"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(release, copy)
+    (copy / graph_place("ensemble")).write_bytes(b"no graph")
+    manifest = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps(manifest | {"release": f"bad{number:09}"}))
+    return copy
+
+
 class Judge:
     """Tells which release an answer is of, by the scores of its stages in process."""
 
     def __init__(self, releases: list[Path], requests: list[RankRequest]) -> None:
         self.expected = []
         for release in releases:
-            stages = InProcess(release)
-            answers = [stages(as_tensors(request)) for request in requests]
+            stages = Pipeline.load(release, release / graph_place("ensemble"), engine_of(release))
+            answers = [stages([as_tensors(request)])[0] for request in requests]
             self.expected.append([as_scores(a["RANKED_IDS"][0], a["SCORES"][0]) for a in answers])
 
     def outcome(self, number: int, answer: RankResponse) -> str:
@@ -110,6 +147,7 @@ def main() -> None:
     """Measure and write ``results/hot_swap.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--swaps", type=int, default=100)
+    parser.add_argument("--bad", type=int, default=5, help="promotions of a release that cannot be loaded")
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
     parser.add_argument(
         "--way", choices=sorted(WAYS), default="swap", help="the one that serves, or one that was tried"
@@ -147,6 +185,8 @@ def main() -> None:
 
         thread = threading.Thread(target=load)
         thread.start()
+        health = Health(server.http, stop)
+        health.start()
         time.sleep(3)
         for number in range(arguments.swaps):
             started = time.perf_counter()
@@ -155,8 +195,18 @@ def main() -> None:
             windows.append((started, ended))
             print(f"swap {number + 1}: {ended - started:.2f} s", flush=True)
             time.sleep(ended - started)
+        before = health.polls, health.not_ready
+        for number in range(arguments.bad):
+            try:
+                server.swap(bad_release(releases[0], number))
+                raise SystemExit("a release that cannot be loaded was served")
+            except ServeError as error:
+                print(f"bad promotion {number + 1}: {str(error)[:100]}", flush=True)
+            time.sleep(1)
+        polls, not_ready = health.polls - before[0], health.not_ready - before[1]
         stop.set()
         thread.join()
+        health.join()
 
     due, took = (np.array([getattr(a, name) for a in answers]) for name in ("due", "took"))
     during = np.zeros(len(due), bool)
@@ -187,6 +237,14 @@ def main() -> None:
         ),
         Figure(
             "swap_s", float(np.median(lengths)), lengths.min(), lengths.max(), "s", "from the call to the old one gone"
+        ),
+        Figure(
+            "not_ready_after_bad_promotion",
+            not_ready,
+            not_ready,
+            not_ready,
+            "answers",
+            f"of {polls} of /v2/health/ready, asked beside {arguments.bad} promotions of what cannot be loaded",
         ),
         Figure("swaps", len(windows), len(windows), len(windows), "swaps", note),
     ]

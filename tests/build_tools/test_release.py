@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
+import polars as pl
 import pytest
 from trirank import contract
+from trirank.contract import Signal
+from trirank_backend.histories import SqliteUserStore
+from trirank_backend.pipeline import Pipeline
+from trirank_backend.release import load_features
 from trirank_build.artefacts import file_digest, tree_digests
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines import latency
 from trirank_build.errors import BadData, BadModel
+from trirank_build.features.fitting import refresh_features
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
 from trirank_build.repository.assemble import assemble
-from trirank_build.repository.release import load_manifest, verify
+from trirank_build.repository.release import graph_place, load_manifest, verify
 from trirank_build.repository.store import in_use, promote, releases
 
 
@@ -92,11 +100,83 @@ def test_promotion_moves_one_link(world, trained, dataset, tmp_path):
     assert not link.readlink().is_absolute()
 
 
-def test_a_dataset_of_another_training(world, trained, tmp_path):
+def test_a_dataset_of_another_shop(world, trained, tmp_path):
+    """Though its items have the same numbers."""
     other = Dataset.load(make_shop(ShopSize(60, 30, 300, 15), 9).save(tmp_path / "data"))
-    with pytest.raises(BadData, match="was trained on synthetic shop, seed 1"):
+    with pytest.raises(
+        BadData, match=r"is no newer state of what the ranker was trained on: of its \d+ items \d+ were"
+    ):
         assemble(trained, other, world.onnx, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert releases(tmp_path / "out") == []
+
+
+@pytest.fixture
+def newer(dataset, tmp_path):
+    """The next day: a price has changed, an item is sold out, one is new, and somebody has bought it."""
+    first, second = dataset.items["item_id"][:2]
+    items = dataset.items.with_columns(
+        price=pl.when(pl.col("item_id") == first).then(999.0).otherwise("price"),
+        available=pl.when(pl.col("item_id") == second).then(False).otherwise("available"),
+    )
+    new = items.head(1).with_columns(
+        item_id=pl.lit(777_777, pl.Int64), product_id=pl.lit(777_777, pl.Int64), key=pl.lit("777777")
+    )
+    bought = dataset.events.tail(1).with_columns(item_id=pl.lit(777_777, pl.Int64), timestamp=pl.col("timestamp") + 60)
+    changed = Dataset(
+        pl.concat([items, new]).sort("item_id"), pl.concat([dataset.events, bought]), dataset.requests,
+        replace(dataset.description, source="the next day"),
+    )  # fmt: skip
+    return Dataset.load(changed.save(tmp_path / "newer"))
+
+
+def test_a_newer_dataset_refreshes_catalogue_and_histories(world, trained, dataset, newer, tmp_path):
+    made = assemble(trained, newer, world.onnx, tmp_path / "out", engine="onnxruntime")
+    manifest = load_manifest(made)
+    assert manifest["refreshed"]["source"] == "the next day"
+    assert manifest["dataset"] == load_manifest(world.release)["dataset"]
+    assert verify(made) == []
+    first, second = dataset.items["item_id"][:2]
+    (spec, old), (_, new) = (load_features(release / "features") for release in (world.release, made))
+    row, others = new.rows(np.array([first, second, 777_777])), new.rows(old.ids[1:])
+    brand = spec.item_fields.index("brand")
+    assert new.fields[row[2], 0] == 0  # no number of its own: it lives by its content
+    assert new.fields[row[2], brand] == new.fields[row[0], brand] == old.fields[0, brand]
+    assert new.dense[row[0], 0] > old.dense[0, 0]
+    assert new.signals[row[1]] & Signal.UNAVAILABLE
+    np.testing.assert_array_equal(new.fields[others], old.fields[1:-1])
+    np.testing.assert_array_equal(new.titles[others], old.titles[1:-1])
+    users = SqliteUserStore(made / "features" / "users.sqlite")
+    buyer = newer.events["user_id"][-1]
+    assert users.get([buyer])[buyer].item_ids[-1] == 777_777
+    request = {
+        "USER_ID": np.array([[buyer]]), "ITEM_IDS": np.array([[first, 777_777, 123_456]]),
+        "TOP_K": np.array([[3]], np.int32), "SCENARIO": np.array([[b"new_items"]], object),
+    }  # fmt: skip
+    (answer,) = Pipeline.load(made, made / graph_place("ensemble"), "onnxruntime")([request])
+    assert set(answer["RANKED_IDS"][0]) == {first, 777_777, -1}
+
+
+def test_refreshed_with_what_it_was_trained_on_nothing_changes(trained, dataset, tmp_path):
+    refresh_features(trained.directory / "features", dataset, tmp_path)
+    digests = tree_digests(trained.directory / "features")
+    assert tree_digests(tmp_path) == digests
+
+
+def test_a_newer_dataset_has_ids_of_the_same_kind(world, trained, newer, tmp_path):
+    other = replace(newer, description=replace(newer.description, ids={"item": "strings", "user": "numbers"}))
+    with pytest.raises(BadData, match="has numbers as item ids and numbers as user ids; the next day differs there"):
+        assemble(trained, other, world.onnx, tmp_path / "out")
+
+
+def test_a_folded_ranker_holds_its_catalogue(world, trained, newer, tmp_path):
+    folded = replace(trained, features=trained.features.changed(folded=5))
+    with pytest.raises(BadData, match=r"is folded: .* compressed without the step `fold`"):
+        assemble(folded, newer, world.onnx, tmp_path / "out")
+
+
+def test_an_engine_that_nobody_knows(world, trained, dataset, tmp_path):
+    with pytest.raises(BadModel, match="engine foo is none of onnxruntime"):
+        assemble(trained, dataset, world.onnx, tmp_path / "out", engine="foo")
 
 
 def test_a_graph_without_its_report(world, trained, dataset, tmp_path):

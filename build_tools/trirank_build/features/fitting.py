@@ -6,6 +6,7 @@ brands, categories, attributes) are known of every item before anybody meets it.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from trirank_backend.text import TextEncoder, title_trigrams
 
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
+from trirank_build.errors import BadData
+from trirank_build.features.vocabulary import Vocabulary
 from trirank_build.recipe import FeatureRecipe
 
-PRICE_BUCKETS = 20
+_FIELDS = ("item", "brand", "category", "price")
 POPULAR_SHARE = 0.05
 """The most chosen share of items counts as popular."""
 
@@ -62,20 +65,11 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
     counts = popularity(dataset.training_choices(), items["item_id"].to_numpy())
     has_text = bool((items["title"] != "").any())
     titles = recipe.title_length if has_text else 0
-    slots = min(recipe.attribute_slots, int(str(items["attributes"].list.len().max() or 0)))
     tokenizer = _tokenizer(dataset, recipe.vocabulary if has_text else 2)
+    vocabulary = Vocabulary.fit(items, counts, recipe.attribute_slots)
+    vocabulary.save(directory)
 
-    prices, price_codes = _prices(items)
-    products = np.unique(items["product_id"].to_numpy(), return_inverse=True)[1]
-    columns: dict[str, NDArray[np.int64]] = {
-        "item": _item_codes(counts),
-        "brand": _codes(items["brand"]),
-        "category": _codes(items["category"]),
-        "price": price_codes,
-    }
-    attribute_codes = _attribute_codes(items, slots)
-    sizes = {name: int(values.max(initial=0)) for name, values in columns.items()}
-    sizes["attribute"] = int(attribute_codes.max(initial=0))
+    sizes = vocabulary.sizes
     sizes["behaviour"] = len(Behaviour)
     sizes["time_gap"] = TIME_GAPS
     sizes["token"] = tokenizer.get_vocab_size()
@@ -89,8 +83,8 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
         history_length=recipe.history_length,
         query_length=recipe.query_length,
         item_fields=(
-            *columns,
-            *(f"attribute_{at}" for at in range(slots)),
+            *_FIELDS,
+            *(f"attribute_{at}" for at in range(vocabulary.slots)),
             *(f"title_{at}" for at in range(titles if recipe.embed_text else 0)),
         ),
         tables=tables,
@@ -100,23 +94,79 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
         without=tuple(sorted(recipe.without)),
     )
     text = TextEncoder(tokenizer, tables["token"][0])
+    catalogue = _catalogue(items, counts, vocabulary, spec, text, titles)
+    catalogue.save(directory / "catalogue")
+    spec.save(directory / "features.json")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    np.save(directory / "token_idf.npy", _idf(catalogue.titles[:-1], spec.vocabulary_size))
+    return Features.load(directory)
+
+
+def refresh_features(trained: Path, dataset: Dataset, directory: Path) -> Features:
+    """The catalogue of a newer dataset in the words that a ranker was trained with, and all else as it was.
+
+    Args:
+        trained: the ``features`` folder of a training run.
+        directory: to write to; must exist.
+
+    Raises:
+        BadCheckpoint: the run is older than vocabularies are kept.
+        BadData: its items are others.
+    """
+    old, vocabulary, items = Features.load(trained), Vocabulary.load(trained), dataset.items
+    for path in trained.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, directory / path.name)
+    counts = popularity(dataset.training_choices(), items["item_id"].to_numpy())
+    titles = old.catalogue.titles.shape[1]
+    catalogue = _catalogue(items, counts, vocabulary, old.spec, old.text, titles)
+    _check_same_shop(old.catalogue, catalogue, dataset.description.source)
+    catalogue.save(directory / "catalogue")
+    return Features.load(directory)
+
+
+def _check_same_shop(old: Catalogue, new: Catalogue, source: str) -> None:
+    """Where ids are small numbers, those of any two shops agree; what they stand for does not.
+
+    Raises:
+        BadData: most items that both have are other items now.
+    """
+    rows = old.rows(new.ids)
+    known = rows >= 0
+    # Titles where there are any, else brand and category; prices change.
+    then, now = (old.titles, new.titles) if old.titles.shape[1] else (old.fields[:, 1:3], new.fields[:, 1:3])
+    same = (then[rows[known]] == now[:-1][known]).all(1)
+    if not known.any() or same.mean() < 0.5:
+        raise BadData(
+            f"{source} is no newer state of what the ranker was trained on: of its {len(new):,} items {known.sum():,} "
+            f"were there, {same.sum():,} of these as they were. Give a newer dataset of the same shop, or train anew"
+        )
+
+
+def _catalogue(
+    items: pl.DataFrame, counts: NDArray[np.int64], vocabulary: Vocabulary, spec: FeatureSpec, text: TextEncoder,
+    titles: int,
+) -> Catalogue:  # fmt: skip
+    """Args:
+    counts: [M] how often training chose each item.
+    titles: tokens of a title.
+    """
     tokens = text.encode(items["title"].to_list(), titles) if titles else np.zeros((items.height, 0), np.int32)
     fields = np.concatenate(
         [
-            *(_joint(values[:, None], tables[name][0]) for name, values in columns.items()),
-            _joint(attribute_codes, tables["attribute"][0]),
-            *([tokens] if recipe.embed_text else []),
+            *(_joint(codes[:, None], spec.tables[name][0]) for name, codes in vocabulary.codes(items).items()),
+            _joint(vocabulary.attribute_codes(items), spec.tables["attribute"][0]),
+            *([tokens] if spec.embed_text else []),
         ],
         axis=1,
     )
-    log_counts = np.log1p(counts)
-    static = np.stack([prices, _standardised(log_counts)], 1)
     popular = counts >= max(float(np.quantile(counts, 1 - POPULAR_SHARE)), 1.0)
     signals = popular * Signal.POPULAR.value + ~items["available"].to_numpy() * Signal.UNAVAILABLE.value
-    catalogue = Catalogue(
+    products = np.unique(items["product_id"].to_numpy(), return_inverse=True)[1]
+    return Catalogue(
         ids=items["item_id"].to_numpy(),
         fields=_with_no_item(fields.astype(np.int32), 0),
-        dense=_with_no_item(static.astype(np.float32), 0),
+        dense=_with_no_item(vocabulary.numbers(items, counts).astype(np.float32), 0),
         products=_with_no_item(products.astype(np.int32), -1),
         created_at=_with_no_item(items["created_at"].to_numpy(), 0),
         signals=_with_no_item(signals.astype(np.int32), 0),
@@ -125,45 +175,6 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
             title_trigrams(items["title"].to_list()) if titles else np.zeros((items.height, 0), np.uint8), 0
         ),
     )
-    catalogue.save(directory / "catalogue")
-    spec.save(directory / "features.json")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    np.save(directory / "token_idf.npy", _idf(tokens, spec.vocabulary_size))
-    return Features.load(directory)
-
-
-def _item_codes(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """1, 2, … for items that training saw; 0 for the others, which live by their content."""
-    return np.where(counts > 0, np.cumsum(counts > 0), 0)
-
-
-def _codes(values: pl.Series) -> NDArray[np.int64]:
-    """1, 2, … for the values in sorted order; 0 for an empty one."""
-    known, codes = np.unique(values.to_numpy().astype(str), return_inverse=True)
-    return np.asarray(codes + (0 if len(known) and known[0] == "" else 1), np.int64)
-
-
-def _prices(items: pl.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Standardised log price (0: unknown), and its quantile bucket from 1 (0: unknown)."""
-    price = items["price"].to_numpy()
-    known = np.isfinite(price) & (price > 0)
-    if not known.any():
-        return np.zeros(len(price)), np.zeros(len(price), np.int64)
-    log = np.log(np.where(known, price, 1))
-    edges = np.unique(np.quantile(log[known], np.linspace(0, 1, PRICE_BUCKETS + 1)[1:-1]))
-    return (
-        np.where(known, (log - log[known].mean()) / max(log[known].std(), 1e-6), 0),
-        np.where(known, 1 + np.searchsorted(edges, log, side="right"), 0),
-    )
-
-
-def _attribute_codes(items: pl.DataFrame, slots: int) -> NDArray[np.int64]:
-    """[M, slots]"""
-    lists = items["attributes"]
-    columns = [lists.list.get(at, null_on_oob=True).fill_null("") for at in range(slots)]
-    if not columns:
-        return np.zeros((items.height, 0), np.int64)
-    return _codes(pl.concat(columns)).reshape(slots, items.height).T
 
 
 def _tokenizer(dataset: Dataset, vocabulary: int) -> Tokenizer:
@@ -191,11 +202,6 @@ def _idf(tokens: NDArray[np.int32], vocabulary_size: int) -> NDArray[np.float32]
     pairs = np.unique(np.stack([row[tokens > 0], tokens[tokens > 0]], 1), axis=0)
     frequency = np.bincount(pairs[:, 1] if len(pairs) else np.zeros(0, np.int64), minlength=vocabulary_size)
     return np.log1p(len(tokens) / (1 + frequency)).astype(np.float32)
-
-
-def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    deviation = values.std()
-    return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
 
 
 def _with_no_item(column: NDArray[Any], fill: int) -> NDArray[Any]:

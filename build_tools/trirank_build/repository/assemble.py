@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from trirank_build.engines.latency import chosen_engine
 from trirank_build.engines.plan import PlanManifest, load_plan_manifest
 from trirank_build.errors import BadModel
 from trirank_build.export.onnx import check_onnx
+from trirank_build.features.fitting import refresh_features
+from trirank_build.features.vocabulary import FILE as VOCABULARY
 from trirank_build.repository.configs import Instances, RankerRuntime, model_configs
 from trirank_build.repository.model_card import model_card
 from trirank_build.repository.release import (
@@ -62,6 +65,8 @@ def assemble(
     (card and manifest: its gate, say) is the newest in either case.
 
     Args:
+        dataset: what the run was trained on, or a newer one of the same shop, from which catalogue, histories and
+            recorded requests then come, in the words that the ranker was trained with.
         runtime: one of repository.configs.RUNTIMES.
         pipeline: one of repository.configs.PIPELINES.
         plans: for the runtime ``tensorrt``, one a GPU architecture.
@@ -72,9 +77,11 @@ def assemble(
 
     Raises:
         BadModel: the graph or a plan does not fit the contract, the features or its report, or its gate failed.
-        BadData: the dataset is another one than the run was trained on.
+        BadData: the dataset is of another kind or shop than the run was trained on, or the ranker holds its catalogue.
     """
-    run.check_data(dataset)
+    refreshed = run.facts["dataset"]["digest"] != dataset.description.digest
+    if refreshed:
+        run.check_refresh(dataset)
     spec = run.features.spec
     check_onnx(onnx_path, spec)
     parity = parity_of(onnx_path)
@@ -109,7 +116,12 @@ def assemble(
         shutil.copyfile(onnx_path, graph)
         for path, manifest in plan_files:
             shutil.copyfile(path, graph.with_name(f"{manifest.sm}.plan"))
-        shutil.copytree(run.directory / FEATURES, scratch / FEATURES)
+        if refreshed:
+            (scratch / FEATURES).mkdir()
+            refresh_features(run.directory / FEATURES, dataset, scratch / FEATURES)
+            (scratch / FEATURES / VOCABULARY).unlink()
+        else:
+            shutil.copytree(run.directory / FEATURES, scratch / FEATURES, ignore=shutil.ignore_patterns(VOCABULARY))
         save_policies(policies, scratch / FEATURES / "policies.json")
         SqliteUserStore.write(scratch / FEATURES / "users.sqlite", _histories(dataset.events))
         dataset.items.select("item_id", "key", "title", "brand", "category", "price").write_parquet(scratch / ITEMS)
@@ -133,6 +145,8 @@ def assemble(
             "recipe": run.recipe.model_dump(mode="json"),
             "curve": run.facts["curve"],
             "dataset": run.facts["dataset"],
+            "refreshed": asdict(dataset.description) if refreshed else None,
+            "ids": dataset.description.ids,
             "git": _git_commit(),
             "versions": {name: _version(name) for name in _PACKAGES},
         }

@@ -67,6 +67,31 @@ class TrainedRun:
                 f"is {dataset.description.source} (digest {given[:12]}); give the one it was trained on"
             )
 
+    def check_refresh(self, dataset: Dataset) -> None:
+        """Hold a newer dataset of the same shop against the one the run was trained on.
+
+        Raises:
+            BadData: it is of another kind, or the ranker holds the catalogue that it was trained on.
+        """
+        own, given = self.facts["dataset"], dataset.description
+        ids = own.get("ids", given.ids)
+        for what, before, now in (
+            ("has " + ("timestamps" if own["timed"] else "no timestamps"), own["timed"], given.timed),
+            (f"has {ids['item']} as item ids and {ids['user']} as user ids", ids, given.ids),
+        ):
+            if before != now:
+                raise BadData(
+                    f"{self.directory} was trained on {own['source']}, which {what}; {given.source} differs there. "
+                    "Prepare it as that one was prepared, or train anew"
+                )
+        if self.features.spec.folded:
+            raise BadData(
+                f"{self.directory} is folded: its graph holds a vector of each of the {len(self.features.catalogue):,} "
+                f"items of {own['source']} (digest {own['digest'][:12]}), and {given.source} (digest "
+                f"{given.digest[:12]}) is another catalogue. Give the one it was trained on, or assemble a ranker that "
+                "was compressed without the step `fold`"
+            )
+
     def model(self) -> SequenceRanker:
         """The ranker with its best weights, in evaluation mode."""
         path = self.directory / BEST
