@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
-from trirank import RankClient, RankError, RankRequest
+from trirank import RankClient, RankError, RankRequest, __version__
 from trirank_backend.errors import BackendError
 
 from trirank_build.commands.data import app as data_app
 from trirank_build.commands.doctor import doctor
 from trirank_build.commands.engine import app as engine_app
-from trirank_build.commands.options import Data, Json, Run
+from trirank_build.commands.options import Data, Engine, Json, Run, Seed, check_target
 from trirank_build.commands.release import app as release_app
 from trirank_build.commands.release import promote_checked
-from trirank_build.errors import BadRecipe, BadUsage, TrirankBuildError
+from trirank_build.errors import BadUsage, TrirankBuildError
 from trirank_build.progress import console as errors
 from trirank_build.progress import out, warn, working
 
@@ -30,6 +32,7 @@ app = typer.Typer(
     help="Ranking on NVIDIA Triton Inference Server: from raw logs to the best K in one gRPC call.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
 app.add_typer(engine_app, name="engine")
@@ -37,11 +40,43 @@ app.add_typer(release_app, name="release")
 app.command()(doctor)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"trirank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show where errors come from, and what is logged.")
+    ] = False,
+    log_file: Annotated[Path | None, typer.Option(help="File for the same, appended to.")] = None,
+) -> None:
+    """What holds for every command."""
+    if verbose:
+        logging.getLogger("trirank").setLevel(logging.DEBUG)
+    handlers: list[logging.Handler] = [logging.StreamHandler()] if verbose else []
+    if log_file is not None:
+        try:
+            handlers.append(logging.FileHandler(log_file))
+        except OSError as error:
+            raise BadUsage(f"--log-file {log_file} cannot be written ({error.strerror}); name another") from error
+    if handlers:
+        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(level=logging.INFO, format=form, handlers=handlers, force=True)
+        logging.getLogger("trirank").info("%s", " ".join(sys.argv))
+
+
 def main() -> None:
     """Entry point: every known error is one line and exit status 1, or 2 where the arguments are at fault."""
     try:
         app()
     except (TrirankBuildError, BackendError, RankError) as error:
+        logging.getLogger("trirank").debug("where the error comes from", exc_info=True)
         errors.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, BadUsage) else 1)
     except KeyboardInterrupt:
@@ -61,6 +96,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what is there.")] = False,
 ) -> None:
     """Train a ranker; under torchrun, on as many processes as it starts."""
+    check_target(target, "a run")
     from trirank_build.recipe import load_recipe
 
     loaded = load_recipe(recipe)
@@ -80,12 +116,13 @@ def train(
 
 @app.command()
 def tune(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one, with a [tuning.space].")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one, with a \\[tuning.space].")],
     data: Data,
     target: Annotated[Path, typer.Option("--out", help="Folder of the search; a stopped one goes on.")],
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in all; the recipe's number by default.")] = None,
 ) -> None:
     """Search a recipe's settings on the validation split."""
+    check_target(target, "a search")
     from trirank_build.recipe import load_recipe
 
     loaded = load_recipe(recipe)
@@ -123,6 +160,7 @@ def compress(
     ] = None,
 ) -> None:
     """Make a trained ranker smaller and faster, step by step."""
+    check_target(target, "a chain")
     from trirank_build.compression.recipe import load_compression_recipe
 
     loaded = load_compression_recipe(recipe)
@@ -145,7 +183,7 @@ def compress(
         out.print(f"Pareto front: {found.plot}; the chosen chain's recipe: {found.recipe}")
         return
     if (latency_ms, size_mb, min_ndcg_ratio) != (None, None, None):
-        raise BadRecipe("--latency-ms, --size-mb and --min-ndcg-ratio say what --search looks for; say --search too")
+        raise BadUsage("--latency-ms, --size-mb and --min-ndcg-ratio say what --search looks for; say --search too")
     from trirank_build.compression.chain import LINK
     from trirank_build.compression.chain import compress as run_chain
 
@@ -165,19 +203,18 @@ def gate(
     run: Run,
     data: Data,
     onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
-    engine: Annotated[str | None, typer.Option(help="What runs it; by default what runs it fastest here.")] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="What runs it; by default the fastest here."),
+    ] = None,
     requests: Annotated[int, typer.Option(min=10, help="Held-out requests.")] = 1_000,
-    split: Annotated[str, typer.Option(help="valid or test.")] = "test",
+    split: Annotated[Literal["valid", "test"], typer.Option(help="Which requests.")] = "test",
     live: Annotated[bool, typer.Option(help="Whether to ask a live ensemble too.")] = True,
     as_json: Json = False,
 ) -> None:
     """Prove that the ranking survived, from the dense ranker to the live ensemble; exit status 1 if it did not."""
-    from trirank_backend.scoring import ENGINES, available_engines
+    from trirank_backend.scoring import available_engines
 
-    if split not in ("valid", "test"):
-        raise BadRecipe(f"--split {split} is not held out; say valid or test")
-    if engine is not None and engine not in ENGINES:
-        raise BadRecipe(f"--engine {engine} is none of {', '.join(ENGINES)}")
     from trirank_build.data.dataset import Dataset
     from trirank_build.engines.latency import chosen_engine
     from trirank_build.export.onnx import check_onnx
@@ -187,9 +224,8 @@ def gate(
 
     trained = TrainedRun.load(run)
     check_onnx(onnx, trained.features.spec)
-    if engine is None:
-        engine = chosen_engine(onnx, trained.features.spec, available_engines())
-    report = run_gate(trained, Dataset.load(data), onnx, engine, split=split, requests=requests, live=live)
+    runs = engine or chosen_engine(onnx, trained.features.spec, available_engines())
+    report = run_gate(trained, Dataset.load(data), onnx, runs, split=split, requests=requests, live=live)
     path = write_report(report, onnx)
     if as_json:
         print(json.dumps(report.to_json()))
@@ -207,27 +243,25 @@ def gate(
 def evaluate(
     run: Run,
     data: Data,
-    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    split: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which requests.")] = "test",
     protocol: Annotated[
-        str,
-        typer.Option(help="requests: as logged; catalogue: the next choice among all items; sampled: among some."),
+        Literal["requests", "catalogue", "sampled"],
+        typer.Option(
+            help="requests: as logged; catalogue: the next choice among all items; sampled: among some.",
+        ),
     ] = "requests",
     negatives: Annotated[int, typer.Option(min=1, help="For sampled: items drawn beside the choice.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: Seed = 0,
     html: Annotated[Path | None, typer.Option(help="Write a report with plots.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a ranker with retrieval order and the simple baselines."""
-    from trirank_build.data.dataset import SPLITS, Dataset
+    from trirank_build.data.dataset import Dataset
     from trirank_build.evaluation import evaluate as evaluation
     from trirank_build.evaluation.report import write_report
     from trirank_build.features.examples import Examples
     from trirank_build.training.run import TrainedRun
 
-    if split not in SPLITS:
-        raise BadRecipe(f"--split {split} is none of {', '.join(SPLITS)}")
-    if protocol not in evaluation.PROTOCOLS:
-        raise BadRecipe(f"--protocol {protocol} is none of {', '.join(evaluation.PROTOCOLS)}")
     trained, dataset = TrainedRun.load(run), Dataset.load(data)
     trained.check_data(dataset)
     with working("evaluating"):
@@ -259,6 +293,7 @@ def export(
     arguments: Annotated[str, typer.Option(help="Its constructor's arguments, as JSON.")] = "{}",
 ) -> None:
     """Write ONNX, proven equal to the module; of a run, or of your own module with a run's features."""
+    check_target(target, "an ONNX graph", file=True)
     from trirank_build.export.onnx import export as write_onnx
     from trirank_build.export.onnx import load_module, parse_arguments
     from trirank_build.repository.reports import write_parity
@@ -266,7 +301,7 @@ def export(
 
     trained = TrainedRun.load(run)
     if (model is None) != (checkpoint is None):
-        raise BadRecipe("--model and --checkpoint go together")
+        raise BadUsage("--model and --checkpoint go together")
     if model is not None and checkpoint is not None:
         sys.path.insert(0, str(Path.cwd()))
         module = load_module(model, parse_arguments(arguments, trained.features.spec), checkpoint)
@@ -291,20 +326,29 @@ def assemble(
     data: Data,
     onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
     target: Annotated[Path, typer.Option("--out", help="Folder of releases.")],
-    runtime: Annotated[str, typer.Option(help="python, onnxruntime or tensorrt.")] = "python",
+    runtime: Annotated[
+        Literal["python", "onnxruntime", "tensorrt"], typer.Option(help="What runs the ranker.")
+    ] = "python",
     pipeline: Annotated[
-        str, typer.Option(help="ensemble: a model a stage. single: all stages in one process, for --runtime python.")
+        Literal["ensemble", "single"],
+        typer.Option(
+            help="ensemble: a model a stage. single: all stages in one process, for --runtime python.",
+        ),
     ] = "ensemble",
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="For tensorrt: a plan, once for each.")] = None,
     provider: Annotated[
-        str, typer.Option(help="For onnxruntime: its execution provider, cpu, openvino, cuda or tensorrt.")
+        Literal["cpu", "openvino", "cuda", "tensorrt"],
+        typer.Option(help="For onnxruntime: its execution provider."),
     ] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="For onnxruntime: threads of one call on a CPU.")] = 1,
     ranker_instances: Annotated[
         int, typer.Option(min=1, help="Rankers at work at a time; for single, whole pipelines. Not for tensorrt.")
     ] = 1,
     engine: Annotated[
-        str | None, typer.Option(help="For python: what runs the graph; by default the gate's, else the fastest here.")
+        Engine | None,
+        typer.Option(
+            help="For python: what runs it; by default the gate's, else the fastest.",
+        ),
     ] = None,
     allow_failing_gate: Annotated[
         bool, typer.Option("--allow-failing-gate", help="Take a graph that failed the gate; the manifest says so.")
@@ -312,6 +356,7 @@ def assemble(
     promote: Annotated[bool, typer.Option("--promote", help="Point `current` at it.")] = False,
 ) -> None:
     """Make a release: a model repository with all that it needs."""
+    check_target(target, "a folder of releases")
     from trirank_build.data.dataset import Dataset
     from trirank_build.repository.assemble import assemble as make_release
     from trirank_build.repository.configs import Instances
@@ -351,9 +396,9 @@ def assemble(
 @app.command()
 def serve(
     release: Annotated[Path, typer.Argument(help="A release, or the link `current`, which is followed.")],
-    grpc_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Any free one by default.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="8001 by default, or any free one.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="8000 by default, or any free one.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="8002 by default, or any free one.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     tritonserver: Annotated[Path | None, typer.Option(help="The server to run.")] = None,
     addresses: Annotated[Path | None, typer.Option(help="File to write the addresses to, as JSON, when ready.")] = None,
@@ -364,57 +409,65 @@ def serve(
         bool | None, typer.Option(help="Serve what the link points at, whenever it moves; for links by default.")
     ] = None,
     fallback: Annotated[
-        str | None, typer.Option(help="Engine that scores in the Python backend where the release's runtime cannot.")
+        Engine | None,
+        typer.Option(help="What scores in the Python backend where the release's runtime cannot."),
     ] = None,
 ) -> None:
     """Serve a release with Triton until Ctrl-C; a promotion takes effect without a request lost."""
     from trirank_build.serving.following import serve as run_server
-    from trirank_build.serving.server import Ports
+    from trirank_build.serving.server import Ports, usual_ports
 
     # Said outright, since a shell starts its background jobs with SIGINT ignored.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
-    if fallback is not None:
-        from trirank_backend.scoring import ENGINES
-
-        if fallback not in ENGINES:
-            raise BadRecipe(f"--fallback {fallback} is none of {', '.join(ENGINES)}")
     follow = release.is_symlink() if follow is None else follow
     if follow and not release.is_symlink():
-        raise BadRecipe(f"--follow follows a link, and {release} is none; give the link `current` beside the releases")
-    ports = Ports(grpc_port, http_port, metrics_port)
+        raise BadUsage(f"--follow follows a link, and {release} is none; give the link `current` beside the releases")
+    usual = usual_ports(host)
+    ports = Ports(grpc_port or usual.grpc, http_port or usual.http, metrics_port or usual.metrics)
     run_server(release, ports, host, tritonserver, fallback, follow=follow, addresses=addresses, log=log)
 
 
 @app.command()
 def rank(
-    item: Annotated[list[int] | None, typer.Option("--item", help="A candidate's id, once for each.")] = None,
+    item: Annotated[list[str] | None, typer.Option("--item", help="A candidate's id, once for each.")] = None,
     server: Annotated[str, typer.Option(help="host:port of the gRPC endpoint.")] = "127.0.0.1:8001",
     release: Annotated[
         Path | None, typer.Option(help="Takes titles, and without --item a recorded request, from it.")
     ] = None,
     recorded: Annotated[int, typer.Option(min=0, help="Which recorded request.")] = 0,
-    user: Annotated[int | None, typer.Option(help="The user; anonymous by default.")] = None,
-    query: Annotated[str, typer.Option(help="What was searched for.")] = "",
+    user: Annotated[str | None, typer.Option(help="The user's id; anonymous, or the recorded one, by default.")] = None,
+    query: Annotated[str | None, typer.Option(help="What was searched for.")] = None,
     scenario: Annotated[str | None, typer.Option(help="The policy.")] = None,
-    top_k: Annotated[int, typer.Option(help="How many.")] = 10,
+    top_k: Annotated[int | None, typer.Option(help="How many; 10 by default.")] = None,
     deadline_s: Annotated[float, typer.Option(help="Seconds.")] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Rank candidates on a running server."""
-    if item:
-        request = RankRequest(item_ids=item, user_id=user, query=query, scenario=scenario, top_k=top_k)
-    elif release is not None:
-        from trirank_build.repository.release import recorded_requests
-
-        requests = recorded_requests(release)
-        if recorded >= len(requests):
-            raise BadRecipe(f"--recorded {recorded}; {release} has requests 0 to {len(requests) - 1}")
-        request = requests[recorded]
-    else:
-        raise BadRecipe("give candidates with --item, or --release to send one of its recorded requests")
+    said: dict[str, Any] = {"query": query, "scenario": scenario, "top_k": top_k}
+    said = {name: value for name, value in said.items() if value is not None}
+    if not item and release is None:
+        raise BadUsage("give candidates with --item, or --release to send one of its recorded requests")
     with RankClient(server, deadline_s=deadline_s) as client:
+        kinds = client.server_info() if item or user is not None else {}
+        if user is not None:
+            said["user_id"] = _own_id("--user", user, kinds.get("user_ids"))
+        if item:
+            ids = [_own_id("--item", each, kinds.get("item_ids")) for each in item]
+            request = RankRequest(item_ids=ids, **said)
+        else:
+            from trirank_build.repository.release import recorded_requests
+
+            assert release is not None
+            requests = recorded_requests(release)
+            if recorded >= len(requests):
+                raise BadUsage(f"--recorded {recorded}; {release} has requests 0 to {len(requests) - 1}")
+            request = replace(requests[recorded], **said)
         response = client.rank(request)
+    from trirank_build.presentation import ranking_table, unknown_line
+
+    if words := unknown_line(response):
+        warn(words)
     if as_json:
         answer: dict[str, Any] = {
             "items": response.to_dicts(), "status": response.status.value, "unknown": response.unknown,
@@ -422,9 +475,17 @@ def rank(
         }  # fmt: skip
         print(json.dumps(answer, allow_nan=False))
         return
-    from trirank_build.presentation import ranking_table
-
     out.print(ranking_table(request, response, release))
+
+
+def _own_id(option: str, text: str, kind: str | None) -> Any:
+    """An id as the catalogue has it; where the server does not say which, as it looks."""
+    if kind == "strings" or (kind is None and not text.lstrip("-").isdigit()):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise BadUsage(f"{option} {text} is no number, and the ids of this catalogue are numbers") from None
 
 
 if __name__ == "__main__":

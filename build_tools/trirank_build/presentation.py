@@ -34,11 +34,11 @@ def reason_words(reasons: Reason) -> str:
 def ranking_table(request: RankRequest, response: RankResponse, release: Path | None, title: str = "") -> Table:
     """The best K beside the order that retrieval gave (the order in which candidates were sent)."""
     items = _items(release)
-    place = {int(item): at for at, item in reversed(list(enumerate(request.item_ids, start=1)))}
-    sent = [int(item) for item in request.item_ids]
+    sent = [str(item) for item in request.item_ids]
+    place = {item: at for at, item in reversed(list(enumerate(sent, start=1)))}
     table = Table("#", "title", "brand", "price", "score", "was", "reason", "retrieval's order", title=title)
     for item in response:
-        known = items.get(int(item.item_id), {})
+        known = items.get(str(item.item_id), {})
         before = items.get(sent[item.position - 1], {}) if item.position <= len(sent) else {}
         table.add_row(
             str(item.position),
@@ -46,9 +46,9 @@ def ranking_table(request: RankRequest, response: RankResponse, release: Path | 
             known.get("brand", ""),
             _price(known.get("price")),
             f"{item.score:.3f}",
-            str(place.get(int(item.item_id), "")),
+            str(place.get(str(item.item_id), "")),
             reason_words(item.reasons),
-            before.get("title") or str(sent[item.position - 1]) if item.position <= len(sent) else "",
+            before.get("title") or sent[item.position - 1] if item.position <= len(sent) else "",
         )
     return table
 
@@ -83,10 +83,21 @@ def gate_table(report: Report) -> Table:
     return table
 
 
-def _items(release: Path | None) -> dict[int, dict[str, Any]]:
+def unknown_line(response: RankResponse) -> str:
+    """What is to be said of candidates that the catalogue does not know; empty: all are known."""
+    if not response.unknown:
+        return ""
+    return (
+        f"{response.unknown} of the candidates are not in the catalogue, and were dropped; a newer one may have them: "
+        "`trirank assemble --data NEWER`"
+    )
+
+
+def _items(release: Path | None) -> dict[str, dict[str, Any]]:
+    """By the id that callers send."""
     if release is None:
         return {}
-    return {row["item_id"]: row for row in pl.read_parquet(release / ITEMS).iter_rows(named=True)}
+    return {row["key"]: row for row in pl.read_parquet(release / ITEMS).iter_rows(named=True)}
 
 
 def _price(price: float | None) -> str:

@@ -8,15 +8,15 @@ const answer = await fetch(`http://${address}/v2/models/rank/infer`, {
   body: JSON.stringify({
     inputs: [
       tensor("USER_ID", "INT64", [-1]),
-      tensor("ITEM_IDS", "INT64", ids.map(Number)),
+      tensor("ITEM_IDS", "INT64", ids.map((id) => `${BigInt(id)}n`)),
       tensor("TOP_K", "INT32", [10]),
       tensor("SCENARIO", "BYTES", [query ? "search" : "home"]),
       tensor("QUERY", "BYTES", [query]),
     ],
-  }),
+  }).replace(/"(-?\d+)n"/g, "$1"), // an id has up to 63 bits, of which a Number of JavaScript keeps 53
 });
-const body = await answer.json();
+const body = JSON.parse((await answer.text()).replace(/(?<=[[,]\s*)-?\d{16,}(?=\s*[,\]])/g, '"$&"'));
 if (!answer.ok) throw new Error(`${answer.status}: ${body.error}`); // 400: the message names the value and the limit
 
 const { RANKED_IDS, SCORES } = Object.fromEntries(body.outputs.map((output) => [output.name, output.data]));
-RANKED_IDS.filter((id) => id !== -1).forEach((id, at) => console.log(at + 1, id, SCORES[at].toFixed(3)));
+RANKED_IDS.map(String).filter((id) => id !== "-1").forEach((id, at) => console.log(at + 1, id, SCORES[at].toFixed(3)));

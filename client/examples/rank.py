@@ -1,6 +1,6 @@
 """A plain script: rank candidates on a running server.
 
-python client/examples/rank.py 127.0.0.1:8001 2309 748 506
+python client/examples/rank.py 127.0.0.1:8001 2309 748 506      # or SKU-1 SKU-2, where the catalogue has such ids
 """
 
 import sys
@@ -11,7 +11,9 @@ from trirank import RankClient, RankError, RankRequest
 def main() -> None:
     """Print the candidates in their new order."""
     address, *items = sys.argv[1:]
-    request = RankRequest(item_ids=[int(item) for item in items], query="coffee grinder", top_k=len(items))
+    numbers = all(item.lstrip("-").isdigit() for item in items)
+    ids = [int(item) for item in items] if numbers else items
+    request = RankRequest(item_ids=ids, query="coffee grinder", top_k=len(items))
     try:
         with RankClient(address, deadline_s=0.5, on_failure="retrieval_order") as client:
             response = client.rank(request)

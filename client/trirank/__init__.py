@@ -6,6 +6,8 @@
 ...         print(item.item_id, item.score, item.reasons)
 """
 
+from importlib import metadata
+
 from trirank._aio import AsyncRankClient
 from trirank._client import RankClient
 from trirank._errors import (
@@ -23,7 +25,10 @@ from trirank._options import EjectionPolicy, HedgePolicy, RetryPolicy, Tls
 from trirank._types import History, RankedItem, RankRequest, RankResponse
 from trirank.contract import Behaviour, Reason, Status, stable_id
 
+__version__ = metadata.version("trirank")
+
 __all__ = [
+    "__version__",
     "RankClient",
     "AsyncRankClient",
     "RankRequest",

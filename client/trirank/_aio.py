@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -149,7 +150,11 @@ class AsyncRankClient:
             try:
                 message = service_pb2.ServerMetadataRequest()
                 reply = await self._ask(endpoint.address, "ServerMetadata", message, deadline_s)
-                return {"name": reply.name, "version": reply.version, "address": endpoint.address}
+                found = {"name": reply.name, "version": reply.version, "address": endpoint.address}
+                with suppress(RankError):  # some tell their configuration to nobody
+                    asked = service_pb2.ModelConfigRequest(name=self._core.model)
+                    self._core.learn((await self._ask(endpoint.address, "ModelConfig", asked, deadline_s)).config)
+                return found | self._core.kinds
             except RankError as error:  # noqa: PERF203  # the next one may answer
                 last = error
         raise last

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -162,7 +163,8 @@ class RankClient:
         return False
 
     def server_info(self, *, deadline_s: float | None = None) -> dict[str, str]:
-        """Name, version and address of one of the servers.
+        """Name, version and address of one of the servers, and whether its ``item_ids`` and ``user_ids`` are numbers or
+        strings, where it tells.
 
         Raises:
             Unavailable: none answers.
@@ -172,7 +174,11 @@ class RankClient:
         for endpoint in self._core.pool.endpoints:
             try:
                 reply = self._ask(endpoint.address, "ServerMetadata", service_pb2.ServerMetadataRequest(), deadline_s)
-                return {"name": reply.name, "version": reply.version, "address": endpoint.address}
+                found = {"name": reply.name, "version": reply.version, "address": endpoint.address}
+                with suppress(RankError):  # some tell their configuration to nobody
+                    message = service_pb2.ModelConfigRequest(name=self._core.model)
+                    self._core.learn(self._ask(endpoint.address, "ModelConfig", message, deadline_s).config)
+                return found | self._core.kinds
             except RankError as error:  # noqa: PERF203  # the next one may answer
                 last = error
         raise last

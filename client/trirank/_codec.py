@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -153,15 +153,48 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
         raise ServerError(f"SCORES[{at}] is {scores[at]}; the release that is served is broken")
     status, unknown, duplicates, filtered = arrays["STATUS"].tolist()
     return RankResponse(
-        item_ids=ids[:count],
+        item_ids=own_ids(ids[:count], names),
         scores=scores[:count],
         reasons=reasons[:count],
         status=_status(status),
         unknown=unknown,
         duplicates=duplicates,
         filtered=filtered,
-        names=names,
     )
+
+
+def own_ids(ids: NDArray[np.int64], names: dict[int, str]) -> NDArray[Any]:
+    """Ids as they were sent: strings where strings were."""
+    return np.array([names.get(item, str(item)) for item in ids.tolist()]) if names else ids
+
+
+_SMALL = 2**40
+"""One of four million hashes is below it; the numbers that shops count their items with all are."""
+
+
+def check_kinds(request: RankRequest, names: dict[int, str], kinds: Mapping[str, str]) -> None:
+    """Hold the kind of a request's ids against the catalogue's.
+
+    Args:
+        names: id → string of the request's items; empty: numbers were sent.
+        kinds: ``item`` and ``user`` → ``numbers`` or ``strings``.
+
+    Raises:
+        InvalidRequest: it is another, so that nothing would be found.
+    """
+    items, user = request.item_ids, request.user_id
+    if (names or isinstance(user, str)) and "numbers" in kinds.values():
+        for what, text in (("item", items[0] if names else None), ("user", user if isinstance(user, str) else None)):
+            if text is not None and kinds.get(what) == "numbers":
+                raise InvalidRequest(f"{what} {text!r} is text, and the catalogue's {what} ids are numbers; send those")
+    if "strings" in kinds.values():
+        small = None if names or int(np.max(items)) >= _SMALL else items[0]
+        young = user if isinstance(user, int) and 0 <= user < _SMALL else None
+        for what, number in (("item", small), ("user", young)):
+            if number is not None and kinds.get(what) == "strings":
+                raise InvalidRequest(
+                    f"{what} {number} is a number, and the catalogue's {what} ids are strings; send those"
+                )
 
 
 @lru_cache(64)

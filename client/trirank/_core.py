@@ -107,6 +107,8 @@ class Core:
         self.retries = TokenBucket(self.retry.budget, start=10.0)
         self.hedges = TokenBucket(hedge.budget if hedge else 0.0)
         self.times = LateTimes(hedge.quantile) if hedge else None
+        self.ids: dict[str, str] = {}
+        """Whether the servers' ids of ``item`` and ``user`` are numbers or strings; empty: not known."""
         self.closed = False
         self._process = os.getpid()
 
@@ -119,6 +121,18 @@ class Core:
                 f"this client was made in process {self._process} and is used in {os.getpid()}, which was forked from "
                 "it; gRPC's connections do not survive that: make a client in each process, after the fork"
             )
+
+    def learn(self, config: Any) -> None:
+        """Take from a server's configuration what its ids are."""
+        found = {what: config.parameters[name].string_value for what, name in contract.ID_PARAMETERS.items()
+                 if name in config.parameters}  # fmt: skip
+        if found:
+            self.ids = found
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """``item_ids`` and ``user_ids`` → numbers or strings, where it is known."""
+        return {contract.ID_PARAMETERS[what]: kind for what, kind in self.ids.items()}
 
     def attempt_limit_s(self, endpoint: Endpoint) -> float:
         """How long one attempt may take at this server before another one is tried; infinite: to the end."""
@@ -154,6 +168,8 @@ class Call:
         self._ends = self._began + deadline
         self._moment_us = int((time.time() + deadline) * 1e6)
         self._message, self._names = _codec.encode(request, core.model)
+        if core.ids:
+            _codec.check_kinds(request, self._names, core.ids)
         self._sent = self._retried = 0
         self._tried: frozenset[str] = frozenset()
         self._address = ""
@@ -320,6 +336,7 @@ class Call:
 
         Raises:
             IncompatibleServer: it speaks another contract, and there is no other server.
+            InvalidRequest: the request's ids are of another kind than the catalogue's.
             DeadlineExceeded: asking took all the time there was.
         """
         said = str(contract.CONTRACT_VERSION) if config is None else _contract_of(config)
@@ -335,6 +352,13 @@ class Call:
                 attempt,
             )
         attempt.endpoint.checked = True
+        if config is not None:
+            self._core.learn(config)
+            try:
+                _codec.check_kinds(self._request, self._names, self._core.ids)
+            except InvalidRequest:
+                self.given_up(attempt)
+                raise
         attempt.started = time.monotonic()
         self._limit(attempt)
         if attempt.timeout_s <= 0:
@@ -434,12 +458,11 @@ def retrieval_order(request: RankRequest, ids: NDArray[np.int64], names: dict[in
     _, first = np.unique(ids[order], return_index=True)
     kept = order[np.sort(first)][: request.top_k]
     return RankResponse(
-        item_ids=ids[kept],
+        item_ids=_codec.own_ids(ids[kept], names),
         scores=given[kept],
         reasons=np.zeros(len(kept), np.int32),
         status=Status.DEGRADED,
         duplicates=len(ids) - len(first),
-        names=names,
     )
 
 

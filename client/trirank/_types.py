@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class RankResponse:
     """The best K, best first. Iterating gives RankedItem; the arrays are there for those who want speed.
 
     Attributes:
-        item_ids: [K] int64, without padding.
+        item_ids: [K] int64, or strings where strings were sent, without padding.
         scores: [K] float32.
         reasons: [K] int32 bit masks of Reason.
         status: bit mask on the answer as a whole.
@@ -90,15 +90,13 @@ class RankResponse:
         filtered: candidates that the policy or the catalogue ruled out.
     """
 
-    item_ids: NDArray[np.int64]
+    item_ids: NDArray[Any]
     scores: NDArray[np.float32]
     reasons: NDArray[np.int32]
     status: Status
     unknown: int = 0
     duplicates: int = 0
     filtered: int = 0
-    names: dict[int, str] = field(default_factory=dict, repr=False)
-    """id → the string it was sent as, where strings were sent."""
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -106,12 +104,11 @@ class RankResponse:
     def __iter__(self) -> Iterator[RankedItem]:
         rows = zip(self.item_ids.tolist(), self.scores.tolist(), self.reasons.tolist(), strict=True)
         for position, (item_id, score, reasons) in enumerate(rows, start=1):
-            yield RankedItem(position, self.names.get(item_id, item_id), score, Reason(reasons))
+            yield RankedItem(position, item_id, score, Reason(reasons))
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Columns: item_id [K] int64, or strings where strings were sent; score [K] float32; reasons [K] int32."""
-        ids = self.item_ids if not self.names else np.array([self.names.get(i, str(i)) for i in self.item_ids.tolist()])
-        return {"item_id": ids, "score": self.scores, "reasons": self.reasons}
+        return {"item_id": self.item_ids, "score": self.scores, "reasons": self.reasons}
 
     def to_polars(self) -> Any:
         """A polars.DataFrame of ``to_arrays``; needs polars."""

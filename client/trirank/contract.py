@@ -39,6 +39,10 @@ TOO_LATE = "its deadline has passed"
 CONTRACT_PARAMETER = "contract"
 """Of the ensemble's configuration: CONTRACT_VERSION."""
 
+ID_PARAMETERS = {"item": "item_ids", "user": "user_ids"}
+"""Of the ensemble's configuration: whether the release's ids are ``numbers`` or ``strings``, of which callers send the
+``stable_id``, as the clients do for them."""
+
 ENSEMBLE = "rank"
 PREPROCESS, RANKER, RERANK = STAGES = ("preprocess", "ranker", "rerank")
 

@@ -3,11 +3,13 @@ in tests/e2e/test_client_faults.py."""
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
 import time
 from concurrent import futures
+from contextlib import nullcontext
 
 import grpc
 import numpy as np
@@ -16,6 +18,7 @@ import trirank
 from trirank import (
     EjectionPolicy,
     HedgePolicy,
+    InvalidRequest,
     RankClient,
     RankRequest,
     RankResponse,
@@ -24,7 +27,7 @@ from trirank import (
     Tls,
     contract,
 )
-from trirank._codec import candidate_ids
+from trirank._codec import candidate_ids, check_kinds, own_ids
 from trirank._core import retrieval_order
 from trirank.observability import log_hooks, merged, opentelemetry_hooks, prometheus_hooks
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -112,11 +115,41 @@ def test_an_answer_in_every_form(server):
 
 
 def test_names_come_back_in_columns():
-    ids = np.array([contract.stable_id("b"), contract.stable_id("a")])
-    found = RankResponse(
-        ids, np.zeros(2, np.float32), np.zeros(2, np.int32), Status(0), names={int(ids[0]): "b", int(ids[1]): "a"}
-    )
+    ids = {contract.stable_id(name): name for name in "ab"}
+    sent = np.array(list(ids), np.int64)[::-1]
+    found = RankResponse(own_ids(sent, ids), np.zeros(2, np.float32), np.zeros(2, np.int32), Status(0))
+    assert found.item_ids.tolist() == ["b", "a"]
     assert found.to_arrays()["item_id"].tolist() == ["b", "a"]
+    assert [item.item_id for item in found] == ["b", "a"]
+    assert json.dumps(found.to_dicts())
+
+
+@pytest.mark.parametrize(
+    ("request_", "kinds", "words"),
+    [
+        (
+            RankRequest(item_ids=["A-1"]),
+            {"item": "numbers"},
+            "item 'A-1' is text, and the catalogue's",
+        ),
+        (
+            RankRequest(item_ids=[1, 2]),
+            {"item": "strings"},
+            "item 1 is a number, and the catalogue's",
+        ),
+        (RankRequest(item_ids=[1], user_id="ann"), {"item": "numbers", "user": "numbers"}, "user 'ann' is text"),
+        (RankRequest(item_ids=["a"], user_id=7), {"item": "strings", "user": "strings"}, "user 7 is a number"),
+        (RankRequest(item_ids=["a"], user_id="ann"), {"item": "strings", "user": "strings"}, None),
+        (RankRequest(item_ids=["a"], user_id=7), {"item": "strings", "user": "numbers"}, None),
+        (RankRequest(item_ids=[1]), {"item": "numbers", "user": "strings"}, None),
+        (RankRequest(item_ids=[contract.stable_id("a")]), {"item": "strings", "user": "strings"}, None),
+        (RankRequest(item_ids=["a"], user_id="ann"), {}, None),
+    ],
+)
+def test_ids_are_of_the_catalogue_s_kind(request_, kinds, words):
+    names = candidate_ids(request_)[1]
+    with pytest.raises(InvalidRequest, match=words) if words else nullcontext():
+        check_kinds(request_, names, kinds)
 
 
 def test_the_deadline_travels(server):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -19,13 +18,7 @@ app = typer.Typer(help="Check files and prepare datasets.", no_args_is_help=True
 SKIP = "skip"
 
 
-class Ids(str, Enum):
-    """How ids are taken."""
-
-    numbers = "numbers"
-    strings = "strings"
-
-
+Ids = Literal["numbers", "strings"]
 Encoding = Annotated[str | None, typer.Option(help="Of the files: gb18030, cp1252, …; UTF-8 by default.")]
 Behaviours = Annotated[
     list[str] | None,
@@ -53,8 +46,8 @@ def check(
     from trirank_build.preparation.options import PrepareOptions
 
     report = examine(files, PrepareOptions(
-        encoding=encoding, behaviours=_meanings(behaviour or []), item_ids=item_ids and item_ids.value,
-        user_ids=user_ids and user_ids.value, max_loss=max_loss,
+        encoding=encoding, behaviours=_meanings(behaviour or []), item_ids=item_ids,
+        user_ids=user_ids, max_loss=max_loss,
     ))  # fmt: skip
     show_report(report.notes, report.rows)
     out.print("these files can be prepared")
@@ -83,8 +76,8 @@ def prepare(
     check_target(target, "a dataset", replaces="dataset.json")
     dataset = make(source, PrepareOptions(
         items, queries, min_count, max_train, max_eval, seed, encoding=encoding,
-        behaviours=_meanings(behaviour or []), item_ids=item_ids and item_ids.value,
-        user_ids=user_ids and user_ids.value, max_loss=max_loss,
+        behaviours=_meanings(behaviour or []), item_ids=item_ids,
+        user_ids=user_ids, max_loss=max_loss,
     ))  # fmt: skip
     with working("writing the dataset"):
         dataset.save(target)

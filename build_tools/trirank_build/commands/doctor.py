@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from trirank_build.commands.options import Json
-from trirank_build.errors import BadRecipe
+from trirank_build.errors import BadUsage
 from trirank_build.progress import out
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
@@ -30,9 +30,9 @@ def doctor(
     elsewhere: Annotated[
         bool, typer.Option("--elsewhere", help="It will be served on another machine: say nothing of this one.")
     ] = False,
-    fail_on: Annotated[str, typer.Option(help="From which severity on the exit status is 1: info, warning, error.")] = (
-        "warning"
-    ),
+    fail_on: Annotated[
+        Literal["info", "warning", "error"], typer.Option(help="From where on the exit status is 1.")
+    ] = "warning",
     as_json: Json = False,
 ) -> None:
     """Say what is wrong with any Triton repository or server, why, and how to mend it."""
@@ -41,8 +41,6 @@ def doctor(
     from trirank_build.doctor.repository import Surroundings
     from trirank_build.repository.release import recorded_requests
 
-    if fail_on.upper() not in Severity.__members__:
-        raise BadRecipe(f"--fail-on {fail_on} is none of info, warning, error")
     around = Surroundings.here(deadline_ms)
     place, _, url = target.rpartition("://")
     if not place and Path(target).exists():
@@ -50,7 +48,7 @@ def doctor(
     elif ":" in url and url.rpartition(":")[2].isdigit():
         findings = examine_server(url, recorded_requests(release) if release else [], around, probe)
     else:
-        raise BadRecipe(f"{target} is neither a folder nor host:port of a server")
+        raise BadUsage(f"{target} is neither a folder nor host:port of a server")
     if elsewhere:
         findings = [finding for finding in findings if finding.rule.id not in OF_THIS_MACHINE]
     failing = [finding for finding in findings if finding.rule.severity >= Severity[fail_on.upper()]]

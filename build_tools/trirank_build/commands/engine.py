@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
 from trirank_build.commands.options import Run
+from trirank_build.errors import BadModel
 from trirank_build.progress import out
 
 app = typer.Typer(help="Build TensorRT plans, and say what they are.", no_args_is_help=True)
@@ -21,9 +22,11 @@ def build(
     run: Run,
     target: Annotated[Path, typer.Option("--out", help="Folder for the plans.")],
     sm: Annotated[list[str], typer.Option("--sm", help="GPU architecture, 86 say; once for each.")],
-    flavour: Annotated[str, typer.Option(help="tensorrt or tensorrt_rtx.")] = "tensorrt_rtx",
+    flavour: Annotated[
+        Literal["tensorrt", "tensorrt_rtx"], typer.Option(help="Whose plan; Triton loads tensorrt's.")
+    ] = "tensorrt_rtx",
     hardware_compatibility: Annotated[
-        str, typer.Option(help="For tensorrt: none, ampere_plus or same_compute_capability.")
+        Literal["none", "ampere_plus", "same_compute_capability"], typer.Option(help="For tensorrt.")
     ] = "none",
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Let later TensorRT of the same major run it.")
@@ -70,8 +73,11 @@ def list_plans(folder: Annotated[Path, typer.Argument(help="A folder of plans.")
     """The plans that a folder's lock knows."""
     from trirank_build.engines.lock import read_lock
 
+    plans = read_lock(folder)
+    if not plans:
+        raise BadModel(f"{folder} has no plans; build some with `trirank engine build`")
     table = Table("plan", "GPU", "made by", "CUDA", "from ONNX", "flags", "key", title=str(folder))
-    for name, entry in read_lock(folder).items():
+    for name, entry in plans.items():
         made_by = f"{entry['flavour']} {entry['version']}"
         shown = (entry["cuda"], entry["onnx"][:12], ", ".join(entry["flags"]), entry["key"][:12])
         table.add_row(name, entry["sm"], made_by, *shown)

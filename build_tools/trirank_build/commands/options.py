@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,10 @@ from trirank_build.errors import BadUsage
 Data = Annotated[Path, typer.Option("--data", help="Dataset directory.")]
 Run = Annotated[Path, typer.Option("--run", help="Training run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON rather than a table.")]
+Engine = Literal["onnxruntime", "onnxruntime-tensorrt-rtx", "onnxruntime-cuda", "openvino", "openvino-bf16"]
+"""As trirank_backend.scoring has them, which takes a second to import; a test holds the two together."""
+
+
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 

@@ -27,6 +27,8 @@ def list_releases(folder: Folder, as_json: Json = False) -> None:
     if not folder.is_dir():
         raise BadModel(f"{folder} is no folder of releases; make one with `trirank assemble`")
     listed = releases(folder)
+    if not any(each.manifest for each in listed):
+        raise BadModel(f"{folder} holds no release; make one with `trirank assemble --out {folder}`")
     if as_json:
         print(json.dumps([_row(each) for each in listed]))
         return

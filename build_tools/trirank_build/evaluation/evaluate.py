@@ -52,7 +52,9 @@ def evaluate(
         rankings[name] = order_candidates(contender, examples)
     rankings |= scored or {}
     rankings["random"] = np.zeros(examples.rows.shape, np.float32)
-    for name in rankings.keys() - {RANKER, "retrieval"}:  # whose ties say nothing; chance must not fall back on order
+    for name in [
+        name for name in rankings if name not in (RANKER, "retrieval")
+    ]:  # whose ties say nothing; chance must not fall back on order
         rankings[name] = _ties_broken(rankings[name], rng)
     if examples.optimum is not None:
         rankings["optimum"] = examples.optimum

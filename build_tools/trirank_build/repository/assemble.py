@@ -99,7 +99,7 @@ def assemble(
     policies = run.recipe.policies_for(spec.tasks)
     for name, policy in policies.items():
         check_policy(name, policy, spec.tasks)
-    configs = model_configs(spec.shape, chosen, instances or Instances(), pipeline)
+    configs = model_configs(spec.shape, chosen, instances or Instances(), pipeline, dataset.description.ids)
 
     out.mkdir(parents=True, exist_ok=True)
     with assembling(out) as folder:
@@ -191,16 +191,19 @@ def _histories(events: pl.DataFrame) -> Iterator[tuple[int, Events]]:
 
 
 def _recorded(dataset: Dataset) -> list[dict[str, Any]]:
-    """Requests of the test split, each scenario among them."""
+    """Requests of the test split, each scenario among them, with item ids as callers send them."""
     test = dataset.split("test")
     picked = test.group_by("scenario", maintain_order=True).head(_RECORDED)
+    keys: dict[int, Any] = {}
+    if dataset.description.ids["item"] == "strings":
+        keys = dict(dataset.items.select("item_id", "key").iter_rows())
     return [
         {
             "user_id": row["user_id"],
             "timestamp": row["timestamp"],
             "query": row["query"],
             "scenario": row["scenario"],
-            "item_ids": row["item_ids"],
+            "item_ids": [keys.get(item, item) for item in row["item_ids"]],
             "retrieval_scores": row["retrieval_scores"],
             "top_k": 10,
         }

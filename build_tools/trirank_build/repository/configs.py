@@ -84,21 +84,31 @@ def models_of(pipeline: str) -> tuple[str, ...]:
 
 
 def model_configs(
-    shape: PackedShape, runtime: RankerRuntime, instances: Instances, pipeline: str = "ensemble"
+    shape: PackedShape,
+    runtime: RankerRuntime,
+    instances: Instances,
+    pipeline: str = "ensemble",
+    ids: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Model name → text of its config.pbtxt.
+
+    Args:
+        ids: ``item`` and ``user`` → ``numbers`` or ``strings``, for clients to know.
 
     Raises:
         BadModel: there is no such pipeline, or the runtime does not run in it.
     """
     models_of(pipeline)
     if pipeline == "single":
-        return {contract.ENSEMBLE: config_text(_single(runtime, instances.single))}
+        single = _single(runtime, instances.single)
+        _tell_ids(single, ids or {})
+        return {contract.ENSEMBLE: config_text(single)}
     packed, scores = contract.ranker_inputs(shape), contract.ranker_outputs(shape)
     preprocess = _python(contract.PREPROCESS, contract.REQUEST, (*packed, contract.HANDOVER), instances.preprocess)
     rerank = _python(contract.RERANK, (*scores, contract.HANDOVER), contract.RESPONSE, instances.rerank)
     ranker = _ranker(packed, scores, runtime, instances.ranker)
     configs = {config.name: config for config in (preprocess, ranker, rerank, _ensemble(preprocess, ranker, rerank))}
+    _tell_ids(configs[contract.ENSEMBLE], ids or {})
     return {name: config_text(config) for name, config in configs.items()}
 
 
@@ -107,7 +117,15 @@ def front(model: Any, name: str) -> Any:
     it was taken up by."""
     config = _ensemble(model)
     config.name = name
+    for parameter in contract.ID_PARAMETERS.values():
+        if parameter in model.parameters:
+            config.parameters[parameter].CopyFrom(model.parameters[parameter])
     return config
+
+
+def _tell_ids(config: Any, ids: Mapping[str, str]) -> None:
+    for what, kind in ids.items():
+        config.parameters[contract.ID_PARAMETERS[what]].string_value = kind
 
 
 def ranker_config(shape: PackedShape, runtime: RankerRuntime) -> Any:

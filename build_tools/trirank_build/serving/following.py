@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from trirank_build.artefacts import atomic_file
-from trirank_build.errors import ServeError, TrirankBuildError
+from trirank_build.errors import BadUsage, ServeError, TrirankBuildError
 from trirank_build.progress import out, warn
-from trirank_build.repository.store import in_use, refuse_damaged
+from trirank_build.repository.store import CURRENT, in_use, refuse_damaged
 from trirank_build.serving.server import Ports, TritonServer
 
 POLL_S, AGAIN_S = 0.5, 15.0
@@ -41,12 +42,15 @@ def serve(
         ServeError: the server cannot be started, has ended, or answers no more.
         BadModel: ``release`` is none, or no longer what was assembled.
     """
+    if (release / CURRENT).exists():
+        raise BadUsage(f"{release} is a folder of releases; serve {release / CURRENT}, or one of them")
     refuse_damaged(release.resolve(), "served")
     with TritonServer(
         release, ports=ports, tritonserver=tritonserver, host=host, fallback=fallback, swappable=follow, log=log
     ) as server:
         server.wait_ready()
-        found = {"grpc": server.grpc, "http": server.http, "metrics": server.metrics, "pid": server.pid}
+        found = {"grpc": server.grpc, "http": server.http, "metrics": server.metrics, "pid": os.getpid(),
+                 "tritonserver_pid": server.pid}  # fmt: skip
         out.print(f"ready: gRPC {server.grpc}, HTTP {server.http}, metrics {server.metrics}; Ctrl-C stops it")
         if addresses is not None:
             with atomic_file(addresses) as scratch:
@@ -55,6 +59,9 @@ def serve(
             _watch(server, release if follow else None)
         except KeyboardInterrupt:
             out.print("stopping")
+        finally:
+            if addresses is not None:  # nobody shall look for a server there
+                addresses.unlink(missing_ok=True)
 
 
 def _watch(server: TritonServer, link: Path | None) -> None:

@@ -198,7 +198,9 @@ class TritonServer:
         """Raises ServeError with the reason if the server has ended."""
         assert self._process is not None
         if self._process.poll() is not None:
-            raise ServeError(f"Triton ended with {self._process.returncode}: {self._last_words()}")
+            code = self._process.returncode
+            how = f"with {code}" if code >= 0 else f"killed by signal {-code}" + " (out of memory?)" * (code == -9)
+            raise ServeError(f"Triton ended {how}: {self._last_words()}")
 
     def probe(self, deadline_s: float = 5.0) -> str:
         """Why a recorded request is not answered; empty: it is, or others are, whom this one waited behind.
@@ -310,6 +312,7 @@ class TritonServer:
             own = os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else "unknown"
             return f"it needs {needed[1]}, this machine has {own}; use a newer distribution or NVIDIA's container"
         errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error:|.*(Error|error while loading)", line)]
+        errors = [line for line in errors if not any(noise in line for noise in _NOISE)]
         words = " | ".join(line.strip() for line in (errors or text.splitlines())[-3:]) or "it said nothing"
         return words[-1500:]
 
@@ -320,6 +323,17 @@ class TritonServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def usual_ports(host: str) -> Ports:
+    """Triton's own, each where nobody listens."""
+
+    def free(number: int) -> int | None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return None if probe.connect_ex((host if host != "0.0.0.0" else "127.0.0.1", number)) == 0 else number
+
+    return Ports(grpc=free(8001), http=free(8000), metrics=free(8002))
 
 
 def _checked_port(host: str, name: str, number: int | None) -> int:
