@@ -364,7 +364,7 @@ def hot_swap() -> str:
     for name, words in (("rest", "between swaps"), ("swap", "while a swap is under way")):
         cells = [f"{found[f'{name}_p{q}_ms'].value:.1f}" for q in (50, 99, 100)]
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
-    ratio, took = found["p99_ratio_during_swap"], found["swap_s"]
+    ratio, took, health = (found[n] for n in ("p99_ratio_during_swap", "swap_s", "not_ready_after_bad_promotion"))
     return "\n".join([
         *lines,
         "",
@@ -372,7 +372,8 @@ def hot_swap() -> str:
         f"{found['mixed_answers'].value:.0f} mixed answers; p99 {ratio.value:.2f} ({ratio.low:.2f} to "
         f"{ratio.high:.2f}) times that between swaps; a swap takes {took.value:.1f} s ({took.low:.1f} to "
         f"{took.high:.1f}), of which callers "
-        f"see one moment. {ratio.note}.",
+        f"see one moment. {ratio.note}. While what cannot be loaded was promoted, health was asked as well: "
+        f"{health.value:.0f} answers {health.note} said that the server is not ready.",
     ])  # fmt: skip
 
 

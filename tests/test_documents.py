@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from trirank import stable_id
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -76,3 +78,19 @@ def test_environment_variables_are_in_the_readme():
             names |= set(re.findall(r'"(TRIRANK_[A-Z_]+)"', path.read_text()))
     assert names
     assert {name for name in names if f"`{name}`" not in readme} == set()
+
+
+def test_the_hash_of_strings_is_documented_with_true_examples():
+    text = (ROOT / "docs" / "data.md").read_text()
+    examples = re.findall(r"^\| `([^`]+)` \| (\d{10,}) \|$", text, re.MULTILINE)
+    assert len(examples) == 3
+    assert [stable_id(key) for key, _ in examples] == [int(number) for _, number in examples]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_find_what_they_import(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"bench_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)

@@ -28,6 +28,9 @@ from trirank_build.progress import out, warn, working
 
 # Heavy imports (torch, polars, onnx) wait inside the commands, so that `trirank --help` answers at once.
 
+_UsageError: Any = typer.BadParameter.__bases__[0]
+"""Click's, which newer releases of Typer carry inside and name nowhere."""
+
 app = typer.Typer(
     help="Ranking on NVIDIA Triton Inference Server: from raw logs to the best K in one gRPC call.",
     no_args_is_help=True,
@@ -74,7 +77,17 @@ def common(
 def main() -> None:
     """Entry point: every known error is one line and exit status 1, or 2 where the arguments are at fault."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:  # Typer's own would be a box of several lines
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            place = error.ctx.command_path if error.ctx else "trirank"
+            words = " ".join(error.format_message().replace("Value error, ", "").split())
+            errors.print(f"[red]error:[/red] {_escaped(words.rstrip('.'))}. See `{place} --help`.", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
     except (TrirankBuildError, BackendError, RankError) as error:
         logging.getLogger("trirank").debug("where the error comes from", exc_info=True)
         errors.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)

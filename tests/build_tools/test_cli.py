@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import get_args
 
 import pytest
+import trirank as trirank_client
+from trirank_backend.scoring import ENGINES
 from trirank_build import cli
+from trirank_build.commands.options import Engine
 from trirank_build.data.dataset import Dataset
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def trirank(*arguments, code=0, process=False):
@@ -199,18 +210,11 @@ def test_search_by_command(line, tmp_path):
     (tmp_path / "chain.toml").write_text(CHAIN)
     command = ("compress", tmp_path / "chain.toml", "--run", folder / "run", "--data", folder / "data", "--out",
                tmp_path / "out")  # fmt: skip
-    assert "say --search too" in trirank(*command, "--latency-ms", 5, code=1).stderr
+    assert "say --search too" in trirank(*command, "--latency-ms", 5, code=2).stderr
     assert "needs a target" in trirank(*command, "--search", code=1).stderr
     text = trirank(*command, "--search", "--min-ndcg-ratio", 0.1, "--trials", 2).stdout
     assert "chains tried" in text
     assert (tmp_path / "out" / "best.toml").is_file()
-
-
-def test_the_gate_wants_held_out_requests(line, tmp_path):
-    folder, _ = line
-    command = ("gate", "--run", folder / "run", "--data", folder / "data", "--onnx", folder / "ranker.onnx")
-    assert "--split train is not held out" in trirank(*command, "--split", "train", code=1).stderr
-    assert "--engine abacus is none of" in trirank(*command, "--engine", "abacus", code=1).stderr
 
 
 @pytest.mark.e2e
@@ -244,26 +248,69 @@ def test_serve_and_rank(line, tmp_path):
         server.wait(60)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("data", "prepare", "nowhere.csv", "--out", "x"), "nowhere.csv is no file"),
-        (("train", "nowhere.toml", "--data", "x", "--out", "y"), "neither a file nor one of the shipped recipes"),
-        (("train", "shop", "--data", "nowhere", "--out", "y"), "run `trirank data prepare SOURCE --out nowhere`"),
-        (("evaluate", "--run", "nowhere", "--data", "x"), "no finished training run"),
-        (("evaluate", "--run", "x", "--data", "x", "--split", "dev"), "--split dev is none of train, valid, test"),
-        (("evaluate", "--run", "x", "--data", "x", "--protocol", "luck"), "is none of requests, catalogue, sampled"),
-        (("tune", "shop", "--data", "nowhere", "--out", "y"), "run `trirank data prepare SOURCE --out nowhere`"),
-        (("serve", "nowhere"), "nowhere is no release"),
-        (("rank", "--server", "127.0.0.1:9"), "give candidates with --item"),
-        (("rank", "--server", "127.0.0.1:9", "--item", "1"), "127.0.0.1:9, after"),
-    ],
-)
-def test_errors_are_one_line(arguments, words, tmp_path):
+BAD = tomllib.loads((Path(__file__).parents[1] / "bad_inputs.toml").read_text())["input"]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=[entry["command"][:60] for entry in BAD])
+def test_a_wrong_input_is_one_clear_line(bad, line, tmp_path):
+    """What is wrong, with which value, and what to do; nothing is written."""
+    (tmp_path / "log.csv").write_text(LOG)
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_folder" / "kept").touch()
+    for name, content in bad.get("files", {}).items():
+        (tmp_path / name).write_bytes(content.encode().replace(b"\x1a", b"\xff"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    words = bad["command"].format(tmp=tmp_path, line=line[0]).split()
     # Some in a process of their own: `serve` changes how it is interrupted.
-    error = trirank(*arguments, code=1, process=arguments[0] in ("serve", "rank")).stderr
-    assert words in error.replace("\n", " ")
-    assert error.startswith("error:")
+    done = trirank(*words, code=bad["status"], process=words[0] in ("serve", "rank"))
+    (error,) = [each for each in done.stderr.splitlines() if each.startswith("error: ")]
+    assert done.stdout == ""
+    for expected in bad["words"]:
+        assert expected.format(tmp=tmp_path, line=line[0]) in error
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+LOG = "user_id,item_id,behavior,timestamp\n" + "".join(
+    f"{user},{item},click,{1_767_268_800 + user * 7_000 + item * 60}\n"
+    for user in range(30)
+    for item in range(user % 7, 12)
+)
+
+
+def test_engines_are_those_of_the_backend():
+    assert get_args(Engine) == tuple(ENGINES)
+
+
+def test_evaluation_is_the_same_again(line):
+    """Whatever order Python's sets have in a process."""
+    folder, _ = line
+    command = ["-m", "trirank_build.cli", "evaluate", "--run", folder / "run", "--data", folder / "data", "--json"]
+    found = {
+        subprocess.run(
+            [sys.executable, *map(str, command)], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True,
+            check=True, timeout=200,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+def test_options_replace_what_was_recorded(line):
+    """Seen by the error that each of them leads to, without a server."""
+    folder, _ = line
+    release = folder / "releases" / "current"
+    for option, value, words in (("--top-k", 5000, "top_k is 5000"), ("--query", "x" * 3000, "query has 3000 bytes")):
+        assert words in trirank("rank", "--server", "127.0.0.1:9", "--release", release, option, value, code=1).stderr
+
+
+def test_the_version():
+    assert trirank("--version").stdout.strip() == f"trirank {trirank_client.__version__}"
+
+
+def test_where_an_error_comes_from(tmp_path):
+    log = tmp_path / "log"
+    trirank("--log-file", log, "release", "list", tmp_path / "none", code=1)
+    assert "release list" in log.read_text()
 
 
 def test_a_dataset_that_fails_leaves_nothing(tmp_path):
