@@ -372,8 +372,8 @@ def hot_swap() -> str:
         f"{found['mixed_answers'].value:.0f} mixed answers; p99 {ratio.value:.2f} ({ratio.low:.2f} to "
         f"{ratio.high:.2f}) times that between swaps; a swap takes {took.value:.1f} s ({took.low:.1f} to "
         f"{took.high:.1f}), of which callers "
-        f"see one moment. {ratio.note}. While what cannot be loaded was promoted, health was asked as well: "
-        f"{health.value:.0f} answers {health.note} said that the server is not ready.",
+        f"see one moment. {ratio.note}. The server said {health.value:.0f} times that it is not ready, "
+        f"{health.note}.",
     ])  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The first days with one's own data, as README says it: text as ids, umlauts and Chinese, decimal commas, products
-that nobody has met; then the next day's files without training; then a promotion that fails, health asked all the while."""
+that nobody has met; then the next day's files without training; then a promotion that fails, health asked all the
+while."""
 
 from __future__ import annotations
 
