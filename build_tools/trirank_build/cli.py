@@ -84,7 +84,8 @@ def main() -> None:
         else:
             place = error.ctx.command_path if error.ctx else "trirank"
             words = " ".join(error.format_message().replace("Value error, ", "").split())
-            errors.print(f"[red]error:[/red] {_escaped(words.rstrip('.'))}. See `{place} --help`.", highlight=False, soft_wrap=True)
+            told = f"[red]error:[/red] {_escaped(words.rstrip('.'))}. See `{place} --help`."
+            errors.print(told, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
