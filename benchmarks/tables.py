@@ -7,6 +7,7 @@ No figure in a document is typed by hand; a test fails when a document and the r
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
@@ -434,6 +435,22 @@ def shared_memory() -> str:
     )
 
 
+def recipe_keys() -> str:
+    """Every key of a recipe, as the code says it."""
+    from trirank_build.recipe import PolicyRecipe, Recipe
+
+    sections = {
+        name: field.default for name, field in Recipe.model_fields.items() if hasattr(field.default, "model_dump")
+    }
+    lines = ["| key | default | |", "|---|---|---|", "| `seed` | 7 | of all that is drawn |"]
+    for section, default in (*sections.items(), ("policies.SCENARIO", PolicyRecipe())):
+        for name, field in type(default).model_fields.items():
+            value = json.dumps(default.model_dump()[name], default=str)
+            words = " ".join((field.description or "").replace("|", "\\|").split())
+            lines.append(f"| `{section}.{name}` | `{value}` | {words} |")
+    return "\n".join(lines)
+
+
 def rules() -> str:
     """What the doctor knows."""
     from trirank_build.doctor import examine
@@ -449,6 +466,7 @@ def rules() -> str:
 
 
 TABLES = {
+    "recipe_keys": recipe_keys,
     "engines": engines,
     "hot_swap": hot_swap,
     "client": client,

@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)  # docs/training.md has them
 
 
 class FeatureRecipe(_Section):
@@ -34,10 +34,13 @@ class FeatureRecipe(_Section):
     history_length: Annotated[int, Field(ge=1, le=1024)] = 32
     """L, newest events kept."""
     query_length: Annotated[int, Field(ge=1, le=64)] = 8
+    """Subwords of a query that are read."""
     title_length: Annotated[int, Field(ge=0, le=64)] = 12
+    """Subwords of a title that are read; 0: none."""
     embed_text: bool = True
     """Whether words have embeddings. Where queries are few, how well query and title match says more."""
     attribute_slots: Annotated[int, Field(ge=0, le=16)] = 4
+    """Attributes of an item that are kept."""
     vocabulary: Annotated[int, Field(ge=100, le=100_000)] = 8_000
     """Subwords of the tokeniser."""
     without: tuple[str, ...] = ()
@@ -56,12 +59,17 @@ class ModelRecipe(_Section):
     architecture: Literal["shared_context", "sasrec", "lstm", "bst"] = "shared_context"
     """The ranker of this project, or one of the baselines."""
     dim: PositiveInt = 64
+    """Width of embeddings and states."""
     heads: PositiveInt = 4
+    """Of attention; a divisor of dim."""
     encoder_blocks: Annotated[int, Field(ge=0)] = 2
+    """Transformer blocks over the history."""
     cross_blocks: Annotated[int, Field(ge=0)] = 1
+    """Blocks in which candidates attend to the encoded history."""
     ffn: PositiveInt = 128
     """Width of the feed-forward layers."""
     dropout: Share = 0.1
+    """Share of activations that are left out in training."""
     attention: Literal["causal", "full"] = "causal"
     """Whether an event sees only those before it, or all; masked-item pre-training needs ``full``."""
     similarity: Literal["cosine", "dot"] = "cosine"
@@ -165,10 +173,13 @@ class PolicyRecipe(_Section):
     """One scenario's rules; see trirank_backend.policies.Policy."""
 
     task_weights: dict[str, float] | None = None
-    """None: all tasks count alike."""
+    """What each task's score (click, cart, purchase, relevance) counts in the final one. None: all alike."""
     deduplicate: bool = True
+    """Keep the best variant of each product."""
     exclude_purchased: bool = False
+    """Drop what the user has bought."""
     boosts: dict[str, float] = {}
+    """Signal (NEW_ITEM, POPULAR, MATCHES_QUERY, …: trirank.contract.Signal) → what it adds to the final score."""
 
     @model_validator(mode="after")
     def _signals_exist(self) -> PolicyRecipe:
