@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 from rich.table import Table
-from trirank import RankRequest, RankResponse, Reason
+from trirank import RankRequest, RankResponse, Reason, Status
 
 from trirank_build.evaluation.summary import Evaluation
 from trirank_build.gate.verdict import Report
@@ -23,6 +23,7 @@ _WORDS = {
     Reason.BOOSTED: "boosted",
     Reason.PINNED: "pinned",
     Reason.DIVERSITY: "variety",
+    Reason.NOT_IN_CATALOGUE: "not in the catalogue",
 }
 
 
@@ -87,8 +88,9 @@ def unknown_line(response: RankResponse) -> str:
     """What is to be said of candidates that the catalogue does not know; empty: all are known."""
     if not response.unknown:
         return ""
+    done = "dropped" if Status.UNKNOWN_ITEMS_DROPPED in response.status else "put behind the others"
     return (
-        f"{response.unknown} of the candidates are not in the catalogue, and were dropped; a newer one may have them: "
+        f"{response.unknown} of the candidates are not in the catalogue, and were {done}; a newer one may have them: "
         "`trirank assemble --data NEWER`"
     )
 

@@ -180,6 +180,8 @@ class PolicyRecipe(_Section):
     """Drop what the user has bought."""
     boosts: dict[str, float] = {}
     """Signal (NEW_ITEM, POPULAR, MATCHES_QUERY, …: trirank.contract.Signal) → what it adds to the final score."""
+    keep_unknown: bool = False
+    """Show candidates that the catalogue does not know behind all others, in retrieval's order; else: drop them."""
 
     @model_validator(mode="after")
     def _signals_exist(self) -> PolicyRecipe:
@@ -242,6 +244,7 @@ class Recipe(_Section):
                 deduplicate=policy.deduplicate,
                 exclude_purchased=policy.exclude_purchased,
                 boosts=policy.boosts,
+                keep_unknown=policy.keep_unknown,
             )
             for name, policy in self.policies.items()
         }

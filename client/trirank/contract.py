@@ -119,8 +119,9 @@ HANDOVER = TensorSpec(
     "handover",
     "INT32",
     (-1,),
-    "[5 + 2 N]: as STATUS without its last number, TOP_K, the scenario's place among the release's policies, then of "
-    "each candidate the catalogue row (-1: not to be ranked), then of each the Signal bit mask",
+    "[6 + 2 N + 2 U]: as STATUS without its last number, TOP_K, the scenario's place among the release's policies, U, "
+    "then of each candidate the catalogue row (-1: not to be ranked), then of each the Signal bit mask, then U INT64 "
+    "ids that the catalogue does not know and the policy keeps",
 )
 """What preprocess tells rerank past the ranker; one tensor, since each that crosses a process boundary costs time."""
 
@@ -161,6 +162,8 @@ class Reason(IntFlag):
     BOOSTED = 64
     PINNED = 128
     DIVERSITY = 256
+    NOT_IN_CATALOGUE = 512
+    """Kept by the policy behind all others, in retrieval's order."""
 
 
 class Status(IntFlag):
@@ -169,6 +172,7 @@ class Status(IntFlag):
     COLD_USER = 1
     """No history was found or sent for a user who is not anonymous."""
     UNKNOWN_ITEMS_DROPPED = 2
+    """Where the policy does not keep them."""
     DUPLICATES_DROPPED = 4
     ITEMS_FILTERED = 8
     """By the policy, or because the catalogue says that they cannot be had."""

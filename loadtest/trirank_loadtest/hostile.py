@@ -49,7 +49,7 @@ def _hostile(config: Any, rng: np.random.Generator) -> Any:
         # Mostly of lengths that fit each other, so that a call gets through to where lengths are no longer looked at.
         length = varied if rng.random() < 0.9 else int(rng.choice(_SIZES))
         if tensor.name == contract.HANDOVER.name:
-            length = 5 + 2 * length
+            length = 6 + 2 * length
         shape = [rows, *(length if axis < 0 else axis for axis in tensor.dims)]
         raw = _contents(dtype, int(np.prod(shape)), rng)
         luck = rng.random()

@@ -11,7 +11,7 @@ from trirank.contract import Signal
 
 from trirank_backend.errors import InvalidInput
 
-_HEADER = 5
+_HEADER = 6
 _SIGNALS = sum(signal.value for signal in Signal)
 
 
@@ -24,6 +24,8 @@ class Handover(NamedTuple):
         policy: [R] int32 place of the scenario among the release's policies.
         rows: [R, N] int32 of the catalogue; -1: not to be ranked.
         signals: [R, N] int32 Signal bits.
+        unknown: [R, U] int64 candidates that the catalogue does not know and the policy keeps, as retrieval had them;
+            PAD_ITEM_ID behind.
     """
 
     status: NDArray[np.int32]
@@ -31,10 +33,14 @@ class Handover(NamedTuple):
     policy: NDArray[np.int32]
     rows: NDArray[np.int32]
     signals: NDArray[np.int32]
+    unknown: NDArray[np.int64]
 
     def tensor(self) -> NDArray[np.int32]:
-        """[R, 5 + 2 N], as contract.HANDOVER says."""
-        columns = [self.status, self.top_k[:, None], self.policy[:, None], self.rows, self.signals]
+        """[R, 6 + 2 N + 2 U], as contract.HANDOVER says."""
+        count = np.full((len(self.top_k), 1), self.unknown.shape[1], np.int32)
+        columns = [self.status, self.top_k[:, None], self.policy[:, None], count, self.rows, self.signals]
+        if self.unknown.shape[1]:
+            columns.append(np.ascontiguousarray(self.unknown).view(np.int32))
         return np.concatenate(columns, axis=1)
 
     @classmethod
@@ -50,18 +56,26 @@ class Handover(NamedTuple):
         name = contract.HANDOVER.name
         if not len(tensor):
             raise InvalidInput(f"{name} has 0 rows; send at least one")
-        places = (tensor.shape[1] - _HEADER) // 2
-        if not 1 <= places <= contract.MAX_CANDIDATES or tensor.shape[1] != _HEADER + 2 * places:
+        length, unknown = tensor.shape[1], 0
+        if length >= _HEADER:
+            unknown = int(tensor[0, 5])
+            _within(name, "a count of unknown items of", tensor[:, 5], 0, contract.MAX_CANDIDATES)
+            if (tensor[:, 5] != unknown).any():
+                raise InvalidInput(f"{name} holds different counts of unknown items in one request; pad them")
+        places = (length - _HEADER - 2 * unknown) // 2
+        if not 1 <= places <= contract.MAX_CANDIDATES or length != _HEADER + 2 * places + 2 * unknown:
             raise InvalidInput(
-                f"{name} has {tensor.shape[1]} numbers; it has {_HEADER} and two a candidate, of which there are 1 to "
-                f"{contract.MAX_CANDIDATES}"
+                f"{name} has {length} numbers; it has {_HEADER}, two a candidate, of which there are 1 to "
+                f"{contract.MAX_CANDIDATES}, and two for each of {unknown} unknown ones"
             )
+        end = _HEADER + 2 * places
         found = cls(
             status=tensor[:, :3],
             top_k=tensor[:, 3],
             policy=tensor[:, 4],
             rows=tensor[:, _HEADER : _HEADER + places],
-            signals=tensor[:, _HEADER + places :],
+            signals=tensor[:, _HEADER + places : end],
+            unknown=np.ascontiguousarray(tensor[:, end:]).view(np.int64),
         )
         _within(name, "a top_k of", found.top_k, 1, contract.MAX_TOP_K)
         _within(name, "policy", found.policy, 0, policies - 1)

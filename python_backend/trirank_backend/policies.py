@@ -20,12 +20,15 @@ class Policy:
         deduplicate: keep only the best variant of each product.
         exclude_purchased: drop what the user has bought.
         boosts: Signal name → what it adds to the final score.
+        keep_unknown: show candidates that the catalogue does not know behind all others, in retrieval's order, rather
+            than drop them.
     """
 
     task_weights: dict[str, float]
     deduplicate: bool = True
     exclude_purchased: bool = False
     boosts: dict[str, float] = field(default_factory=dict)
+    keep_unknown: bool = False
 
 
 def save_policies(policies: dict[str, Policy], path: Path) -> None:

@@ -43,6 +43,7 @@ class Preprocess:
 
     Args:
         policies: scenario → its place among the release's policies.
+        keeping: places of those that keep what the catalogue does not know.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Preprocess:
         users: UserStore,
         policies: Mapping[str, int],
         clock: Callable[[], float] = time.time,
+        keeping: frozenset[int] = frozenset(),
     ) -> None:
         self._packer = packer
         self._text = text
         self._users = users
         self._policies = policies
+        self._keeping = keeping
         self._clock = clock
 
     @classmethod
@@ -68,7 +71,8 @@ class Preprocess:
         packer, text = load_packer(directory)
         policies = load_policies(directory / "policies.json", packer.spec.tasks)
         places = {name: at for at, name in enumerate(policies)}
-        return cls(packer, text, SqliteUserStore(directory / "users.sqlite"), places)
+        keeping = frozenset(places[name] for name, policy in policies.items() if policy.keep_unknown)
+        return cls(packer, text, SqliteUserStore(directory / "users.sqlite"), places, keeping=keeping)
 
     def close(self) -> None:
         """Let go of the user store."""
@@ -122,10 +126,11 @@ class Preprocess:
         )
         status = np.empty((len(widths), 3), np.int32)
         status[:, 1:] = counts
+        kept = [policy in self._keeping for request in requests for policy in request.policies]
         for line, (unknown, repeats) in enumerate(counts.tolist()):
             status[line, 0] = (
                 (cold[line] and Status.COLD_USER.value)
-                | (unknown > 0 and Status.UNKNOWN_ITEMS_DROPPED.value)
+                | (unknown > 0 and not kept[line] and Status.UNKNOWN_ITEMS_DROPPED.value)
                 | (repeats > 0 and Status.DUPLICATES_DROPPED.value)
             )
         prepared, line = [], 0
@@ -147,9 +152,33 @@ class Preprocess:
                 policy=np.array(request.policies, np.int32),
                 rows=rows[of_places].reshape(shape),
                 signals=packed.signals[of_places].reshape(shape),
+                unknown=self._unknown(request, ids[of_places].reshape(shape), counts[of_lines, 0], kept[of_lines]),
             )
             prepared.append(Prepared(ranker, handover))
         return prepared
+
+    def _unknown(
+        self, request: Request, ids: NDArray[np.int64], counts: NDArray[np.int32], kept: list[bool]
+    ) -> NDArray[np.int64]:
+        """[R, U] what a request's policies keep though the catalogue does not know it.
+
+        Args:
+            ids: [R, N] candidates.
+            counts: [R] how many the catalogue does not know.
+        """
+        most = max((int(count) for count, keep in zip(counts, kept, strict=True) if keep), default=0)
+        found = np.full((len(ids), most), contract.PAD_ITEM_ID, np.int64)
+        for line in range(len(ids) if most else 0):
+            if not kept[line]:
+                continue
+            strange = (self._packer.catalogue.rows(ids[line]) < 0) & (ids[line] != contract.PAD_ITEM_ID)
+            _, places = np.unique(np.where(strange, ids[line], contract.PAD_ITEM_ID), return_index=True)
+            places = np.sort(places[strange[places]])
+            if request.retrieval_scores is not None:
+                scores = request.retrieval_scores[line, places]
+                places = places[np.argsort(-scores, kind="stable")]
+            found[line, : len(places)] = ids[line, places]
+        return found
 
     def _histories(
         self, sent: list[Events | None], users: list[int], moments: list[int]

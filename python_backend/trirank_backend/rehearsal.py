@@ -38,6 +38,7 @@ def rehearse() -> None:
             policy=np.zeros(count, np.int32),
             rows=lines.rows.reshape(count, _WIDTH),
             signals=packed.signals.reshape(count, _WIDTH),
+            unknown=np.zeros((count, 0), np.int64),
         )
         rerank(np.zeros((count, _WIDTH, 1), np.float32), handover)
 

@@ -100,11 +100,29 @@ class Rerank:
                     f"the ranker gave item {item} the scores {scores[line, filtered].tolist()}, which are no finite "
                     "numbers; serve the release before, and look at how this one was exported"
                 )
+            if handover.unknown.shape[1] and found < top_k:
+                found += _append(handover.unknown[line], ids[line], totals[line], reasons[line], found, top_k)
             status[line, 3] = filtered
             status[line, 0] |= (filtered > 0 and Status.ITEMS_FILTERED.value) | (
                 found < top_k and Status.FEWER_THAN_TOP_K.value
             )
         return {"RANKED_IDS": ids, "SCORES": totals, "REASONS": reasons, "STATUS": status}
+
+
+def _append(
+    unknown: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    reasons: NDArray[np.int32],
+    found: int,
+    top_k: int,
+) -> int:
+    """Put candidates that nobody knows behind those that are ranked, with the last one's score; gives how many."""
+    kept = unknown[unknown != contract.PAD_ITEM_ID][: top_k - found]
+    behind = slice(found, found + len(kept))
+    ids[behind], reasons[behind] = kept, Reason.NOT_IN_CATALOGUE.value
+    scores[behind] = scores[found - 1] if found else 0.0
+    return len(kept)
 
 
 def rules_of(policy: Policy, tasks: tuple[str, ...]) -> Rules:

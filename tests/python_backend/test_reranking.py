@@ -34,7 +34,7 @@ def reranker(products):
     return Rerank(catalogue, POLICIES, TASKS)
 
 
-def handover(rows, signals, policy, top_k):
+def handover(rows, signals, policy, top_k, unknown=None):
     lines = len(rows)
     return Handover(
         status=np.zeros((lines, 3), np.int32),
@@ -42,6 +42,7 @@ def handover(rows, signals, policy, top_k):
         policy=np.array([list(POLICIES).index(name) for name in policy], np.int32),
         rows=np.array(rows, np.int32),
         signals=np.array(signals, np.int32),
+        unknown=np.zeros((lines, 0), np.int64) if unknown is None else np.array(unknown, np.int64),
     )
 
 
@@ -176,12 +177,14 @@ def test_a_score_that_is_no_number_is_refused_and_named(bad):
 
 
 HOSTILE = {
-    "a row beyond the catalogue": (lambda t: t.__setitem__((0, 5), 3), "holds row 3; it goes from -1 to 2"),
-    "a row below": (lambda t: t.__setitem__((0, 5), -2), "holds row -2"),
-    "signals that there are not": (lambda t: t.__setitem__((0, 8), 512), "holds signals 512; it goes from 0 to 511"),
-    "negative signals": (lambda t: t.__setitem__((0, 8), -1), "holds signals -1"),
+    "a row beyond the catalogue": (lambda t: t.__setitem__((0, 6), 3), "holds row 3; it goes from -1 to 2"),
+    "a row below": (lambda t: t.__setitem__((0, 6), -2), "holds row -2"),
+    "signals that there are not": (lambda t: t.__setitem__((0, 9), 512), "holds signals 512; it goes from 0 to 511"),
+    "negative signals": (lambda t: t.__setitem__((0, 9), -1), "holds signals -1"),
     "top_k 0": (lambda t: t.__setitem__((0, 3), 0), "holds a top_k of 0; it goes from 1 to 1024"),
     "top_k huge": (lambda t: t.__setitem__((0, 3), 2**31 - 1), "holds a top_k of 2147483647"),
+    "a count beyond": (lambda t: t.__setitem__((0, 5), 2), r"handover says \[1, 1, 2\]"),
+    "a negative count": (lambda t: t.__setitem__((0, 5), -1), "holds a count of unknown items of -1"),
     "a policy that there is not": (lambda t: t.__setitem__((0, 4), 3), "holds policy 3; it goes from 0 to 2"),
 }
 
@@ -197,10 +200,23 @@ def test_a_handover_from_anybody_is_checked(harm, words):
         reranker(range(3)).tensors({"scores": scores, contract.HANDOVER.name: tensor})
 
 
-@pytest.mark.parametrize("length", [0, 4, 5, 6, 8, 5 + 2 * 1025])
+@pytest.mark.parametrize("length", [0, 4, 5, 6, 7, 9, 6 + 2 * 1025])
 def test_a_handover_of_another_length(length):
-    with pytest.raises(InvalidInput, match=f"has {length} numbers; it has 5 and two a candidate"):
+    with pytest.raises(InvalidInput, match=f"has {length} numbers; it has 6, two a candidate"):
         Handover.read(np.zeros((1, length), np.int32), 3, 1)
+
+
+@pytest.mark.parametrize(("top_k", "shown"), [(1, [101]), (3, [101, 100, 900]), (5, [101, 100, 900, 2**62, -1])])
+def test_unknown_candidates_that_are_kept_come_last(top_k, shown):
+    """Over the boundary of two processes, too."""
+    told = handover([[0, 1, -1]], [[0, 0, 0]], ["plain"], top_k, [[900, 2**62]])
+    scores = np.array([[[0.1, 0.1], [0.9, 0.9], [0, 0]]], np.float32)
+    rerank = reranker(range(3))
+    for answer in (rerank(scores, told), rerank.tensors({"scores": scores, contract.HANDOVER.name: told.tensor()})):
+        assert answer["RANKED_IDS"].tolist() == [shown]
+        assert answer["REASONS"][0, 2:4].tolist() == [Reason.NOT_IN_CATALOGUE] * min(2, max(0, top_k - 2))
+        assert (np.diff(answer["SCORES"][0, : min(top_k, 4)]) <= 0).all()
+        assert (Status.FEWER_THAN_TOP_K in Status(int(answer["STATUS"][0, 0]))) == (top_k == 5)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2), (1, 3, 1), (2, 3, 2), (1, 3)])

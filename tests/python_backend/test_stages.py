@@ -86,6 +86,29 @@ def test_unknown_items_are_dropped_and_counted(line):
     assert Status(int(answer["STATUS"][0, 0])) == Status.UNKNOWN_ITEMS_DROPPED | Status.FEWER_THAN_TOP_K
 
 
+def test_unknown_items_are_kept_where_the_policy_says_so(world, graph, tmp_path):
+    """Behind all others, as retrieval had them, once each; a scenario that does not say so drops them as ever."""
+    release = shutil.copytree(world.release, tmp_path / "release")
+    policies = json.loads((release / "features" / "policies.json").read_text())
+    policies["home"]["keep_unknown"] = True
+    (release / "features" / "policies.json").write_text(json.dumps(policies))
+    line = Pipeline.load(release, graph, "onnxruntime")
+    ids = (10**13, 1, 10**12, 10**12, -1)
+    plain = ask(ids=ids, top_k=5)
+    scored = ask(ids=ids, top_k=5, RETRIEVAL_SCORES=np.array([[0.1, 0.2, 0.3, 0.3, 0]], np.float32))
+    search = ask(ids=ids, top_k=5, scenario="search")
+    answers = line([plain, scored, search])
+    assert [answer["RANKED_IDS"][0].tolist() for answer in answers] == [
+        [1, 10**13, 10**12, -1, -1],
+        [1, 10**12, 10**13, -1, -1],
+        [1, -1, -1, -1, -1],
+    ]
+    dropped = [Status.UNKNOWN_ITEMS_DROPPED in Status(int(answer["STATUS"][0, 0])) for answer in answers]
+    assert dropped == [False, False, True]
+    assert [int(answer["STATUS"][0, 1]) for answer in answers] == [2, 2, 2]
+    line.close()
+
+
 def test_duplicates_are_dropped_and_counted(line):
     answer = line(ask(ids=(1, 1, 1), top_k=2))[0]
     assert answer["RANKED_IDS"][0].tolist() == [1, -1]
