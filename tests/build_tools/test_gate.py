@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -177,7 +178,12 @@ def test_the_report_is_a_page(spoilt, dataset):
     page = write_report(gate(run, dataset, path), path).with_suffix(".html").read_text()
     assert "Failed" in page
     assert '<tr class="failed"><td>1-prune</td>' in page
-    assert "http" not in page
+    assert not re.search(r'(src|href)="http', page)
+    assert re.search(r"NDCG@10 over the dense ranker&#39;s</td><td>0\.\d+</td>\s*<td>≥ 0\.\d+</td>\s*<td>✗</td>", page)
+    assert "✓" in page
+    assert "synthetic shop, seed 1" in page
+    assert page.count("<svg") == 1
+    assert any(title in page for title in dataset.items["title"])  # one request, before and after
 
 
 def test_the_engine_is_chosen_by_measurement(compressed, monkeypatch):

@@ -23,6 +23,7 @@ td { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:
 tr.ranker { background: #eef6ee } small { color: #777 } svg { max-width: 100%; height: auto }
 </style></head><body>
 <h1>{{ title }}</h1>
+<p><b>{{ verdict }}</b></p>
 <p>{{ "{:,}".format(found.requests) }} requests; {{ found.protocol }}. Intervals are 95 % bootstrap over requests.</p>
 <h2>Orders</h2>
 <table><tr><th>order</th>{% for metric in metrics %}<th>{{ metric }}</th>{% endfor %}</tr>
@@ -51,13 +52,23 @@ def write_report(found: Evaluation, title: str, curve: list[dict[str, Any]], pat
     """Write the file whole or not at all. ``curve`` is that of the run (``run.json``)."""
     metrics = list(dict.fromkeys(metric for row in found.table.values() for metric in row))
     page = jinja2.Environment(autoescape=True).from_string(_TEMPLATE).render(
-        title=title, found=found, metrics=metrics, slices=_svg(_by_slice(found)),
-        calibration=_svg(_calibration(found)) if len(found.calibration) else "",
+        title=title, verdict=verdict(found), found=found, metrics=metrics, slices=svg(_by_slice(found)),
+        calibration=svg(_calibration(found)) if len(found.calibration) else "",
         error=calibration_error(found.calibration) if len(found.calibration) else 0,
-        curve=_svg(_curve(curve)) if curve else "",
+        curve=svg(_curve(curve)) if curve else "",
     )  # fmt: skip
     with atomic_file(path) as scratch:
         scratch.write_text(page)
+
+
+def verdict(found: Evaluation) -> str:
+    """The differences in NDCG@10 as a sentence."""
+    ways: dict[str, list[str]] = {"better than": [], "worse than": [], "not to be told from": []}
+    for name, difference in found.differences.items():
+        how = "better than" if difference.low > 0 else "worse than" if difference.high < 0 else "not to be told from"
+        ways[how].append(name)
+    said = [f"{how} {', '.join(names)}" for how, names in ways.items() if names]
+    return f"The ranker's order is {'; '.join(said)}." if said else "There is nothing to compare the ranker with."
 
 
 def _by_slice(found: Evaluation) -> Figure:
@@ -100,9 +111,10 @@ def _curve(curve: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _svg(figure: Figure) -> Markup:
+def svg(figure: Figure) -> Markup:
+    """A figure as part of a page. Its letters are the reader's own, so that no script is missing."""
     stream = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "trirank", "svg.fonttype": "none"}):
+    with mpl.rc_context({"svg.hashsalt": "trirank", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     return Markup(text[text.index("<svg") :])

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import jinja2
+from matplotlib.figure import Figure
 
 from trirank_build.artefacts import atomic_file
+from trirank_build.evaluation.report import svg
 from trirank_build.export.beside import gate_path
 from trirank_build.gate.verdict import Report
 
@@ -21,7 +23,10 @@ tr.failed { background: #fbeaea } .failed b { color: #a00 } .passed b { color: #
 <h1>Gate</h1>
 <p class="{{ 'passed' if report.passed else 'failed' }}"><b>{{ 'Passed' if report.passed else 'Failed' }}</b>:
 {{ "{:,}".format(report.facts.requests) }} requests of the {{ report.facts.split }} split,
-engine {{ report.facts.engine }}, graph {{ report.facts.onnx[:12] }}.</p>
+engine {{ report.facts.engine }}, graph {{ report.facts.onnx[:12] }}.<br>
+<small>Ranker: {{ report.facts.ranker }}. Data: {{ report.facts.source }} ({{ report.facts.dataset[:12] }}).
+{{ report.facts.date }}, on {{ report.facts.machine }}.</small></p>
+{{ chart }}
 {% if report.failures %}<ul>{% for failure in report.failures %}<li>{{ failure }}</li>{% endfor %}</ul>{% endif %}
 <table><tr><th>stage</th><th>NDCG@10</th><th>of the dense ranker's</th><th>Kendall's tau</th>
 <th>overlap of best ten</th><th>largest difference</th><th>ms at {{ report.facts.candidates_of_latency }}</th>
@@ -37,8 +42,15 @@ engine {{ report.facts.engine }}, graph {{ report.facts.onnx[:12] }}.</p>
 before, as a share of the scores' standard deviation, where both compute the same. Latencies are medians on one thread
 of the machine that ran the gate; the ensemble's is of whole calls with the requests above.</p>
 <h2>Thresholds</h2>
-<table>{% for name, limit in report.thresholds %}<tr><td>{{ name }}</td>
-<td>{{ "–" if limit is none else limit }}</td></tr>{% endfor %}</table>
+<table><tr><th>stage</th><th>what</th><th>measured</th><th>limit</th><th></th></tr>
+{% for row in report.rows %}{% for check in row.checks %}<tr class="{{ '' if check.passed else 'failed' }}">
+<td>{{ row.stage if loop.first else "" }}</td><td>{{ check.what }}</td><td>{{ "%.4g"|format(check.value) }}</td>
+<td>{{ "≥" if check.at_least else "≤" }} {{ "%g"|format(check.limit) }}</td>
+<td>{{ "✓" if check.passed else "✗" }}</td></tr>{% endfor %}{% endfor %}</table>
+<h2>One request</h2>
+<table><tr>{% for name in report.facts.example %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for titles in zip(*report.facts.example.values()) %}<tr>{% for title in titles %}<td style="text-align: left">
+{{ title }}</td>{% endfor %}</tr>{% endfor %}</table>
 </body></html>
 """
 
@@ -46,9 +58,27 @@ of the machine that ran the gate; the ensemble's is of whole calls with the requ
 def write_report(report: Report, onnx_path: Path) -> Path:
     """Leave the report beside the graph, where `assemble` looks for it, and as HTML beside that; gives the JSON."""
     path = gate_path(onnx_path)
-    page = jinja2.Environment(autoescape=True).from_string(_TEMPLATE).render(report=report)
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(_TEMPLATE)
+        .render(report=report, chart=svg(_chart(report)), zip=zip)
+    )
     with atomic_file(path.with_suffix(".html")) as scratch:
         scratch.write_text(page)
     with atomic_file(path) as scratch:
         scratch.write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return path
+
+
+def _chart(report: Report) -> Figure:
+    """NDCG@10 of each stage over the dense ranker's, beside its limit."""
+    rows = report.rows[::-1]
+    figure = Figure(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    ratios = [row.ndcg_ratio for row in rows]
+    error = [[ratio.value - ratio.low for ratio in ratios], [ratio.high - ratio.value for ratio in ratios]]
+    axes.errorbar([ratio.value for ratio in ratios], range(len(rows)), xerr=error, fmt="o")
+    axes.axvline(report.thresholds.min_ndcg_ratio, linestyle=":", color="grey")
+    axes.set_yticks(range(len(rows)), [row.stage for row in rows])
+    axes.set_xlabel("NDCG@10 over the dense ranker's, with 95 % intervals; dotted: the limit")
+    return figure

@@ -7,7 +7,10 @@ between stages that compute the same, the largest difference of a score.
 
 from __future__ import annotations
 
+import os
+import platform
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,24 @@ TOP = 10
 
 
 @dataclass(frozen=True)
+class Check:
+    """What was measured of a stage, and what it had to be: at least ``limit``, or at most."""
+
+    what: str
+    value: float
+    limit: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool:
+        """NaN does not."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.what} is {self.value:.4g}, the limit {'at least' if self.at_least else 'at most'} {self.limit:g}"
+
+
+@dataclass(frozen=True)
 class Row:
     """What the gate says of one stage. ``difference`` is None where the stage computes something else than the one
     before it; otherwise a share of the scores' standard deviation."""
@@ -40,7 +61,12 @@ class Row:
     difference: float | None
     latency_ms: float
     size_mb: float
-    failures: list[str]
+    checks: list[Check]
+
+    @property
+    def failures(self) -> list[str]:
+        """Those checks that it did not pass, in words."""
+        return [str(check) for check in self.checks if not check.passed]
 
 
 @dataclass(frozen=True)
@@ -64,7 +90,9 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         rows = [
-            asdict(row) | {"ndcg10": row.ndcg10._asdict(), "ndcg_ratio": row.ndcg_ratio._asdict()} for row in self.rows
+            asdict(row)
+            | {"ndcg10": row.ndcg10._asdict(), "ndcg_ratio": row.ndcg_ratio._asdict(), "failures": row.failures}
+            for row in self.rows
         ]
         verdict = {"passed": self.passed, "failures": self.failures}
         return verdict | self.facts | {"thresholds": self.thresholds.model_dump(), "stages": rows}
@@ -100,8 +128,32 @@ def run_gate(
     facts = {
         "onnx": file_digest(onnx_path), "engine": engine, "split": split, "requests": len(examples),
         "candidates_of_latency": CANDIDATES, "dataset": dataset.description.digest,
+        "ranker": f"{run.recipe.name}, {run.facts['parameters']:,} parameters", "source": dataset.description.source,
+        "date": datetime.now(timezone.utc).date().isoformat(), "machine": _machine(),
+        "example": _example(dataset, examples, first, before),
     }  # fmt: skip
     return Report(rows, thresholds, facts)
+
+
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not x86
+        name = platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _example(dataset: Dataset, examples: Examples, dense: Stage | None, last: Stage | None) -> dict[str, list[str]]:
+    """The best ten of the first request, by title or id, before compression and as it is served."""
+    titles = [title or key for title, key in dataset.items.select("title", "key").iter_rows()]
+    found = {}
+    for name, stage in (("dense", dense), (last.name if last else "", last)):
+        if stage is not None:
+            best = np.argsort(-np.where(np.isfinite(stage.scores[0]), stage.scores[0], -np.inf), kind="stable")[:TOP]
+            shown = [int(row) for row in examples.rows[0][best] if row >= 0]
+            found[name] = [titles[row] for row in shown]
+    return found
 
 
 def thresholds_of(run: TrainedRun) -> Thresholds:
@@ -125,26 +177,24 @@ def _row(stage: Stage, dense: Stage, before: Stage | None, examples: Examples, l
         both = np.isfinite(stage.scores) & np.isfinite(before.scores)
         spread = float(before.scores[both].std())
         difference = float(np.abs(stage.scores[both] - before.scores[both]).max()) / max(spread, 1e-12)
-    row = Row(
-        stage.name, mean_interval(own), ratio_interval(own, ndcg), float(np.nanmean(taus)), float(np.mean(overlaps)),
-        difference, round(stage.latency_ms, 4), round(stage.size_mb, 4), [],
-    )  # fmt: skip
+    tau, overlap, ratio = float(np.nanmean(taus)), float(np.mean(overlaps)), ratio_interval(own, ndcg)
+    latency, size = round(stage.latency_ms, 4), round(stage.size_mb, 4)
     is_graph = stage.name.startswith(("ONNX", "engine"))
     checks = [
-        ("NDCG@10 over the dense ranker's", row.ndcg_ratio.value, limits.min_ndcg_ratio, True),
-        ("low end of that ratio's interval", row.ndcg_ratio.low, limits.min_ndcg_ratio_low, True),
-        ("Kendall's tau", row.kendall_tau, limits.min_kendall_tau, True),
-        ("overlap of the best ten", row.overlap, limits.min_overlap, True),
+        ("NDCG@10 over the dense ranker's", ratio.value, limits.min_ndcg_ratio, True),
+        ("low end of that ratio's interval", ratio.low, limits.min_ndcg_ratio_low, True),
+        ("Kendall's tau", tau, limits.min_kendall_tau, True),
+        ("overlap of the best ten", overlap, limits.min_overlap, True),
         ("largest score difference from the stage before", difference, limits.max_difference, False),
-        ("latency in ms", row.latency_ms if stage.serves else None, limits.max_latency_ms, False),
-        ("size in MB", row.size_mb if is_graph else None, limits.max_size_mb, False),
+        ("latency in ms", latency if stage.serves else None, limits.max_latency_ms, False),
+        ("size in MB", size if is_graph else None, limits.max_size_mb, False),
     ]
-    for what, value, limit, at_least in checks:
-        if value is None or limit is None:
-            continue
-        if not (value >= limit if at_least else value <= limit):  # NaN fails
-            row.failures.append(f"{what} is {value:.4g}, the limit {'at least' if at_least else 'at most'} {limit:g}")
-    return row
+    asked = [
+        Check(what, value, limit, least)
+        for what, value, limit, least in checks
+        if value is not None and limit is not None
+    ]
+    return Row(stage.name, mean_interval(own), ratio, tau, overlap, difference, latency, size, asked)
 
 
 def _ndcg(scores: NDArray[np.float32], examples: Examples) -> NDArray[np.float64]:
