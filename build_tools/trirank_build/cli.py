@@ -60,7 +60,7 @@ def common(
     log_file: Annotated[Path | None, typer.Option(help="File for the same, appended to.")] = None,
 ) -> None:
     """What holds for every command."""
-    if verbose:
+    if verbose or log_file is not None:
         logging.getLogger("trirank").setLevel(logging.DEBUG)
     handlers: list[logging.Handler] = [logging.StreamHandler()] if verbose else []
     if log_file is not None:
@@ -437,8 +437,7 @@ def serve(
     follow = release.is_symlink() if follow is None else follow
     if follow and not release.is_symlink():
         raise BadUsage(f"--follow follows a link, and {release} is none; give the link `current` beside the releases")
-    usual = usual_ports(host)
-    ports = Ports(grpc_port or usual.grpc, http_port or usual.http, metrics_port or usual.metrics)
+    ports = usual_ports(host, Ports(grpc_port, http_port, metrics_port))
     run_server(release, ports, host, tritonserver, fallback, follow=follow, addresses=addresses, log=log)
 
 

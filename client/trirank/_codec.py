@@ -165,7 +165,7 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
 
 def own_ids(ids: NDArray[np.int64], names: dict[int, str]) -> NDArray[Any]:
     """Ids as they were sent: strings where strings were."""
-    return np.array([names.get(item, str(item)) for item in ids.tolist()]) if names else ids
+    return np.array([names.get(item, str(item)) for item in ids.tolist()], np.str_) if names else ids
 
 
 _SMALL = 2**40
@@ -182,19 +182,21 @@ def check_kinds(request: RankRequest, names: dict[int, str], kinds: Mapping[str,
     Raises:
         InvalidRequest: it is another, so that nothing would be found.
     """
-    items, user = request.item_ids, request.user_id
-    if (names or isinstance(user, str)) and "numbers" in kinds.values():
-        for what, text in (("item", items[0] if names else None), ("user", user if isinstance(user, str) else None)):
-            if text is not None and kinds.get(what) == "numbers":
-                raise InvalidRequest(f"{what} {text!r} is text, and the catalogue's {what} ids are numbers; send those")
-    if "strings" in kinds.values():
-        small = None if names or int(np.max(items)) >= _SMALL else items[0]
-        young = user if isinstance(user, int) and 0 <= user < _SMALL else None
-        for what, number in (("item", small), ("user", young)):
-            if number is not None and kinds.get(what) == "strings":
-                raise InvalidRequest(
-                    f"{what} {number} is a number, and the catalogue's {what} ids are strings; send those"
-                )
+    item, user = kinds.get("item"), kinds.get("user")
+    text = next(iter(names.values()), None) if item == "numbers" else None
+    name = request.user_id if user == "numbers" and isinstance(request.user_id, str) else None
+    for what, given in (("item", text), ("user", name)):
+        if given is not None:
+            raise InvalidRequest(f"{what} {given!r} is text, and the catalogue's {what} ids are numbers; send those")
+    number = None
+    if item == "strings" and not names:
+        ids = np.asarray(request.item_ids)
+        number = int(ids[0]) if int(ids.max()) < _SMALL else None
+    whole = request.user_id if user == "strings" and isinstance(request.user_id, int) else None
+    young = whole if whole is not None and 0 <= whole < _SMALL else None
+    for what, count in (("item", number), ("user", young)):
+        if count is not None:
+            raise InvalidRequest(f"{what} {count} is a number, and the catalogue's {what} ids are strings; send those")
 
 
 @lru_cache(64)

@@ -126,8 +126,7 @@ class Core:
         """Take from a server's configuration what its ids are."""
         found = {what: config.parameters[name].string_value for what, name in contract.ID_PARAMETERS.items()
                  if name in config.parameters}  # fmt: skip
-        if found:
-            self.ids = found
+        self.ids = found
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -169,7 +168,10 @@ class Call:
         self._moment_us = int((time.time() + deadline) * 1e6)
         self._message, self._names = _codec.encode(request, core.model)
         if core.ids:
-            _codec.check_kinds(request, self._names, core.ids)
+            try:
+                _codec.check_kinds(request, self._names, core.ids)
+            except InvalidRequest:  # a release of another kind may have been promoted since: ask again
+                core.pool.forget_contracts()
         self._sent = self._retried = 0
         self._tried: frozenset[str] = frozenset()
         self._address = ""
@@ -356,7 +358,7 @@ class Call:
             self._core.learn(config)
             try:
                 _codec.check_kinds(self._request, self._names, self._core.ids)
-            except InvalidRequest:
+            except BaseException:
                 self.given_up(attempt)
                 raise
         attempt.started = time.monotonic()

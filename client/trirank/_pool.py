@@ -159,6 +159,11 @@ class Pool:
             if endpoint.left_alone_until <= self._clock():
                 self._eject(endpoint, 1.0)
 
+    def forget_contracts(self) -> None:
+        """Have every server asked again for its contract before its next call."""
+        for endpoint in self.endpoints:
+            endpoint.checked = False
+
     def clock_differs(self, endpoint: Endpoint) -> None:
         """A server's clock is too far from ours for deadlines to be sent as moments."""
         endpoint.clock_differs_until = self._clock() + _CLOCKS_S

@@ -311,6 +311,7 @@ def test_where_an_error_comes_from(tmp_path):
     log = tmp_path / "log"
     trirank("--log-file", log, "release", "list", tmp_path / "none", code=1)
     assert "release list" in log.read_text()
+    assert "Traceback" in log.read_text()
 
 
 def test_a_dataset_that_fails_leaves_nothing(tmp_path):

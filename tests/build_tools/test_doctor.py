@@ -18,7 +18,7 @@ from trirank_build.doctor.finding import RULES, Severity
 from trirank_build.doctor.repository import Repository, Surroundings
 from trirank_build.engines.machine import Machine
 from trirank_build.engines.plan import manifest_path
-from trirank_build.errors import BadModel, BadRecipe, ServeError
+from trirank_build.errors import BadModel, BadUsage, ServeError
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.release import load_manifest
 from typer.testing import CliRunner
@@ -187,7 +187,10 @@ def test_defects_of_a_release(releases, tmp_path):
 
     assert ids(harmed()) == {"REL05"}
     assert ids(harmed(contract=99)) - {"REL05"} == {"REL01"}
-    assert ids(harmed(engine="abacus")) - {"REL05"} == {"REL02"}
+    assert ids(harmed(engine="abacus")) - {"REL05"} == {"REL06"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert ids(harmed()) - {"REL05"} == {"REL02"}
     assert ids(harmed(compression=[{"settings": {"kind": "prune"}}])) - {"REL05"} == {"REL03"}
     assert ids(harmed(gate={"passed": False, "failures": ["ONNX: too far"]})) - {"REL05"} == {"REL03"}
     assert ids(harmed(versions={"numpy": "99.1"})) - {"REL05"} == {"REL04"}
@@ -386,6 +389,7 @@ def test_ids_do_not_change_and_everything_is_said():
         "REL03",
         "REL04",
         "REL05",
+        "REL06",
         *(f"RES0{n}" for n in (2, 3, 4, 6, 7, 8)),
     }
     live = {f"LIVE0{n}" for n in range(1, 8)}
@@ -419,9 +423,8 @@ def test_by_command(models, releases, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (["nowhere"], BadRecipe, "neither a folder nor host:port"),
+        (["nowhere"], BadUsage, "neither a folder nor host:port"),
         (["127.0.0.1:1"], ServeError, "no Triton answers at 127.0.0.1:1"),
-        ([".", "--fail-on", "panic"], BadRecipe, "none of info, warning, error"),
     ],
 )
 def test_what_cannot_be_examined(arguments, error, words):

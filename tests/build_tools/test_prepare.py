@@ -95,6 +95,70 @@ def test_string_ids_are_hashed(tmp_path):
     assert set(dataset.items["item_id"]) <= {stable_id(f"SKU-{i}") for i in range(1, 41)}
 
 
+def test_items_keep_the_names_of_the_log(tmp_path):
+    """Without an item file too, or beside one that lacks some: callers send these, and recorded requests have them."""
+    named = log(item_id=pl.format("SKU-{}", "item_id"))
+    assert set(prepared(named, tmp_path).items["key"]) == {f"SKU-{item}" for item in range(1, 41)}
+    pl.DataFrame({"item_id": ["SKU-1", "SKU-99"], "title": ["a", "b"]}).write_csv(tmp_path / "items.csv")
+    items = prepared(named, tmp_path, items=tmp_path / "items.csv").items
+    assert set(items["key"]) == {f"SKU-{item}" for item in (*range(1, 41), 99)}
+    assert (items["item_id"] == pl.Series([stable_id(key) for key in items["key"]])).all()
+
+
+def test_new_items_stay_in_the_catalogue(tmp_path):
+    pl.DataFrame({"item_id": [1, 1, 777], "title": ["a", "again", "new"]}).write_csv(tmp_path / "items.csv")
+    dataset = prepared(log(), tmp_path, items=tmp_path / "items.csv")
+    assert dataset.items.filter(pl.col("item_id") == 777)["title"].to_list() == ["new"]
+    assert dataset.items.filter(pl.col("item_id") == 1)["title"].to_list() == ["a"]
+    assert all(before >= after for _, before, after in dataset.description.cleaning)
+    notes = dataset.description.notes["read"]
+    assert "items without an event, known by their content alone: 1" in notes
+    assert "item file: 1 rows repeat an item, such as '1'; the first one counts" in notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"timestamp": None}, "rows without a timestamp: 400 of 1,200"),
+        ({"behavior": None}, "rows without a behaviour: 400 of 1,200"),
+        ({"user_id": None}, "rows without user or item: 400 of 1,200"),
+    ],
+)
+def test_more_than_a_tenth_of_the_rows_is_not_lost_in_silence(tmp_path, changes, words):
+    holes = {
+        name: pl.when(pl.int_range(pl.len()) % 3 == 0).then(value).otherwise(pl.col(name))
+        for name, value in changes.items()
+    }
+    with pytest.raises(BadData, match=words):
+        prepared(log(**holes), tmp_path)
+
+
+def test_queries_of_nobody_are_told(tmp_path):
+    pl.DataFrame({"user_id": ["u1", "u2"], "query": ["lamp", "door"], "timestamp": [START, START]}).write_csv(
+        tmp_path / "q.csv"
+    )
+    with pytest.raises(BadData, match="queries without user, time or words: 2 of 2, where user ids are numbers"):
+        prepared(log(), tmp_path, queries=tmp_path / "q.csv")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_any_system(tmp_path, end):
+    (tmp_path / "log.csv").write_bytes(log().write_csv().replace("\n", end).encode())
+    assert prepare(str(tmp_path / "log.csv"), PrepareOptions()).events.height > 1000
+
+
+def test_parquet_under_any_name(tmp_path):
+    log().write_parquet(tmp_path / "log.pq")
+    assert prepare(str(tmp_path / "log.pq"), PrepareOptions()).events.height > 1000
+
+
+def test_a_first_column_without_a_name(tmp_path):
+    """As pandas writes its index."""
+    text = log().with_row_index("").write_csv(separator="\t")
+    (tmp_path / "log.tsv").write_text(text)
+    assert prepare(str(tmp_path / "log.tsv"), PrepareOptions()).events.height > 1000
+
+
 def test_cleaning_is_counted_rule_by_rule(tmp_path):
     dirty = pl.concat(
         [

@@ -164,7 +164,7 @@ def test_refreshed_with_what_it_was_trained_on_nothing_changes(trained, dataset,
 
 def test_a_newer_dataset_has_ids_of_the_same_kind(world, trained, newer, tmp_path):
     other = replace(newer, description=replace(newer.description, ids={"item": "strings", "user": "numbers"}))
-    with pytest.raises(BadData, match="has numbers as item ids and numbers as user ids; the next day differs there"):
+    with pytest.raises(BadData, match="has ids of the kinds item: numbers, user: numbers; the next day differs there"):
         assemble(trained, other, world.onnx, tmp_path / "out")
 
 

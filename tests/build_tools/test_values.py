@@ -40,6 +40,10 @@ def patient():
         (["1 234,50", "1\u00a0234,50"], [1234.5, 1234.5]),
         (["12,-", "9,99"], [12, 9.99]),
         (["1e3", "12.5"], [1000, 12.5]),
+        (["899", "1.299", "2.499"], [899, 1299, 2499]),
+        (["150.000", "150.000", "1.250.000"], [150_000, 150_000, 1_250_000]),
+        (["0,500", "0,250"], [0.5, 0.25]),
+        (["0.500", "0.250"], [0.5, 0.25]),
         ([12, 13], [12, 13]),
         ([1.5, None], [1.5, math.nan]),
         (["", "N/A", "null", "-", "7"], [math.nan] * 4 + [7]),
@@ -51,11 +55,18 @@ def test_prices_as_people_write_them(written, meant):
     assert not any("unreadable" in line for line in report.notes)
 
 
-@pytest.mark.parametrize("written", ["ask us", "-5", "12/13", "inf", "1,2,3,4", "12 or 13"])
+@pytest.mark.parametrize("written", ["ask us", "-5", "12/13", "inf", "1,2,3,4", "12 or 13", "12 13"])
 def test_what_is_no_price_is_unreadable_and_not_missing(written):
     report = patient()
     assert math.isnan(prices(column("1.50", written), report)[1])
     assert f"unreadable price: 1 of 2, such as {written!r}" in report.notes
+
+
+def test_one_odd_price_does_not_turn_the_others():
+    report = patient()
+    found = prices(column("1,299", "2,499.00", "3,999", "12,5", "4,199.00"), report).to_list()
+    assert found == pytest.approx([1299, 2499, 3999, math.nan, 4199], nan_ok=True)
+    assert "unreadable price: 1 of 5, such as '12,5'" in report.notes
 
 
 @given(st.lists(st.floats(0, 1e9).map(lambda price: round(price, 2)), min_size=1))
@@ -79,7 +90,7 @@ def test_more_than_a_tenth_unreadable_is_an_error_that_shows_some():
     [
         NOON, str(NOON), NOON * 10**3, NOON * 10**6, NOON * 10**9, f"{NOON}.25", "2026-01-01 12:00:00",
         "2026-01-01T12:00:00", "2026-01-01T12:00:00Z", "2026-01-01T14:00:00+02:00", "2026-01-01 12:00",
-        "01.01.2026 12:00", "2026/01/01 12:00:00",
+        "01.01.2026 12:00", "2026/01/01 12:00:00", "2026-01-01 12:00:00 UTC", "2026-01-01T12:00:00.000Z",
     ],
 )  # fmt: skip
 def test_times_of_any_unit(written):
@@ -91,6 +102,17 @@ def test_days_alone_are_their_first_second():
         NOON - 43_200,
         NOON + 43_200,
     ]
+
+
+def test_dates_and_numbers_may_stand_in_one_column():
+    written = column(str(NOON), "2026-01-01 12:00:00", "2026-01-01T13:00:00+01:00", name="timestamp")
+    assert seconds(written, patient()).to_list() == [NOON, NOON, NOON]
+
+
+def test_a_day_that_could_be_a_month_is_no_time():
+    report = patient()
+    assert seconds(column("12/01/2025", "12/05/2025", name="timestamp"), report).to_list() == [None, None]
+    assert "unreadable timestamp: 2 of 2, such as '12/01/2025', '12/05/2025'" in report.notes
 
 
 def test_what_is_no_time_is_told():
@@ -147,7 +169,25 @@ def test_ids_of_log_and_item_file_are_of_one_kind():
     assert kind_of_ids("item", [log, items], None, patient()) == "strings"
 
 
-@pytest.mark.parametrize("values", [[1, 2], [1.0, None], ["1", "2"]])
+def test_no_id_is_made_up():
+    ids = column(1.2, 1.9, 3.0, math.nan, math.inf, name="item_id")
+    assert kind_of_ids("item", [ids], "numbers", patient()) == "numbers"
+    assert to_ids(ids, "numbers").to_list() == [None, None, 3, None, None]
+    assert to_ids(column("null", "", "a", name="user_id"), "strings").to_list() == [None, None, stable_id("a")]
+
+
+def test_a_negative_id_is_an_error_wherever_it_stands():
+    with pytest.raises(BadData, match="user_id holds -5; ids are 0 or more: leave the field empty"):
+        kind_of_ids("user", [column("a", "b", "c", "d", "-5")], None, patient())
+
+
+@pytest.mark.parametrize("values", [[[1], [2]], [b"a"]])
+def test_ids_of_no_kind(values):
+    with pytest.raises(BadData, match="ids are whole numbers or text"):
+        to_ids(pl.Series("item_id", values), "numbers")
+
+
+@pytest.mark.parametrize("values", [[1, 2], [1.0, None], ["1", "2"], ["1.0", "2.0"]])
 def test_numbers_are_numbers(values):
     assert kind_of_ids("item", [column(*values)], None, patient()) == "numbers"
     assert to_ids(column(*values), "numbers")[0] == 1

@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import pytest
 import trirank
+from pandas import Series
 from trirank import (
     EjectionPolicy,
     HedgePolicy,
@@ -144,6 +145,9 @@ def test_names_come_back_in_columns():
         (RankRequest(item_ids=[1]), {"item": "numbers", "user": "strings"}, None),
         (RankRequest(item_ids=[contract.stable_id("a")]), {"item": "strings", "user": "strings"}, None),
         (RankRequest(item_ids=["a"], user_id="ann"), {}, None),
+        (RankRequest(item_ids=Series(["a", "b"], index=[5, 6])), {"item": "strings", "user": "numbers"}, None),
+        (RankRequest(item_ids=Series([1, 2], index=[5, 6])), {"item": "numbers", "user": "strings"}, None),
+        (RankRequest(item_ids=Series([1, 2], index=[5, 6])), {"item": "strings"}, "item 1 is a number"),
     ],
 )
 def test_ids_are_of_the_catalogue_s_kind(request_, kinds, words):

@@ -168,7 +168,7 @@ def test_the_next_day_needs_no_training_and_a_bad_promotion_harms_nobody(shop, s
             "--out work/mine/releases --promote",
             folder,
         )
-        wait_for(lambda: "now" in told.read_text(), told, process)
+        wait_for(lambda: re.search(r"serving \w+ now", told.read_text()), told, process)
         with RankClient(addresses["grpc"], deadline_s=10) as client:
             answer = client.rank(RankRequest(item_ids=[sku(125), sku(0)], user_id="Kundin 7"))
         assert sorted(answer.item_ids) == [sku(0), sku(125)]

@@ -89,7 +89,7 @@ def test_a_killed_command_takes_its_server_along(world, tmp_path):
 
 def test_a_dead_server_ends_the_command_with_the_reason(world, tmp_path):
     process, addresses = serve(world, tmp_path)
-    os.kill(addresses["pid"], signal.SIGKILL)
+    os.kill(addresses["tritonserver_pid"], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert "Triton ended with -9" in output

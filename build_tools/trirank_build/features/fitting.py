@@ -135,8 +135,10 @@ def _check_same_shop(old: Catalogue, new: Catalogue, source: str) -> None:
     known = rows >= 0
     # Titles where there are any, else brand and category; prices change.
     then, now = (old.titles, new.titles) if old.titles.shape[1] else (old.fields[:, 1:3], new.fields[:, 1:3])
-    same = (then[rows[known]] == now[:-1][known]).all(1)
-    if not known.any() or same.mean() < 0.5:
+    then, now = then[rows[known]], now[:-1][known]
+    told = (then != 0).any(1) | (now != 0).any(1)  # of an item without title, brand and category nothing is known
+    same = (then == now).all(1)[told]
+    if not known.any() or (len(same) and same.mean() < 0.5):
         raise BadData(
             f"{source} is no newer state of what the ranker was trained on: of its {len(new):,} items {known.sum():,} "
             f"were there, {same.sum():,} of these as they were. Give a newer dataset of the same shop, or train anew"

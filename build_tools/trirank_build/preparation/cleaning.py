@@ -95,8 +95,19 @@ def clean_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report,
         "rows without user or item", before, before - events.height, "or with an id that is none",
         "look at the columns user_id and item_id of the log",
     )  # fmt: skip
+    before = events.height
     events = report.apply("unknown behaviour", events, lambda frame: frame.drop_nulls("behaviour"))
+    report.lost(
+        "rows without a behaviour", before, before - events.height, "or with a word that was left out or is unknown",
+        "look at the column behavior of the log",
+    )  # fmt: skip
     if timed:
+        before = events.height
+        events = report.apply("no timestamp", events, lambda frame: frame.drop_nulls("timestamp"))
+        report.lost(
+            "rows without a timestamp", before, before - events.height, "or with one that cannot be read",
+            "look at the column timestamp of the log, or leave it out of all rows",
+        )  # fmt: skip
         _told_of_times(events["timestamp"], now, report)
         events = report.apply(
             "impossible timestamp", events, lambda f: f.filter(pl.col("timestamp").is_between(EARLIEST, now))

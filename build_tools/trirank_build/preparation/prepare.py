@@ -13,7 +13,7 @@ from trirank_build.preparation.sources.judged_search import COLUMNS as JUDGED_CO
 from trirank_build.preparation.sources.judged_search import prepare_judged_search
 from trirank_build.preparation.sources.sequences import looks_like_sequences, prepare_sequences
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
-from trirank_build.preparation.sources.tables import read_text, split_header
+from trirank_build.preparation.sources.tables import is_parquet, read_text, split_header
 
 SHOP = "shop"
 
@@ -34,7 +34,7 @@ def prepare(source: str, options: PrepareOptions) -> Dataset:
     path = Path(source)
     if path.is_dir():
         raise BadData(f"{path} is a folder; give one of its files")
-    if path.suffix == ".parquet":
+    if is_parquet(path):
         return prepare_behaviour_log(path, options)
     text = read_text(path, options.report(), options.encoding)
     head = text.lstrip().split("\n", 1)[0].strip()

@@ -6,7 +6,6 @@ something stands there that nobody can tell the meaning of. The report counts th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -42,62 +41,100 @@ _PRICE = (
     r"(?:,-|\.-|,–)?\s*(?:\p{Sc}|[a-z]{1,4}\.?)?$"
 )
 """A number between a currency's sign or letters, on either side."""
-_SPACES = r"['’\s\u{a0}\u{202f}]"
-_COMMA_CENTS, _COMMA_THOUSANDS = r"^[-+]?[\d.]*,\d+$", r"^[-+]?\d{1,3},\d{3}$"
-_POINT_THOUSANDS = r"^[-+]?\d{1,3}(\.\d{3})+$"
-_DATES = ("%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%Y/%m/%d")
+_SPACE = r"['’\s\u{a0}\u{202f}]"
+_SPACED = r"^[-+]?\d{1,3}(['’\s\u{a0}\u{202f}]\d{3})+([.,]\d*)?$"
+_POINT_THOUSANDS = r"^[-+]?[1-9]\d{0,2}(\.\d{3})+$"
+_SLASHES = r"^\d{1,2}/\d{1,2}/\d{2,4}"
+"""A day and a month, or a month and a day: nobody can tell."""
+_DAYS, _CLOCKS = ("%Y-%m-%d", "%d.%m.%Y", "%Y/%m/%d"), (" %H:%M:%S%.f", "T%H:%M:%S%.f", " %H:%M", "T%H:%M")
+_DATES = (
+    *(f"{day}{clock}" for day in _DAYS for clock in _CLOCKS),
+    *(f"%Y-%m-%d{clock}%#z" for clock in _CLOCKS[:2]),
+    *_DAYS,
+)
 _UNITS = ((1e17, 1_000_000_000, "nanoseconds"), (1e14, 1_000_000, "microseconds"), (1e11, 1_000, "milliseconds"))
 
 
 def prices(column: pl.Series, report: Report) -> pl.Series:
     """Float64, NaN where it is not known: ``12.50``, ``12,50 €``, ``$1,234.50``, ``1.234,50``, ``CHF 1'234.50``.
 
-    Whether a comma stands before the cents is told from the whole column: it does unless it is followed by three digits
-    everywhere.
+    Which mark stands before the decimals is told from the whole column, by the values that leave no doubt: one or two
+    digits behind it, or another mark in front. A mark that three digits follow everywhere stands between thousands.
     """
     text = known(column)
-    bare = text.str.extract(_PRICE).str.replace_all(_SPACES, "")
-    cents = bare.str.contains(_COMMA_CENTS) & ~bare.str.contains(_COMMA_THOUSANDS)
-    by_comma = pl.lit(False)
-    if cents.any():
-        report.note(f"{column.name}: a comma stands before the decimals")
-        point_last = pl.col("bare").str.contains(r",.*\.")
-        by_comma = ~point_last & (pl.col("bare").str.contains(",") | pl.col("bare").str.contains(_POINT_THOUSANDS))
+    bare = text.str.extract(_PRICE)
+    spaced = bare.str.contains(_SPACE)
+    bare = pl.select(pl.when(~spaced | bare.str.contains(_SPACED)).then(bare)).to_series()
+    bare = bare.str.replace_all(_SPACE, "")
+    by_comma = _decimals_after(bare, ",")
+    by_point = _decimals_after(bare, ".")
+    comma_decimal = by_comma > by_point
+    point_thousands = comma_decimal or (not by_point and bool(bare.str.contains(_POINT_THOUSANDS).any()))
+    if by_comma or by_point:
+        others = min(by_comma, by_point)
+        against = f" (in {others:,} values it is the other way round)" if others else ""
+        report.note(f"{column.name}: a {'comma' if comma_decimal else 'point'} stands before the decimals{against}")
+    elif point_thousands:
+        report.note(f"{column.name}: points stand between thousands, since three digits follow each of them")
+    one, last = pl.col("bare"), pl.col("bare").str.contains
+    comma_is_last, point_is_last = last(r"\..*,"), last(r",.*\.")
+    as_comma = comma_is_last | (~point_is_last & pl.lit(point_thousands))
     # Marks stand where they may, or it is no number: 1,2,3.
-    bare_text = pl.col("bare")
-    with_comma = bare_text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
-    with_comma = pl.when(bare_text.str.contains(r"^[-+]?(\d{1,3}(\.\d{3})+|\d+)(,\d*)?$")).then(with_comma)
-    with_point = bare_text.str.replace_all(",", "", literal=True)
-    with_point = pl.when(bare_text.str.contains(r"^[-+]?(\d{1,3}(,\d{3})+|\d+)(\.\d*)?$")).then(with_point)
-    number = pl.when(by_comma).then(with_comma).otherwise(with_point).cast(pl.Float64, strict=False)
+    with_comma = one.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
+    with_comma = pl.when(one.str.contains(r"^[-+]?([1-9]\d{0,2}(\.\d{3})+|\d+)(,\d*)?$")).then(with_comma)
+    with_point = one.str.replace_all(",", "", literal=True)
+    with_point = pl.when(one.str.contains(r"^[-+]?([1-9]\d{0,2}(,\d{3})+|\d+)(\.\d*)?$")).then(with_point)
+    number = pl.when(as_comma).then(pl.coalesce(with_comma, with_point)).otherwise(with_point)
     # What is written otherwise may still be a number: 1e3.
-    number = pl.coalesce(number, pl.col("text").cast(pl.Float64, strict=False))
+    plain = pl.when(~pl.col("text").str.contains(r"^[-+]?[\d.,]+$")).then(pl.col("text"))
+    number = pl.coalesce(number.cast(pl.Float64, strict=False), plain.cast(pl.Float64, strict=False))
     priced = pl.DataFrame({"bare": bare, "text": text}).select(number=number)
     found = priced.select(pl.when(pl.col("number").is_finite() & (pl.col("number") >= 0)).then("number")).to_series()
     report.read(column.name, text, found, "taken as unknown; a price is a number of 0 or more")
     return found.fill_null(float("nan")).alias(column.name)
 
 
+def _decimals_after(bare: pl.Series, mark: str) -> int:
+    """How many values leave no doubt that a mark stands before the decimals."""
+    own, other = (r"\.", ",") if mark == "." else (",", r"\.")
+    sure = bare.str.contains(rf"{own}(\d{{1,2}}|\d{{4,}})$") | bare.str.contains(rf"{other}\d*{own}")
+    return int((sure | bare.str.contains(rf"^[-+]?0{own}\d+$")).sum())
+
+
 def seconds(column: pl.Series, report: Report) -> pl.Series:
     """Int64 seconds since 1970, null where it is not known, from numbers of any unit or from dates."""
     text = known(column)
-    if column.dtype.is_temporal():
-        return column.cast(pl.Datetime("ms")).dt.epoch("s").alias(column.name)
-    numbers = text.cast(pl.Float64, strict=False)
-    if numbers.null_count() < numbers.len():
-        middle = float(str(numbers.median()))
-        divisor, unit = next(((d, u) for least, d, u in _UNITS if middle > least), (1, "seconds"))
-        report.note(f"{column.name}: {unit} since 1970")
-        found = (numbers / divisor).floor().cast(pl.Int64, strict=False)
+    if column.dtype in (pl.Datetime, pl.Date):
+        found = column.cast(pl.Datetime("ms")).dt.epoch("s")
     else:
-        found = text.str.to_datetime(strict=False, time_unit="us", time_zone="UTC").dt.epoch("s")
-        for form in _DATES:
-            if found.null_count() == text.null_count():
-                break
-            found = found.fill_null(text.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("s"))
-        report.note(f"{column.name}: dates, in UTC where they name no time zone")
-    report.read(column.name, text, found, "write seconds since 1970, or dates like 2026-01-31 13:45:00")
+        numbers = text.cast(pl.Float64, strict=False)
+        found = pl.Series(column.name, [None] * len(text), dtype=pl.Int64)
+        if numbers.null_count() < numbers.len():
+            middle = float(str(numbers.median()))
+            divisor, unit = next(((d, u) for least, d, u in _UNITS if middle > least), (1, "seconds"))
+            report.note(f"{column.name}: {unit} since 1970")
+            found = (numbers / divisor).floor().cast(pl.Int64, strict=False)
+        if found.null_count() > text.null_count():
+            found = pl.select(pl.coalesce(found, _dates(text))).to_series()
+            if found.null_count() < numbers.null_count():
+                report.note(f"{column.name}: dates, in UTC where they name no time zone")
+    report.read(
+        column.name, text, found,
+        "write seconds since 1970, or dates like 2026-01-31 13:45:00; of 01/02/2026 nobody can tell day and month",
+    )  # fmt: skip
     return found.alias(column.name)
+
+
+def _dates(text: pl.Series) -> pl.Series:
+    """Int64 seconds of dates; null where it is none, or one that could be two."""
+    dates = pl.select(pl.when(~text.str.contains(_SLASHES)).then(text.str.replace(r"\s*UTC$", "Z"))).to_series()
+    found = pl.Series([None] * len(text), dtype=pl.Int64)
+    for form in _DATES:
+        if found.null_count() == text.null_count():
+            break
+        read = dates.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("s")
+        found = pl.select(pl.coalesce(found, read)).to_series()
+    return found
 
 
 def yes_or_no(column: pl.Series, report: Report) -> pl.Series:
@@ -150,14 +187,18 @@ def kind_of_ids(what: str, columns: Sequence[pl.Series], wanted: str | None, rep
     odd, total, examples = 0, 0, list[str]()
     for column in columns:
         text = _id_text(column).drop_nulls()
+        negative = text.filter(text.str.contains(r"^-\d+$"))
+        if len(negative):
+            raise BadData(
+                f"{what}_id holds {negative[0]}; ids are 0 or more: leave the field empty where it is nobody, or say "
+                f"--{what}-ids strings to take all of them as text"
+            )
         strange = text.filter(~text.str.contains(_NUMBER))
         odd, total = odd + len(strange), total + len(text)
         examples += strange.unique(maintain_order=True).head(3).to_list()
     if not odd:
         report.note(f"{what} ids: numbers")
         return "numbers"
-    if negative := [example for example in examples if re.fullmatch(r"-\d+", example)]:
-        raise BadData(f"{what}_id holds {negative[0]}; ids are 0 or more")
     named = " and ".join(repr(example) for example in examples[:2])
     if odd * 2 < total:
         raise BadData(
@@ -196,8 +237,18 @@ def known(column: pl.Series) -> pl.Series:
     return pl.select(pl.when(~text.str.to_lowercase().is_in(MISSING)).then(text)).to_series().alias(column.name)
 
 
+def id_text(column: pl.Series) -> pl.Series:
+    """Ids as the log has them; null where there is none.
+
+    Raises:
+        BadData: the column's type holds no ids.
+    """
+    return _id_text(column)
+
+
 def _id_text(column: pl.Series) -> pl.Series:
-    if column.dtype.is_float():  # whole numbers beside missing ones become such in many a Parquet file
-        column = column.cast(pl.Int64)
-    text = column.cast(pl.String).str.strip_chars()
-    return pl.select(pl.when(text != "").then(text)).to_series().alias(column.name)
+    if column.dtype.is_nested() or column.dtype.is_temporal() or column.dtype == pl.Binary:
+        raise BadData(f"{column.name} is of type {column.dtype}; ids are whole numbers or text")
+    text = known(column)
+    # Whole numbers beside missing ones become 7.0 in many a file.
+    return text.str.replace(r"^(\d+)\.0+$", "${1}").alias(column.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from trirank_build.artefacts import atomic_file
@@ -60,8 +60,8 @@ def serve(
         except KeyboardInterrupt:
             out.print("stopping")
         finally:
-            if addresses is not None:  # nobody shall look for a server there
-                addresses.unlink(missing_ok=True)
+            if addresses is not None:
+                _take_back(addresses)
 
 
 def _watch(server: TritonServer, link: Path | None) -> None:
@@ -111,3 +111,10 @@ def _probed(server: TritonServer, failed: int) -> int:
     if not failed:
         warn(f"a recorded request was not answered: {problem}; asking again every {PROBE_S:g} s")
     return failed + 1
+
+
+def _take_back(addresses: Path) -> None:
+    """Nobody shall look for this server there; another one's words stay."""
+    with suppress(OSError, ValueError, KeyError):
+        if json.loads(addresses.read_text())["pid"] == os.getpid():
+            addresses.unlink()

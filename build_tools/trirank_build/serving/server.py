@@ -24,7 +24,7 @@ from trirank import DeadlineExceeded, Overloaded, RankClient, RankError, contrac
 from trirank_backend.compiled import need_compiling
 from tritonclient.utils import InferenceServerException
 
-from trirank_build.errors import ServeError
+from trirank_build.errors import BadModel, ServeError
 from trirank_build.progress import warn, working
 from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.fitness import unfit
@@ -37,6 +37,8 @@ STOP_TIMEOUT_S = 20
 _SHM_BYTES = 16 << 20
 """A stub's first shared memory; the largest batch fits, so that it need not grow under load."""
 _PDEATHSIG = 1
+_ASK_S = 10.0
+"""For Triton to tell its statistics."""
 _SCRATCH = "trirank-serve-"
 _FRESH_S = 5.0
 """Whoever makes a scratch folder holds it within so long."""
@@ -93,6 +95,8 @@ class TritonServer:
         _check_shared_memory()
         _compile_kernels()
         self._control: Control | None = None
+        self._probed: Path | None = None
+        self._recorded: Any = None
         self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH))
         self._holder = os.open(self._scratch, os.O_RDONLY)
         fcntl.flock(self._holder, fcntl.LOCK_SH)  # until this process ends, however it does
@@ -208,16 +212,17 @@ class TritonServer:
         What Triton says of itself would not do: it stays ready when a stub has died (triton-inference-server/server
         #8604).
         """
-        request = recorded_requests(self.release)[0]
         try:
+            if self._probed != self.release:  # read once: a disk that fails for a moment harms no server
+                self._probed, self._recorded = self.release, recorded_requests(self.release)[0]
             before = self._answered()
             with RankClient(self.grpc, deadline_s=deadline_s, retry=None) as client:
-                client.rank(request)
+                client.rank(self._recorded)
         except (Overloaded, DeadlineExceeded) as error:
             with suppress(InferenceServerException):
                 return "" if self._answered() > before else str(error)
             return str(error)
-        except (RankError, InferenceServerException) as error:
+        except (RankError, InferenceServerException, BadModel) as error:
             return str(error)
         return ""
 
@@ -264,7 +269,7 @@ class TritonServer:
 
         client = InferenceServerClient(self.grpc)
         try:
-            reply = client.get_inference_statistics(as_json=True)
+            reply = client.get_inference_statistics(as_json=True, client_timeout=_ASK_S)
         finally:
             client.close()
         found = {model["name"]: model for model in reply["model_stats"]}
@@ -325,15 +330,22 @@ class TritonServer:
         self.stop()
 
 
-def usual_ports(host: str) -> Ports:
-    """Triton's own, each where nobody listens."""
+def usual_ports(host: str, wanted: Ports) -> Ports:
+    """The ports that were asked for; for the others Triton's own, each where nobody listens, else any free one."""
+    given = [port for port in (wanted.grpc, wanted.http, wanted.metrics) if port is not None]
 
-    def free(number: int) -> int | None:
+    def one(port: int | None, usual: int) -> int | None:
+        if port is not None or usual in given:
+            return port
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            return None if probe.connect_ex((host if host != "0.0.0.0" else "127.0.0.1", number)) == 0 else number
+            try:
+                probe.bind((host, usual))
+            except OSError:
+                return None
+            return usual
 
-    return Ports(grpc=free(8001), http=free(8000), metrics=free(8002))
+    return Ports(one(wanted.grpc, 8001), one(wanted.http, 8000), one(wanted.metrics, 8002))
 
 
 def _checked_port(host: str, name: str, number: int | None) -> int:

@@ -24,6 +24,7 @@ from trirank_build.models.checkpoint import load_checkpoint, load_weights
 from trirank_build.models.family import make_ranker
 from trirank_build.models.forms import rebuild
 from trirank_build.models.sequence import SequenceRanker
+from trirank_build.progress import warn
 from trirank_build.recipe import Recipe, load_recipe
 
 RECIPE, FEATURES, BEST, RUN = "recipe.toml", "features", "best.safetensors", "run.json"
@@ -77,13 +78,19 @@ class TrainedRun:
         ids = own.get("ids", given.ids)
         for what, before, now in (
             ("has " + ("timestamps" if own["timed"] else "no timestamps"), own["timed"], given.timed),
-            (f"has {ids['item']} as item ids and {ids['user']} as user ids", ids, given.ids),
+            (f"has ids of the kinds {', '.join(f'{what}: {kind}' for what, kind in ids.items())}", ids, given.ids),
         ):
             if before != now:
                 raise BadData(
                     f"{self.directory} was trained on {own['source']}, which {what}; {given.source} differs there. "
                     "Prepare it as that one was prepared, or train anew"
                 )
+        events = own["counts"]["events"], given.counts["events"]
+        if events[1] < events[0] / 2:
+            warn(
+                f"{given.source} has {events[1]:,} events, {self.directory} was trained on {events[0]:,}: histories "
+                "come from the newer log alone, so give one of the same span of time, the newest days included"
+            )
         if self.features.spec.folded:
             raise BadData(
                 f"{self.directory} is folded: its graph holds a vector of each of the {len(self.features.catalogue):,} "

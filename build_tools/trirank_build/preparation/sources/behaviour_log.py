@@ -16,7 +16,7 @@ from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.sources.catalogue_table import complete, open_items, read_items
 from trirank_build.preparation.sources.tables import read_table, require
 from trirank_build.preparation.splitting import leave_last_out, split_by_time, time_split
-from trirank_build.preparation.values import IdKind, behaviours, kind_of_ids, seconds, to_ids
+from trirank_build.preparation.values import IdKind, behaviours, id_text, kind_of_ids, seconds, to_ids
 
 COLUMNS = ("user_id", "item_id", "behavior")
 SYNONYMS = {
@@ -40,7 +40,10 @@ def prepare_behaviour_log(path: Path, options: PrepareOptions) -> Dataset:
     kinds = kinds_of(table, given, options, report)
     timed = "timestamp" in table.columns
     events = clean_log(table, kinds, options, report)
-    return dataset_from_events(events, options, source=path.name, timed=timed, report=report, kinds=kinds, given=given)
+    return dataset_from_events(
+        events, options, source=path.name, timed=timed, report=report, kinds=kinds, given=given,
+        names=names_of(table["item_id"], kinds["item"]),
+    )  # fmt: skip
 
 
 def open_log(path: Path, options: PrepareOptions, report: Report) -> pl.DataFrame:
@@ -100,12 +103,14 @@ def dataset_from_events(
     report: Report,
     kinds: dict[str, IdKind],
     given: pl.DataFrame | None,
+    names: pl.DataFrame | None = None,
 ) -> Dataset:
     """Split clean events, complete the catalogue, retrieve candidates. Shared by all kinds of logs.
 
     Args:
         kinds: what the ids of items and users are.
         given: an opened item file.
+        names: item_id and key, what the log calls its items; None: as their numbers.
     """
     if options.queries is not None:
         if not timed:
@@ -121,7 +126,7 @@ def dataset_from_events(
         )
     if events["behaviour"].max() == Behaviour.VIEW.value:
         events = events.with_columns(behaviour=pl.lit(Behaviour.CLICK.value, pl.Int8))
-    items = _items(events, given, kinds, report)
+    items = _items(events, given, kinds, report, names)
     gains = {Behaviour[name].value: gain for name, gain in GAINS.items()}
     events = events.with_columns(
         gain=pl.col("behaviour").replace_strict(list(gains), list(gains.values()), return_dtype=pl.Float32)
@@ -174,6 +179,13 @@ def _with_queries(
         tolerance=QUERY_REACH_S,
         check_sortedness=False,
     )
+    led = int(joined["searched"].is_not_null().sum())
+    if not led:
+        raise BadData(
+            f"no event of the log comes within {QUERY_REACH_S // 60} minutes after a query of its user in "
+            f"{options.queries}; do users and times of the two files belong together?"
+        )
+    report.note(f"{options.queries.name}: {led:,} of {joined.height:,} events follow a query")
     return joined.with_columns(query=pl.coalesce("searched", "query")).drop("searched")
 
 
@@ -186,23 +198,39 @@ def open_queries(path: Path, options: PrepareOptions, report: Report) -> pl.Data
 
 def read_queries(table: pl.DataFrame, kinds: dict[str, IdKind], report: Report) -> pl.DataFrame:
     """user_id, timestamp and searched of an opened query file."""
-    return pl.DataFrame(
+    found = pl.DataFrame(
         [
             to_ids(table["user_id"], kinds["user"]),
             seconds(table["timestamp"], report),
             table["query"].cast(pl.String).alias("searched"),
         ]
-    ).drop_nulls()
+    )
+    known = found.drop_nulls()
+    report.lost("queries without user, time or words", found.height, found.height - known.height,
+                f"where user ids are {kinds['user']}, as in the log", "look at the query file")  # fmt: skip
+    return known
 
 
-def _items(events: pl.DataFrame, given: pl.DataFrame | None, kinds: dict[str, IdKind], report: Report) -> pl.DataFrame:
+def names_of(column: pl.Series, kind: IdKind) -> pl.DataFrame:
+    """item_id and key of the items of a log."""
+    return pl.DataFrame([to_ids(column, kind), id_text(column).alias("key")]).drop_nulls().unique("item_id")
+
+
+def _items(
+    events: pl.DataFrame, given: pl.DataFrame | None, kinds: dict[str, IdKind], report: Report,
+    names: pl.DataFrame | None,
+) -> pl.DataFrame:  # fmt: skip
     """All items of the log and of the item file: what nobody has met yet can be shown, and be met."""
     seen = events.select("item_id").unique()
     if given is None:
-        return complete(seen)
+        return complete(seen if names is None else seen.join(names, on="item_id", how="left"))
     known = read_items(given, kinds["item"], report)
     compare_items(events, known, report)
-    items = complete(seen.join(known, on="item_id", how="full", coalesce=True))
+    items = seen.join(known, on="item_id", how="full", coalesce=True)
+    if names is not None:
+        items = items.join(names, on="item_id", how="left", suffix="_log")
+        items = items.with_columns(key=pl.coalesce("key", "key_log")).drop("key_log")
+    items = complete(items)
     for name in ("title", "brand", "category"):
         if name in known.columns:
             report.filled(name, items.height, int((items[name] == "").sum()))
@@ -220,9 +248,9 @@ def compare_items(events: pl.DataFrame, known: pl.DataFrame, report: Report) -> 
     seen = events.select("item_id").unique()
     met = seen.join(known, on="item_id").height
     if not met:
+        first = f"whose first id is {known['key'][0]!r}" if known.height else "which has none that can be read"
         raise BadData(
-            f"none of the {seen.height:,} items of the log is in the item file, whose first id is "
-            f"{known['key'][0]!r}; give the item file of this log"
+            f"none of the {seen.height:,} items of the log is in the item file, {first}; give the item file of this log"
         )
     report.rows.append(("items of the log found in the item file", seen.height, met))
     if new := known.height - met:

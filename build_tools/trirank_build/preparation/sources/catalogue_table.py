@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from trirank_build.errors import BadData
-from trirank_build.preparation.cleaning import Report
+from trirank_build.preparation.cleaning import EARLIEST, Report
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.sources.tables import read_table, read_text, require
-from trirank_build.preparation.values import IdKind, are_numbers, prices, seconds, to_ids, yes_or_no
+from trirank_build.preparation.values import IdKind, are_numbers, id_text, prices, seconds, to_ids, yes_or_no
 
 _DEFAULTS: dict[str, pl.Expr] = {
     "title": pl.lit(""),
@@ -46,7 +47,7 @@ def open_items(path: Path, options: PrepareOptions, report: Report) -> pl.DataFr
     if path.suffix == ".json":
         try:
             raw = json.loads(read_text(path, report, options.encoding))
-            ids, attributes = list(raw), [[str(value) for value in values] for values in raw.values()]
+            ids, attributes = list(raw), [_texts(values) for values in raw.values()]
         except (ValueError, TypeError, AttributeError) as error:
             raise BadData(f"{path} is no JSON object of item id → list of attributes ({error})") from error
         return pl.DataFrame({"item_id": ids, "attributes": attributes})
@@ -60,13 +61,30 @@ def open_items(path: Path, options: PrepareOptions, report: Report) -> pl.DataFr
     return table.select(used)
 
 
+def _texts(values: Any) -> list[str]:
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r} is no list")
+    return [str(value) for value in values]
+
+
+def _plausible(times: pl.Series, report: Report) -> pl.Series:
+    """Null where an item would be older than shops are: 20240115 is a number, but no second of then."""
+    old = times.filter((times > 0) & (times < EARLIEST))
+    if len(old):
+        report.lost(
+            f"{times.name} before 1990", len(times), len(old), f"such as {old[0]} seconds since 1970",
+            "write seconds since 1970, or dates like 2026-01-31",
+        )  # fmt: skip
+    return pl.select(pl.when(~((times > 0) & (times < EARLIEST))).then(times)).to_series().alias(times.name)
+
+
 def read_items(table: pl.DataFrame, kind: IdKind, report: Report) -> pl.DataFrame:
     """The values of an opened item file, one row an item, the first of several.
 
     Raises:
         BadData: too many values cannot be read.
     """
-    columns = [to_ids(table["item_id"], kind), table["item_id"].cast(pl.String).str.strip_chars().alias("key")]
+    columns = [to_ids(table["item_id"], kind), id_text(table["item_id"]).alias("key")]
     for name in table.columns:
         column = table[name]
         if name in ("title", "brand", "category"):
@@ -74,7 +92,7 @@ def read_items(table: pl.DataFrame, kind: IdKind, report: Report) -> pl.DataFram
         elif name == "price":
             columns.append(prices(column, report))
         elif name == "created_at":
-            columns.append(seconds(column, report))
+            columns.append(_plausible(seconds(column, report), report))
         elif name == "available":
             columns.append(yes_or_no(column, report))
         elif name == "product_id":

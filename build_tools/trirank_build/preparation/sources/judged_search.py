@@ -15,7 +15,7 @@ from trirank_build.errors import BadData
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.sources.catalogue_table import complete
 from trirank_build.preparation.sources.tables import read_table, require
-from trirank_build.preparation.values import kind_of_ids, to_ids
+from trirank_build.preparation.values import id_text, kind_of_ids, to_ids
 from trirank_build.progress import progress
 
 COLUMNS = ("product_uid", "product_title", "search_term", "relevance")
@@ -35,6 +35,7 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
     kind = kind_of_ids("item", [table["product_uid"]], options.item_ids, report)
     table = table.select(
         to_ids(table["product_uid"], kind).alias("item_id"),
+        id_text(table["product_uid"]).alias("key"),
         pl.col("product_title").str.strip_chars().alias("title"),
         pl.col("search_term").str.strip_chars().str.to_lowercase().alias("query"),
         pl.col("relevance").cast(pl.Float64, strict=False),
@@ -50,13 +51,13 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
         "judged twice (mean taken)",
         table,
         lambda f: f.group_by("query", "item_id", maintain_order=True).agg(
-            pl.col("title").first(), pl.col("relevance").mean()
+            pl.col("title").first(), pl.col("key").first(), pl.col("relevance").mean()
         ),
     )
     table = report.apply("query with a single product", table, lambda f: f.filter(pl.len().over("query") > 1))
     if table.is_empty():
         raise BadData(f"no judgement of {path} is left after cleaning; ranking needs two products a query")
-    items = complete(table.select("item_id", "title"))
+    items = complete(table.select("item_id", "key", "title"))
     requests = _requests(table, items, options.seed)
     if set(requests["split"].unique()) != {"train", "valid", "test"}:
         raise BadData(f"{path} has only {requests.height} queries; a split by query needs more")
@@ -75,7 +76,7 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
                 "judgements": table.height,
             },
             cleaning=report.rows,
-            ids={"item": kind, "user": "numbers"},
+            ids={"item": kind},
             notes={"read": report.notes},
         ),
     )

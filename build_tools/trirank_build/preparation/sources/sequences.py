@@ -43,7 +43,7 @@ def prepare_sequences(path: Path, options: PrepareOptions) -> Dataset:
         raise BadData(
             f"{path}, row {at + 1} is {lines[at][:60]!r}; each is `user item` or `user item item …` in numbers"
         )
-    parts = lines.str.split(" ")
+    parts = lines.str.replace_all(r"\s+", " ").str.split(" ")
     table = pl.DataFrame({"user_id": parts.list.first(), "item_id": parts.list.slice(1)}).explode("item_id")
     events = table.select(
         to_ids(table["user_id"], "numbers"),

@@ -83,18 +83,28 @@ def read_table(path: Path, report: Report, encoding: str | None = None) -> pl.Da
         BadData: it cannot be parsed, or two columns have one name.
     """
     try:
-        if path.suffix == ".parquet":
-            if not path.is_file():
-                raise BadData(f"{path} is no file")
+        if is_parquet(path):
             table = pl.read_parquet(path)
             return table.rename(dict(zip(table.columns, _names(table.columns, path), strict=True)))
-        text = read_text(path, report, encoding).lstrip()
+        text = read_text(path, report, encoding).lstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n")
         separator, header = split_header(text)
         names = _names(header, path)
         body = io.BytesIO(text.encode())
         return pl.read_csv(body, separator=separator, infer_schema=False, new_columns=names)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, csv.Error) as error:
         raise BadData(f"{path} cannot be read as a table: {error}".split("\n")[0]) from error
+
+
+def is_parquet(path: Path) -> bool:
+    """By its first bytes, whatever it is called.
+
+    Raises:
+        BadData: there is no file.
+    """
+    if not path.is_file():
+        raise BadData(f"{path} is no file; give a CSV, TSV, Parquet or text file, or the word `shop`")
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PAR1"
 
 
 def column_names(path: Path, encoding: str | None = None) -> list[str]:
@@ -103,14 +113,14 @@ def column_names(path: Path, encoding: str | None = None) -> list[str]:
     Raises:
         BadData: it cannot be read.
     """
-    if path.suffix == ".parquet":
+    if is_parquet(path):
         return read_table(path, Report()).columns
     return _names(split_header(read_text(path, Report(), encoding))[1], path)
 
 
 def split_header(text: str) -> tuple[str, list[str]]:
     """The separator of a CSV file, which is what its first line has most of, and that line's fields."""
-    line = text.lstrip().split("\n", 1)[0].rstrip("\r")
+    line = text.lstrip("\r\n").replace("\r", "\n").split("\n", 1)[0]
     separator = max(_SEPARATORS, key=line.count)
     return separator, next(csv.reader([line], delimiter=separator), [])
 
