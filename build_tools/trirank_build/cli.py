@@ -270,6 +270,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare a ranker with retrieval order and the simple baselines."""
+    if html is not None:
+        check_target(html, "a report", file=True, option="--html")
     from trirank_build.data.dataset import Dataset
     from trirank_build.evaluation import evaluate as evaluation
     from trirank_build.evaluation.report import write_report

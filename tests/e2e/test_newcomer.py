@@ -19,7 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trirank import InvalidRequest, RankClient, RankRequest
+from trirank import InvalidRequest, RankClient, RankRequest, stable_id
+from trirank_build.artefacts import tree_digests
+from trirank_build.repository.release import MANIFEST, release_name
+from trirank_build.repository.store import promote
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 START, DAY = 1_767_268_800, 86_400
@@ -110,6 +113,16 @@ def wait_for(condition, told, process, timeout_s=60):
         time.sleep(0.1)
 
 
+def broken(good):
+    """A release whose every digest is right, and which no server can load."""
+    bad = shutil.copytree(good, good.parent / "bad")
+    (bad / "features" / "catalogue" / "fields.npy").write_bytes(b"rubbish")
+    files = {name: digest for name, digest in tree_digests(bad).items() if name != MANIFEST}
+    manifest = json.loads((bad / MANIFEST).read_text()) | {"files": files, "release": release_name(files)}
+    (bad / MANIFEST).write_text(json.dumps(manifest))
+    return bad.rename(good.parent / manifest["release"])
+
+
 def test_what_is_read_is_said(shop):
     said = shop[1]
     assert "item ids: strings, such as 'SKU-" in said
@@ -134,6 +147,16 @@ def test_a_new_product_is_ranked_in_the_caller_s_ids(shop, served):
     assert {item["item_id"] for item in found["items"]} == {sku(3), sku(124)}
     table = run(f"trirank rank --server {served[0]['grpc']} --release work/mine/releases/current", shop[0])
     assert re.search("Lampe|Tür|灯|钥匙", table)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not here")
+def test_another_language_sees_whole_ids(served):
+    """63 bits of them, of which a Number of JavaScript keeps 53."""
+    example = Path(__file__).parents[2] / "client" / "examples" / "rank.mjs"
+    ids = [str(stable_id(sku(item))) for item in (3, 9, 124)]
+    command = ["node", str(example), served[0]["http"], "灯", *ids]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert sorted(line.split()[1] for line in done.stdout.splitlines()) == sorted(ids)
 
 
 def test_the_next_day_needs_no_training_and_a_bad_promotion_harms_nobody(shop, served):
@@ -179,11 +202,9 @@ def test_the_next_day_needs_no_training_and_a_bad_promotion_harms_nobody(shop, s
 
         releases = folder / "work" / "mine" / "releases"
         good = (releases / "current").resolve()
-        bad = shutil.copytree(good, releases / ("b" * 12))
-        (bad / "features" / "catalogue" / "fields.npy").write_bytes(b"rubbish")
-        (releases / "current").unlink()
-        (releases / "current").symlink_to(bad.name)
+        promote(broken(good))
         wait_for(lambda: f"{good.name} is served as before" in told.read_text(), told, process)
+        assert "fields.npy cannot be read" in told.read_text()  # Triton has tried
         time.sleep(1)
     finally:
         stop.set()

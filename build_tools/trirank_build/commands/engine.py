@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from trirank_build.commands.options import Run
+from trirank_build.commands.options import Run, check_target
 from trirank_build.errors import BadModel
 from trirank_build.progress import out
 
@@ -37,6 +37,7 @@ def build(
     workspace_mb: Annotated[int, typer.Option(min=1, help="Most memory that a layer may use.")] = 1024,
 ) -> None:
     """Build a TensorRT plan for each GPU architecture."""
+    check_target(target, "plans")
     from trirank_build.engines.builder import BuildOptions, build_plans
     from trirank_build.engines.plan import load_plan_manifest
     from trirank_build.training.run import TrainedRun

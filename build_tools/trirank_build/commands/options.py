@@ -20,28 +20,29 @@ Engine = Literal["onnxruntime", "onnxruntime-tensorrt-rtx", "onnxruntime-cuda", 
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
-def check_target(target: Path, what: str, *, replaces: str = "", file: bool = False) -> None:
+def check_target(target: Path, what: str, *, replaces: str = "", file: bool = False, option: str = "--out") -> None:
     """Whether ``--out`` can be written, asked before the work rather than after it.
 
     Args:
         what: what is to be written, for the message.
         replaces: a file that stands in folders of this kind, which are replaced; none other is.
         file: whether it is to be a file, not a folder.
+        option: what names it.
 
     Raises:
         BadUsage: it cannot, or something else stands there.
     """
     if file and target.is_dir():
-        raise BadUsage(f"--out {target} is a folder; {what} is a file: give its name too")
+        raise BadUsage(f"{option} {target} is a folder; {what} is a file: give its name too")
     if not file and target.exists() and not target.is_dir():
-        raise BadUsage(f"--out {target} is a file; {what} is a folder: choose another name")
+        raise BadUsage(f"{option} {target} is a file; {what} is a folder: choose another name")
     if replaces and target.is_dir() and any(target.iterdir()) and not (target / replaces).is_file():
-        raise BadUsage(f"--out {target} holds something else than {what}, which would be lost; choose another name")
+        raise BadUsage(f"{option} {target} holds something else than {what}, which would be lost; choose another name")
     parent = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
     if parent.is_file() and parent != target.absolute():
-        raise BadUsage(f"--out {target} cannot be written: {parent} is a file; choose another place")
+        raise BadUsage(f"{option} {target} cannot be written: {parent} is a file; choose another place")
     parent = parent.parent if parent.is_file() else parent
     # Where even root may not write, as below /proc, asking for rights alone says yes.
     writable = os.access(parent, os.W_OK | os.X_OK) and not str(parent.resolve()).startswith(("/proc", "/sys"))
     if not writable:
-        raise BadUsage(f"--out {target} cannot be written: {parent} takes no new files; choose another place")
+        raise BadUsage(f"{option} {target} cannot be written: {parent} takes no new files; choose another place")
