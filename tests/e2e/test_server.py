@@ -92,7 +92,7 @@ def test_a_dead_server_ends_the_command_with_the_reason(world, tmp_path):
     os.kill(addresses["tritonserver_pid"], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1
-    assert "Triton ended with -9" in output
+    assert "Triton was killed by signal 9 (out of memory?)" in output
 
 
 def test_a_port_in_use_is_one_clear_line(world):

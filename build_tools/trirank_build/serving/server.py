@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ _SCRATCH = "trirank-serve-"
 _FRESH_S = 5.0
 """Whoever makes a scratch folder holds it within so long."""
 _NOISE = (
+    "Failed to initialize NVML",
     "unable to create stream",
     "CudaDriverHelper has not been initialized",
     "CUDA driver version is insufficient",
@@ -112,7 +113,7 @@ class TritonServer:
             self._live.add(self.served)
             self._live.point(self.served)
             ports = ports or Ports()
-            numbers = [_checked_port(host, name, getattr(ports, name)) for name in ("grpc", "http", "metrics")]
+            numbers = _checked_ports(host, ports)
             self.grpc, self.http, self.metrics = (f"{host}:{number}" for number in numbers)
             command = [
                 str(binary.path),
@@ -203,8 +204,8 @@ class TritonServer:
         assert self._process is not None
         if self._process.poll() is not None:
             code = self._process.returncode
-            how = f"with {code}" if code >= 0 else f"killed by signal {-code}" + " (out of memory?)" * (code == -9)
-            raise ServeError(f"Triton ended {how}: {self._last_words()}")
+            how = f"ended with {code}" if code >= 0 else f"was killed by signal {-code}"
+            raise ServeError(f"Triton {how}{' (out of memory?)' * (code == -9)}: {self._last_words()}")
 
     def probe(self, deadline_s: float = 5.0) -> str:
         """Why a recorded request is not answered; empty: it is, or others are, whom this one waited behind.
@@ -348,23 +349,28 @@ def usual_ports(host: str, wanted: Ports) -> Ports:
     return Ports(one(wanted.grpc, 8001), one(wanted.http, 8000), one(wanted.metrics, 8002))
 
 
-def _checked_port(host: str, name: str, number: int | None) -> int:
-    """The port itself, or a free one.
+def _checked_ports(host: str, ports: Ports) -> list[int]:
+    """The ports themselves, or free ones, no two the same: each is held until all have been found.
 
     Raises:
-        ServeError: it is in use, or no port at all.
+        ServeError: one is in use, or no port at all.
     """
-    if number is not None and not 0 < number < 65_536:
-        raise ServeError(f"--{name}-port {number} is no port; ports go from 1 to 65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, number or 0))
-        except OSError as error:
-            raise ServeError(
-                f"--{name}-port {number} on {host} cannot be used ({error.strerror}); choose another"
-            ) from error
-        return int(probe.getsockname()[1])
+    numbers = []
+    with ExitStack() as held:
+        for name in ("grpc", "http", "metrics"):
+            number = getattr(ports, name)
+            if number is not None and not 0 < number < 65_536:
+                raise ServeError(f"--{name}-port {number} is no port; ports go from 1 to 65535")
+            probe = held.enter_context(socket.socket())
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, number or 0))
+            except OSError as error:
+                raise ServeError(
+                    f"--{name}-port {number} on {host} cannot be used ({error.strerror}); choose another"
+                ) from error
+            numbers.append(int(probe.getsockname()[1]))
+    return numbers
 
 
 def _check_shared_memory() -> None:
