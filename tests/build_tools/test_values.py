@@ -46,6 +46,7 @@ def patient():
         (["0.500", "0.250"], [0.5, 0.25]),
         ([12, 13], [12, 13]),
         ([1.5, None], [1.5, math.nan]),
+        ([1.299, 2.499], [1.299, 2.499]),  # numbers of a Parquet file mean what they are
         (["", "N/A", "null", "-", "7"], [math.nan] * 4 + [7]),
     ],
 )

@@ -62,6 +62,14 @@ def prices(column: pl.Series, report: Report) -> pl.Series:
     digits behind it, or another mark in front. A mark that three digits follow everywhere stands between thousands.
     """
     text = known(column)
+    number = column.cast(pl.Float64) if column.dtype.is_numeric() else _written_prices(text, report)
+    found = pl.select(pl.when(number.is_finite() & (number >= 0)).then(number)).to_series()
+    report.read(column.name, text, found, "taken as unknown; a price is a number of 0 or more")
+    return found.fill_null(float("nan")).alias(column.name)
+
+
+def _written_prices(text: pl.Series, report: Report) -> pl.Series:
+    """Float64 of prices as people write them, null for what is none."""
     bare = text.str.extract(_PRICE)
     spaced = bare.str.contains(_SPACE)
     bare = pl.select(pl.when(~spaced | bare.str.contains(_SPACED)).then(bare)).to_series()
@@ -73,9 +81,9 @@ def prices(column: pl.Series, report: Report) -> pl.Series:
     if by_comma or by_point:
         others = min(by_comma, by_point)
         against = f" (in {others:,} values it is the other way round)" if others else ""
-        report.note(f"{column.name}: a {'comma' if comma_decimal else 'point'} stands before the decimals{against}")
+        report.note(f"{text.name}: a {'comma' if comma_decimal else 'point'} stands before the decimals{against}")
     elif point_thousands:
-        report.note(f"{column.name}: points stand between thousands, since three digits follow each of them")
+        report.note(f"{text.name}: points stand between thousands, since three digits follow each of them")
     one, last = pl.col("bare"), pl.col("bare").str.contains
     comma_is_last, point_is_last = last(r"\..*,"), last(r",.*\.")
     as_comma = comma_is_last | (~point_is_last & pl.lit(point_thousands))
@@ -88,10 +96,7 @@ def prices(column: pl.Series, report: Report) -> pl.Series:
     # What is written otherwise may still be a number: 1e3.
     plain = pl.when(~pl.col("text").str.contains(r"^[-+]?[\d.,]+$")).then(pl.col("text"))
     number = pl.coalesce(number.cast(pl.Float64, strict=False), plain.cast(pl.Float64, strict=False))
-    priced = pl.DataFrame({"bare": bare, "text": text}).select(number=number)
-    found = priced.select(pl.when(pl.col("number").is_finite() & (pl.col("number") >= 0)).then("number")).to_series()
-    report.read(column.name, text, found, "taken as unknown; a price is a number of 0 or more")
-    return found.fill_null(float("nan")).alias(column.name)
+    return pl.DataFrame({"bare": bare, "text": text}).select(number=number).to_series()
 
 
 def _decimals_after(bare: pl.Series, mark: str) -> int:
