@@ -89,24 +89,18 @@ def clean_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report,
     Raises:
         BadData: nothing is left.
     """
-    before = events.height
-    events = report.apply("user or item missing", events, lambda frame: frame.drop_nulls(["user_id", "item_id"]))
-    report.lost(
-        "rows without user or item", before, before - events.height, "or with an id that is none",
-        "look at the columns user_id and item_id of the log",
+    events = _complete(
+        events, ["user_id", "item_id"], "user or item missing", "rows without user or item",
+        "or with an id that is none", "look at the columns user_id and item_id of the log", report,
     )  # fmt: skip
-    before = events.height
-    events = report.apply("unknown behaviour", events, lambda frame: frame.drop_nulls("behaviour"))
-    report.lost(
-        "rows without a behaviour", before, before - events.height, "or with a word that was left out or is unknown",
-        "look at the column behavior of the log",
+    events = _complete(
+        events, ["behaviour"], "unknown behaviour", "rows without a behaviour",
+        "or with a word that was left out or is unknown", "look at the column behavior of the log", report,
     )  # fmt: skip
     if timed:
-        before = events.height
-        events = report.apply("no timestamp", events, lambda frame: frame.drop_nulls("timestamp"))
-        report.lost(
-            "rows without a timestamp", before, before - events.height, "or with one that cannot be read",
-            "look at the column timestamp of the log, or leave it out of all rows",
+        events = _complete(
+            events, ["timestamp"], "no timestamp", "rows without a timestamp", "or with one that cannot be read",
+            "look at the column timestamp of the log, or leave it out of all rows", report,
         )  # fmt: skip
         _told_of_times(events["timestamp"], now, report)
         events = report.apply(
@@ -122,6 +116,15 @@ def clean_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report,
         steps = "; ".join(f"{rule}: {before:,} → {after:,}" for rule, before, after in report.rows)
         raise BadData(f"no item is left after cleaning ({steps}); check the columns' meaning, or lower --min-count")
     return events
+
+
+def _complete(
+    events: pl.DataFrame, columns: list[str], rule: str, what: str, which: str, advice: str, report: Report
+) -> pl.DataFrame:
+    """Drop rows that lack a value, counted as a rule and held against the largest loss."""
+    kept = report.apply(rule, events, lambda frame: frame.drop_nulls(columns))
+    report.lost(what, events.height, events.height - kept.height, which, advice)
+    return kept
 
 
 def _told_of_times(times: pl.Series, now: int, report: Report) -> None:

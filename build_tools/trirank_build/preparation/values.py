@@ -191,7 +191,7 @@ def kind_of_ids(what: str, columns: Sequence[pl.Series], wanted: str | None, rep
         return "numbers" if wanted == "numbers" else "strings"
     odd, total, examples = 0, 0, list[str]()
     for column in columns:
-        text = _id_text(column).drop_nulls()
+        text = id_text(column).drop_nulls()
         negative = text.filter(text.str.contains(r"^-\d+$"))
         if len(negative):
             raise BadData(
@@ -216,7 +216,7 @@ def kind_of_ids(what: str, columns: Sequence[pl.Series], wanted: str | None, rep
 
 def are_numbers(column: pl.Series) -> bool:
     """Whether every id that is there is a plain number."""
-    return bool(_id_text(column).drop_nulls().str.contains(_NUMBER).all())
+    return bool(id_text(column).drop_nulls().str.contains(_NUMBER).all())
 
 
 def to_ids(column: pl.Series, kind: IdKind) -> pl.Series:
@@ -225,7 +225,7 @@ def to_ids(column: pl.Series, kind: IdKind) -> pl.Series:
     Raises:
         BadData: two names collide.
     """
-    name, text = column.name, _id_text(column)
+    name, text = column.name, id_text(column)
     if kind == "numbers":
         plain = pl.select(pl.when(text.str.contains(_NUMBER)).then(text)).to_series()
         return plain.cast(pl.Int64, strict=False).alias(name)
@@ -248,10 +248,6 @@ def id_text(column: pl.Series) -> pl.Series:
     Raises:
         BadData: the column's type holds no ids.
     """
-    return _id_text(column)
-
-
-def _id_text(column: pl.Series) -> pl.Series:
     if column.dtype.is_nested() or column.dtype.is_temporal() or column.dtype == pl.Binary:
         raise BadData(f"{column.name} is of type {column.dtype}; ids are whole numbers or text")
     text = known(column)
