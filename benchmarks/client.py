@@ -53,7 +53,7 @@ def ready_answer() -> service_pb2.ModelInferResponse:
         "RANKED_IDS": np.arange(1, TOP_K + 1, dtype=np.int64), "SCORES": np.linspace(1, 0, TOP_K, dtype=np.float32),
         "REASONS": np.zeros(TOP_K, np.int32), "STATUS": np.zeros(4, np.int32),
     }  # fmt: skip
-    for spec in c.RESPONSE:
+    for spec in (spec for spec in c.RESPONSE if not spec.optional):
         reply.outputs.add(name=spec.name, datatype=spec.dtype, shape=[1, len(values[spec.name])])
         reply.raw_output_contents.append(values[spec.name].tobytes())
     return reply
@@ -99,9 +99,9 @@ def with_tritonclient(client: triton.InferenceServerClient, request: RankRequest
         tensor = triton.InferInput(name, array.shape, types[name])
         tensor.set_data_from_numpy(array)
         inputs.append(tensor)
-    outputs = [triton.InferRequestedOutput(spec.name) for spec in c.RESPONSE]
+    outputs = [triton.InferRequestedOutput(spec.name) for spec in c.RESPONSE if not spec.optional]
     answer = client.infer(c.ENSEMBLE, inputs, outputs=outputs, client_timeout=5)
-    return {spec.name: answer.as_numpy(spec.name) for spec in c.RESPONSE}
+    return {spec.name: answer.as_numpy(spec.name) for spec in c.RESPONSE if not spec.optional}
 
 
 def in_turns(ways: dict[str, Callable[[], object]], turns: int) -> np.ndarray:

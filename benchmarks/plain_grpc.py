@@ -44,7 +44,7 @@ def tensors_of(message: Any) -> Tensors:
 def reply_of(answer: Tensors) -> Any:
     """What Triton would answer."""
     reply = service_pb2.ModelInferResponse(model_name=c.ENSEMBLE)
-    for spec in c.RESPONSE:
+    for spec in (spec for spec in c.RESPONSE if not spec.optional):
         reply.outputs.add(name=spec.name, datatype=spec.dtype, shape=answer[spec.name].shape)
         reply.raw_output_contents.append(answer[spec.name].tobytes())
     return reply

@@ -7,9 +7,11 @@ No figure in a document is typed by hand; a test fails when a document and the r
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
+from typing import Any
 
 from results import RESULTS, ROOT, Figure, read
 
@@ -437,18 +439,40 @@ def shared_memory() -> str:
 
 def recipe_keys() -> str:
     """Every key of a recipe, as the code says it."""
-    from trirank_build.recipe import PolicyRecipe, Recipe
+    from trirank_build.recipe import Recipe
 
     sections = {
         name: field.default for name, field in Recipe.model_fields.items() if hasattr(field.default, "model_dump")
     }
     lines = ["| key | default | |", "|---|---|---|", "| `seed` | 7 | of all that is drawn |"]
-    for section, default in (*sections.items(), ("policies.SCENARIO", PolicyRecipe())):
+    for section, default in sections.items():
         for name, field in type(default).model_fields.items():
             value = json.dumps(default.model_dump()[name], default=str)
             words = " ".join((field.description or "").replace("|", "\\|").split())
             lines.append(f"| `{section}.{name}` | `{value}` | {words} |")
     return "\n".join(lines)
+
+
+def policy_rules() -> str:
+    """Every rule of a policy and its keys, as the code says it."""
+    from trirank_backend.policies import RULES
+    from trirank_backend.policies.rule import Selection
+
+    lines = ["| rule | reason | keys |", "|---|---|---|"]
+    for rule in RULES:
+        own = [name for name in rule.model_fields if name not in ("rule", "queries", *Selection.model_fields)]
+        keys = [f"`{name}`{_default(rule.model_fields[name])}" for name in own]
+        if issubclass(rule, Selection):
+            keys.append("a selection")
+        said = (inspect.getdoc(inspect.getmodule(rule)) or "").partition("``: ")[2].split("\n\n")[0]
+        words = " ".join(said.split()).replace("|", "\\|")
+        reason = "" if rule.reason is None else f"`{rule.reason.name}`"
+        lines.append(f"| `{rule.model_fields['rule'].default}`: {words} | {reason} | {', '.join(keys)} |")
+    return "\n".join(lines)
+
+
+def _default(field: Any) -> str:
+    return "" if field.is_required() else f" = {json.dumps(field.default)}"
 
 
 def rules() -> str:
@@ -471,6 +495,7 @@ TABLES = {
     "hot_swap": hot_swap,
     "client": client,
     "rules": rules,
+    "policy_rules": policy_rules,
     "shared_memory": shared_memory,
     "ways": ways,
     "compressed": compressed,

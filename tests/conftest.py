@@ -30,29 +30,46 @@ def recipe():
             "features": {"history_length": 8, "query_length": 6, "title_length": 6, "vocabulary": 300},
             "model": {"dim": 16, "heads": 2, "encoder_blocks": 1, "ffn": 32},
             "training": {"epochs": 3, "candidates": 12, "warmup_steps": 5},
-            "policies": {
-                "search": {},
-                "home": {"exclude_purchased": True},
-                "new_items": {"boosts": {"NEW_ITEM": 5.0}},
-            },
         }
     )
 
 
 @dataclass(frozen=True)
 class World:
-    """Where the small world's files are."""
+    """Where the small world's files are; ``users`` is the address of a store with its users."""
 
     data: Path
     run: Path
     onnx: Path
     release: Path
+    users: str
+
+    @property
+    def stores(self):
+        """To serve it with."""
+        from trirank_build.serving.stores import Stores
+
+        return Stores(self.users, self.data.parent / "catalogue.npy")
 
 
 @pytest.fixture(scope="session")
-def world(shop, recipe, tmp_path_factory) -> World:
+def policies():
+    from trirank_backend.policies import Policy
+
+    rules = {
+        "search": [{"rule": "deduplicate"}],
+        "home": [{"rule": "filter", "bought": True}, {"rule": "deduplicate"}],
+        "new_items": [{"rule": "boost", "signals": ["NEW_ITEM"], "by": 5.0}, {"rule": "deduplicate"}],
+    }
+    return {name: Policy.model_validate({"rules": own}) for name, own in rules.items()}
+
+
+@pytest.fixture(scope="session")
+def world(shop, recipe, policies, tmp_path_factory) -> World:
+    from trirank_backend.stores.store import open_store
     from trirank_build.data.dataset import Dataset
     from trirank_build.export.onnx import export
+    from trirank_build.online.users import import_users
     from trirank_build.repository.assemble import assemble
     from trirank_build.repository.reports import write_parity
     from trirank_build.training.trainer import train
@@ -62,9 +79,12 @@ def world(shop, recipe, tmp_path_factory) -> World:
     run = train(recipe, dataset, folder / "run")
     onnx = folder / "ranker.onnx"
     write_parity(onnx, export(run.model(), run.features.spec, onnx), "SharedContextRanker")
-    return World(
-        folder / "data", folder / "run", onnx, assemble(run, dataset, onnx, folder / "releases", engine="onnxruntime")
-    )
+    release = assemble(run, dataset, onnx, folder / "releases", engine="onnxruntime", policies=policies)
+    users = f"sqlite:{folder / 'users.sqlite'}"
+    store = open_store(users)
+    import_users(dataset.events, store)
+    store.close()
+    return World(folder / "data", folder / "run", onnx, release, users)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ def configs(request, world, trained):
 
 
 def test_the_four_models_are_there(configs):
-    assert {contract.ENSEMBLE, *contract.STAGES} <= set(configs[0]) <= {contract.ENSEMBLE, *contract.STAGES, "single"}
+    others = {"single", contract.FEEDBACK}
+    assert {contract.ENSEMBLE, *contract.STAGES} <= set(configs[0]) <= {contract.ENSEMBLE, *contract.STAGES, *others}
 
 
 def test_the_ensemble_is_the_contract(configs):

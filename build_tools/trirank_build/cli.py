@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
-from trirank import RankClient, RankError, RankRequest, __version__
+from trirank import RankError, __version__
 from trirank_backend.errors import BackendError
 
 from trirank_build.commands.data import app as data_app
 from trirank_build.commands.doctor import doctor
 from trirank_build.commands.engine import app as engine_app
+from trirank_build.commands.online import catalogue_app, policy_app, users_app
 from trirank_build.commands.options import Data, Engine, Json, Run, Seed, check_target
 from trirank_build.commands.release import app as release_app
 from trirank_build.commands.release import promote_checked
+from trirank_build.commands.serving import rank, serve
 from trirank_build.errors import BadUsage, TrirankBuildError
 from trirank_build.progress import console as errors
 from trirank_build.progress import out, warn, working
@@ -40,7 +40,12 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(engine_app, name="engine")
 app.add_typer(release_app, name="release")
+app.add_typer(policy_app, name="policy")
+app.add_typer(catalogue_app, name="catalogue")
+app.add_typer(users_app, name="users")
 app.command()(doctor)
+app.command()(serve)
+app.command()(rank)
 
 
 def _version(asked: bool) -> None:
@@ -369,16 +374,23 @@ def assemble(
     allow_failing_gate: Annotated[
         bool, typer.Option("--allow-failing-gate", help="Take a graph that failed the gate; the manifest says so.")
     ] = False,
+    policies: Annotated[
+        Path | None,
+        typer.Option(help="Folder of policies SCENARIO.toml, beside the shipped ones or in their place."),
+    ] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Point `current` at it.")] = False,
 ) -> None:
     """Make a release: a model repository with all that it needs."""
     check_target(target, "a folder of releases")
+    from trirank_backend.policies import load_policies
+
     from trirank_build.data.dataset import Dataset
     from trirank_build.repository.assemble import assemble as make_release
     from trirank_build.repository.configs import Instances
     from trirank_build.repository.release import load_manifest
     from trirank_build.training.run import TrainedRun
 
+    own = load_policies(policies) if policies is not None else None
     with working("assembling"):
         made = make_release(
             TrainedRun.load(run),
@@ -393,6 +405,7 @@ def assemble(
             provider=provider,
             threads=threads,
             allow_failing_gate=allow_failing_gate,
+            policies=own,
         )
     if any(plan["flavour"] != "tensorrt" for plan in load_manifest(made)["engines"]):
         warn(
@@ -407,100 +420,6 @@ def assemble(
     if promote:
         promote_checked(made)
     print(made)
-
-
-@app.command()
-def serve(
-    release: Annotated[Path, typer.Argument(help="A release, or the link `current`, which is followed.")],
-    grpc_port: Annotated[int | None, typer.Option(help="8001 by default, or any free one.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="8000 by default, or any free one.")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="8002 by default, or any free one.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    tritonserver: Annotated[Path | None, typer.Option(help="The server to run.")] = None,
-    addresses: Annotated[Path | None, typer.Option(help="File to write the addresses to, as JSON, when ready.")] = None,
-    log: Annotated[
-        Path | None, typer.Option(help="File for Triton's log; else it is gone at the stop. Errors are shown anyway.")
-    ] = None,
-    follow: Annotated[
-        bool | None, typer.Option(help="Serve what the link points at, whenever it moves; for links by default.")
-    ] = None,
-    fallback: Annotated[
-        Engine | None,
-        typer.Option(help="What scores in the Python backend where the release's runtime cannot."),
-    ] = None,
-) -> None:
-    """Serve a release with Triton until Ctrl-C; a promotion takes effect without a request lost."""
-    from trirank_build.serving.following import serve as run_server
-    from trirank_build.serving.server import Ports, usual_ports
-
-    # Said outright, since a shell starts its background jobs with SIGINT ignored.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
-    follow = release.is_symlink() if follow is None else follow
-    if follow and not release.is_symlink():
-        raise BadUsage(f"--follow follows a link, and {release} is none; give the link `current` beside the releases")
-    ports = usual_ports(host, Ports(grpc_port, http_port, metrics_port))
-    run_server(release, ports, host, tritonserver, fallback, follow=follow, addresses=addresses, log=log)
-
-
-@app.command()
-def rank(
-    item: Annotated[list[str] | None, typer.Option("--item", help="A candidate's id, once for each.")] = None,
-    server: Annotated[str, typer.Option(help="host:port of the gRPC endpoint.")] = "127.0.0.1:8001",
-    release: Annotated[
-        Path | None, typer.Option(help="Takes titles, and without --item a recorded request, from it.")
-    ] = None,
-    recorded: Annotated[int, typer.Option(min=0, help="Which recorded request.")] = 0,
-    user: Annotated[str | None, typer.Option(help="The user's id; anonymous, or the recorded one, by default.")] = None,
-    query: Annotated[str | None, typer.Option(help="What was searched for.")] = None,
-    scenario: Annotated[str | None, typer.Option(help="The policy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="How many; 10 by default.")] = None,
-    deadline_s: Annotated[float, typer.Option(help="Seconds.")] = 1.0,
-    as_json: Json = False,
-) -> None:
-    """Rank candidates on a running server."""
-    said: dict[str, Any] = {"query": query, "scenario": scenario, "top_k": top_k}
-    said = {name: value for name, value in said.items() if value is not None}
-    if not item and release is None:
-        raise BadUsage("give candidates with --item, or --release to send one of its recorded requests")
-    with RankClient(server, deadline_s=deadline_s) as client:
-        kinds = client.server_info() if item or user is not None else {}
-        if user is not None:
-            said["user_id"] = _own_id("--user", user, kinds.get("user_ids"))
-        if item:
-            ids = [_own_id("--item", each, kinds.get("item_ids")) for each in item]
-            request = RankRequest(item_ids=ids, **said)
-        else:
-            from trirank_build.repository.release import recorded_requests
-
-            assert release is not None
-            requests = recorded_requests(release)
-            if recorded >= len(requests):
-                raise BadUsage(f"--recorded {recorded}; {release} has requests 0 to {len(requests) - 1}")
-            request = replace(requests[recorded], **said)
-        response = client.rank(request)
-    from trirank_build.presentation import ranking_table, unknown_line
-
-    if words := unknown_line(response):
-        warn(words)
-    if as_json:
-        answer: dict[str, Any] = {
-            "items": response.to_dicts(), "status": response.status.value, "unknown": response.unknown,
-            "duplicates": response.duplicates, "filtered": response.filtered,
-        }  # fmt: skip
-        print(json.dumps(answer, allow_nan=False))
-        return
-    out.print(ranking_table(request, response, release))
-
-
-def _own_id(option: str, text: str, kind: str | None) -> Any:
-    """An id as the catalogue has it; where the server does not say which, as it looks."""
-    if kind == "strings" or (kind is None and not text.lstrip("-").isdigit()):
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise BadUsage(f"{option} {text} is no number, and the ids of this catalogue are numbers") from None
 
 
 if __name__ == "__main__":

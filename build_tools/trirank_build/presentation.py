@@ -24,6 +24,13 @@ _WORDS = {
     Reason.PINNED: "pinned",
     Reason.DIVERSITY: "variety",
     Reason.NOT_IN_CATALOGUE: "not in the catalogue",
+    Reason.BURIED: "buried",
+    Reason.SPONSORED: "sponsored",
+    Reason.EXPLORED: "explored",
+    Reason.DIVERSE_SET: "variety of the set",
+    Reason.HELD_BACK: "held back",
+    Reason.QUOTA: "quota",
+    Reason.BEST_VARIANT: "best variant",
 }
 
 
@@ -51,6 +58,23 @@ def ranking_table(request: RankRequest, response: RankResponse, release: Path | 
             reason_words(item.reasons),
             before.get("title") or sent[item.position - 1] if item.position <= len(sent) else "",
         )
+    return table
+
+
+def trace_table(trace: dict[str, Any], release: Path | None) -> Table:
+    """Which rule moved which item, the shown ones first."""
+    items = _items(release)
+    table = Table(
+        "#", "item", "score", "what the rules did", title=f"policy {trace['policy']}: {', '.join(trace['rules'])}"
+    )
+    for item in trace["items"]:
+        known = items.get(str(item["item"]), {})
+        moves = [f"{move['rule']} {move['from']}→{move['to']}" for move in item["moves"]]
+        if "dropped_by" in item:
+            moves.append(f"dropped by {item['dropped_by']}")
+        score = "" if item["score"] is None else f"{item['score']:.3f}"
+        title = known.get("title") or str(item["item"])
+        table.add_row(str(item["position"] or ""), title, score, ", ".join(moves))
     return table
 
 

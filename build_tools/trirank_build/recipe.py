@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from trirank.contract import Signal
 from trirank_backend.features import INPUTS
-from trirank_backend.policies import Policy
 
 from trirank_build.errors import BadRecipe
 
@@ -141,6 +139,10 @@ class TrainingRecipe(_Section):
     of drawn items among which each choice is to be found a second time."""
     log_q: bool = False
     """Whether their logits are corrected for how likely they were."""
+    position_bias: Annotated[float, Field(ge=0, le=3)] = 0.0
+    """How fast people stop looking: position k of a page is taken to be looked at with probability k^-position_bias,
+    and what was chosen there counts its inverse, 10 at most (inverse propensity scoring, Joachims et al., WSDM 2017).
+    For requests that came with feedback; 0: all positions count alike."""
     without_scores: Share = 0.1
     """Share of batches that go without retrieval scores, which a service need not send."""
     item_dropout: Share = 0.05
@@ -169,27 +171,6 @@ class TuningRecipe(_Section):
     trials: PositiveInt = 20
 
 
-class PolicyRecipe(_Section):
-    """One scenario's rules; see trirank_backend.policies.Policy."""
-
-    task_weights: dict[str, float] | None = None
-    """What each task's score (click, cart, purchase, relevance) counts in the final one. None: all alike."""
-    deduplicate: bool = True
-    """Keep the best variant of each product."""
-    exclude_purchased: bool = False
-    """Drop what the user has bought."""
-    boosts: dict[str, float] = {}
-    """Signal (NEW_ITEM, POPULAR, MATCHES_QUERY, …: trirank.contract.Signal) → what it adds to the final score."""
-    keep_unknown: bool = False
-    """Show candidates that the catalogue does not know behind all others, in retrieval's order; else: drop them."""
-
-    @model_validator(mode="after")
-    def _signals_exist(self) -> PolicyRecipe:
-        if unknown := set(self.boosts) - set(Signal.__members__):
-            raise ValueError(f"boosts {sorted(unknown)}; signals are {list(Signal.__members__)}")
-        return self
-
-
 class Recipe(_Section):
     """A whole recipe."""
 
@@ -200,11 +181,6 @@ class Recipe(_Section):
     pretraining: PretrainingRecipe = PretrainingRecipe()
     training: TrainingRecipe = TrainingRecipe()
     tuning: TuningRecipe = TuningRecipe()
-    policies: dict[str, PolicyRecipe] = {
-        "search": PolicyRecipe(),
-        "home": PolicyRecipe(),
-        "new_items": PolicyRecipe(boosts={"NEW_ITEM": 1.0}),
-    }
 
     @model_validator(mode="after")
     def _objective_fits(self) -> Recipe:
@@ -212,6 +188,11 @@ class Recipe(_Section):
             raise ValueError('pretraining.objective = "masked_item" needs model.attention = "full"')
         if self.pretraining.objective == "next_item" and self.model.attention != "causal":
             raise ValueError('pretraining.objective = "next_item" needs model.attention = "causal"')
+        if self.training.position_bias and self.training.objective == "pointwise":
+            raise ValueError(
+                'training.position_bias goes with objective = "listwise" or "lambda": a classifier would '
+                "take what was not chosen for refused, wherever it stood"
+            )
         if not self.training.epochs and self.pretraining.objective == "none":
             raise ValueError("training.epochs = 0 and no pre-training leave nothing to learn")
         return self
@@ -234,20 +215,6 @@ class Recipe(_Section):
             return Recipe.model_validate(raw)
         except ValidationError as error:
             raise BadRecipe(f"{changes}: " + error_lines(error, Recipe)) from None
-
-    def policies_for(self, tasks: tuple[str, ...]) -> dict[str, Policy]:
-        """The serving policies of a ranker with these tasks."""
-        equal = dict.fromkeys(tasks, 1 / len(tasks))
-        return {
-            name: Policy(
-                task_weights=equal if policy.task_weights is None else policy.task_weights,
-                deduplicate=policy.deduplicate,
-                exclude_purchased=policy.exclude_purchased,
-                boosts=policy.boosts,
-                keep_unknown=policy.keep_unknown,
-            )
-            for name, policy in self.policies.items()
-        }
 
 
 def load_recipe(name: str) -> Recipe:

@@ -21,9 +21,10 @@ from trirank._errors import (
     Unavailable,
 )
 from trirank._events import Event
+from trirank._feedback import FeedbackEvent, FeedbackResult
 from trirank._options import EjectionPolicy, HedgePolicy, RetryPolicy, Tls
 from trirank._types import History, RankedItem, RankRequest, RankResponse
-from trirank.contract import Behaviour, Reason, Status, stable_id
+from trirank.contract import Behaviour, EventKind, Reason, Status, stable_id
 
 __version__ = metadata.version("trirank")
 
@@ -36,6 +37,9 @@ __all__ = [
     "RankedItem",
     "History",
     "Behaviour",
+    "FeedbackEvent",
+    "FeedbackResult",
+    "EventKind",
     "Reason",
     "Status",
     "stable_id",

@@ -18,6 +18,7 @@ from trirank._channels import Target, make_stub
 from trirank._client import cannot_ask
 from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
+from trirank._feedback import FeedbackCall, FeedbackEvent, FeedbackResult
 from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
 
@@ -129,6 +130,23 @@ class AsyncRankClient:
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def feedback(self, events: Sequence[FeedbackEvent], *, deadline_s: float | None = None) -> FeedbackResult:
+        """See RankClient.feedback."""
+        call = FeedbackCall(self._core, events, deadline_s)
+        while True:
+            endpoint = call.attempt()
+            try:
+                stub = self._stub(endpoint.address)
+                metadata = [*self._core.metadata, *self._core.target.credentials_metadata()]
+                reply = await stub.ModelInfer(call.message, timeout=max(call.left_s, 0.001), metadata=metadata)
+            except grpc.RpcError as error:
+                await asyncio.sleep(call.failed(endpoint, error))
+            except BaseException:
+                self._core.pool.done(endpoint, healthy=None)
+                raise
+            else:
+                return call.answered(endpoint, reply)
 
     async def ready(self, *, deadline_s: float | None = None) -> bool:
         """See RankClient.ready."""

@@ -18,6 +18,7 @@ from trirank import contract
 from trirank._channels import Target, make_stub
 from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
+from trirank._feedback import FeedbackCall, FeedbackEvent, FeedbackResult
 from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
 
@@ -148,6 +149,31 @@ class RankClient:
 
         with ThreadPoolExecutor(concurrency, thread_name_prefix="trirank") as pool:
             return list(pool.map(one, requests))
+
+    def feedback(self, events: Sequence[FeedbackEvent], *, deadline_s: float | None = None) -> FeedbackResult:
+        """Tell what users did, 1 to 1,000 events. What is answered is on the server's disk; the users' next requests
+        see it. Whether all or none of a batch was taken is certain only when this returns: on an error tell it again,
+        the same events, whose ids are known by then.
+
+        Raises:
+            InvalidRequest: an event is none; nothing of the batch was stored.
+            IncompatibleServer: the server has no user store.
+            DeadlineExceeded, Overloaded, Unavailable, ServerError, ClientClosed: see RankError.
+        """
+        call = FeedbackCall(self._core, events, deadline_s)
+        while True:
+            endpoint = call.attempt()
+            try:
+                stub = self._stub(endpoint.address)
+                metadata = [*self._core.metadata, *self._core.target.credentials_metadata()]
+                reply = stub.ModelInfer(call.message, timeout=max(call.left_s, 0.001), metadata=metadata)
+            except grpc.RpcError as error:
+                time.sleep(call.failed(endpoint, error))
+            except BaseException:
+                self._core.pool.done(endpoint, healthy=None)
+                raise
+            else:
+                return call.answered(endpoint, reply)
 
     def ready(self, *, deadline_s: float | None = None) -> bool:
         """Whether the ensemble is loaded on one of the servers. A server whose stages have died may still say so

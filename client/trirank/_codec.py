@@ -6,6 +6,7 @@ messages that were joined as one (the encoding guide's "last one wins" and "repe
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import struct
@@ -22,6 +23,7 @@ from trirank._errors import IncompatibleServer, InvalidRequest, ServerError
 from trirank._types import History, ItemIds, RankRequest, RankResponse
 
 _SPECS = {spec.name: spec for spec in contract.REQUEST}
+_ARRAYS = tuple(spec for spec in contract.RESPONSE if not spec.optional)
 _NUMPY = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 _INT64, _INT32 = struct.Struct("<q"), struct.Struct("<i")
 _WIDTH = {"INT64": 8, "INT32": 4, "FP32": 4}
@@ -80,6 +82,14 @@ def encode(request: RankRequest, model: str) -> tuple[bytes, dict[int, str]]:
         columns = _history(request.history)
         parts.append(_inputs({name: len(column) for name, column in columns.items()}).SerializeToString())
         contents += [column.tobytes() for column in columns.values()]
+    if request.filters:
+        parts.append(_inputs({"FILTERS": 1}).SerializeToString())
+        contents.append(_with_length(_filters(request.filters)))
+    if request.trace:
+        parts.append(_inputs({"TRACE": 1}).SerializeToString())
+        contents.append(_INT32.pack(1))
+    if request.request_id:
+        parts.append(_with_id(request.request_id))
     for content in contents:
         parts += (_CONTENT, _varint(len(content)), content)
     return b"".join(parts), names
@@ -111,6 +121,24 @@ def _inputs(lengths: dict[str, int]) -> Any:
     return message
 
 
+def _filters(filters: Mapping[str, Any]) -> bytes:
+    if unknown := sorted(map(str, set(filters) - set(contract.FILTERS))):
+        raise InvalidRequest(f"filters has {unknown[0]!r}; filters are {', '.join(contract.FILTERS)}")
+    try:
+        return json.dumps(dict(filters), allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"filters cannot be written as JSON ({error}); send text and finite numbers") from None
+
+
+def _with_id(request_id: str) -> bytes:
+    if len(_text(request_id, "request_id")) > contract.MAX_REQUEST_ID_BYTES:
+        raise InvalidRequest(
+            f"request_id has {len(request_id.encode())} bytes; the limit is {contract.MAX_REQUEST_ID_BYTES}"
+        )
+    written: bytes = service_pb2.ModelInferRequest(id=request_id).SerializeToString()
+    return written
+
+
 def candidate_ids(request: RankRequest) -> tuple[NDArray[np.int64], dict[int, str]]:
     """Ids of the candidates as sent, and the id → string map of string ids.
 
@@ -132,7 +160,7 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
         raise IncompatibleServer(f"the reply has {len(outputs)} outputs and {len(contents)} contents; {_INSTALL}")
     found = {output.name: (output.datatype, raw) for output, raw in zip(outputs, contents, strict=True)}
     arrays: dict[str, NDArray[Any]] = {}
-    for spec in contract.RESPONSE:
+    for spec in _ARRAYS:
         datatype, raw = found.get(spec.name, ("absent", b""))
         if datatype != spec.dtype:
             raise IncompatibleServer(f"output {spec.name} is {datatype}, not {spec.dtype}; {_INSTALL}")
@@ -160,7 +188,19 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
         unknown=unknown,
         duplicates=duplicates,
         filtered=filtered,
+        trace=_trace(found["TRACE_JSON"][1], names) if "TRACE_JSON" in found else None,
     )
+
+
+def _trace(raw: bytes, names: dict[int, str]) -> dict[str, Any]:
+    """The trace, with ids as they were sent."""
+    try:
+        found: dict[str, Any] = json.loads(raw[4:])
+        for item in found["items"]:
+            item["item"] = names.get(item["item"], item["item"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IncompatibleServer(f"TRACE_JSON cannot be read ({error!r}); {_INSTALL}") from None
+    return found
 
 
 def own_ids(ids: NDArray[np.int64], names: dict[int, str]) -> NDArray[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ class RankRequest:
         retrieval_scores: [N] what retrieval thought of each candidate; finite; any scale.
         history: replaces what the server has stored of the user.
         timestamp: seconds since 1970; None: the server's clock.
+        filters: what this page shall leave out: any of ``region`` (text), ``min_price``, ``max_price``, ``min_stock``.
+        request_id: any text of up to 128 bytes; the server logs it, and feedback refers to it.
+        trace: whether the answer shall tell which rule of the policy moved which item (RankResponse.trace).
     """
 
     item_ids: ItemIds
@@ -52,6 +55,9 @@ class RankRequest:
     retrieval_scores: Sequence[float] | NDArray[Any] | None = None
     history: History | None = None
     timestamp: int | None = None
+    filters: Mapping[str, Any] | None = None
+    request_id: str = ""
+    trace: bool = False
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> RankRequest:
@@ -87,7 +93,10 @@ class RankResponse:
         status: bit mask on the answer as a whole.
         unknown: candidates that the catalogue does not know, dropped.
         duplicates: candidates sent more than once, dropped but for the first.
-        filtered: candidates that the policy or the catalogue ruled out.
+        filtered: candidates that the policy, the catalogue or the request's filters ruled out.
+        trace: where it was asked for, a dict with ``policy``, ``rules`` and ``items``; of each item its ``position``
+            (None: not shown), its ``score``, the ``tasks``' scores, the ``moves`` of the rules and what it was
+            ``dropped_by``.
     """
 
     item_ids: NDArray[Any]
@@ -97,6 +106,7 @@ class RankResponse:
     unknown: int = 0
     duplicates: int = 0
     filtered: int = 0
+    trace: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.item_ids)

@@ -13,7 +13,7 @@ import hashlib
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 """Raised whenever a client or a release of the older version could not be understood."""
 
 BUCKETS = (64, 128, 256, 512, 1024)
@@ -44,6 +44,8 @@ ID_PARAMETERS = {"item": "item_ids", "user": "user_ids"}
 ``stable_id``, as the clients do for them."""
 
 ENSEMBLE = "rank"
+FEEDBACK = "feedback"
+"""The model that takes what users did, where a server has a store for it."""
 PREPROCESS, RANKER, RERANK = STAGES = ("preprocess", "ranker", "rerank")
 
 
@@ -69,6 +71,8 @@ REQUEST = (
     TensorSpec("HISTORY_IDS", "INT64", (-1,), "[H] oldest first, in place of the stored history", optional=True),
     TensorSpec("HISTORY_BEHAVIOURS", "INT32", (-1,), "[H] Behaviour codes of HISTORY_IDS", optional=True),
     TensorSpec("HISTORY_TIMESTAMPS", "INT64", (-1,), "[H] seconds since 1970", optional=True),
+    TensorSpec("FILTERS", "BYTES", (1,), "JSON object of FILTERS: what this page shall leave out", optional=True),
+    TensorSpec("TRACE", "INT32", (1,), "1: TRACE_JSON is asked for, too", optional=True),
 )
 # An ensemble's tensors share one namespace: an output named like an input would answer with the input.
 RESPONSE = (
@@ -76,7 +80,12 @@ RESPONSE = (
     TensorSpec("SCORES", "FP32", (-1,), "[K]; 0 where RANKED_IDS is -1"),
     TensorSpec("REASONS", "INT32", (-1,), "[K] bit mask of Reason"),
     TensorSpec("STATUS", "INT32", (4,), "[Status bit mask, unknown, duplicate, filtered candidates]"),
+    TensorSpec(
+        "TRACE_JSON", "BYTES", (1,), "JSON: which rule moved which item; only where it was asked for", optional=True
+    ),
 )
+FILTERS = ("region", "min_price", "max_price", "min_stock")
+"""Keys of the request's FILTERS: text, and numbers in the catalogue's currency and pieces."""
 
 
 # --- between the stages --------------------------------------------------------------------------------------
@@ -115,13 +124,15 @@ def ranker_outputs(shape: PackedShape) -> tuple[TensorSpec, ...]:
     return (TensorSpec("scores", "FP32", (-1, shape.tasks), "[N, T], one column a task"),)
 
 
+HANDOVER_HEADER = 18
+"""Numbers of a line in HANDOVER before those of its candidates."""
 HANDOVER = TensorSpec(
     "handover",
     "INT32",
     (-1,),
-    "[6 + 2 N + 2 U]: as STATUS without its last number, TOP_K, the scenario's place among the release's policies, U, "
-    "then of each candidate the catalogue row (-1: not to be ranked), then of each the Signal bit mask, then U INT64 "
-    "ids that the catalogue does not know and the policy keeps",
+    "[18 + 2 N + S N + 2 U]: of the request 18 numbers (trirank_backend.handover), then of each candidate the "
+    "catalogue row (-1: not to be ranked), then of each the Signal bit mask, then, S being 1, of each the FP32 "
+    "retrieval score, then U INT64 ids that the catalogue does not know and the policy keeps",
 )
 """What preprocess tells rerank past the ranker; one tensor, since each that crosses a process boundary costs time."""
 
@@ -129,6 +140,20 @@ HANDOVER = TensorSpec(
 class Behaviour(IntEnum):
     """What a user did with an item. The values are codes, ordered by how much they say."""
 
+    VIEW = 1
+    CLICK = 2
+    FAVOURITE = 3
+    CART = 4
+    PURCHASE = 5
+
+
+class EventKind(IntEnum):
+    """What feedback tells. From VIEW to PURCHASE the codes are those of Behaviour."""
+
+    DISLIKE = -1
+    """The user does not want to see this item again."""
+    IMPRESSION = 0
+    """It was shown to the user."""
     VIEW = 1
     CLICK = 2
     FAVOURITE = 3
@@ -148,10 +173,13 @@ class Signal(IntFlag):
     NEW_ITEM = 64
     POPULAR = 128
     UNAVAILABLE = 256
+    """By the release; what changed since is known to rerank alone."""
+    DISLIKED = 512
 
 
 class Reason(IntFlag):
-    """Why an item stands where it does, for the service to show or log."""
+    """Why an item stands where it does, for the service to show or log. The first six come from signals; each rule of a
+    policy that acts on what is shown has a bit of its own, which stands for "this rule moved it"."""
 
     MATCHES_QUERY = 1
     SEEN_BEFORE = 2
@@ -162,8 +190,21 @@ class Reason(IntFlag):
     BOOSTED = 64
     PINNED = 128
     DIVERSITY = 256
+    """Moved up by maximal marginal relevance (rule ``mmr``)."""
     NOT_IN_CATALOGUE = 512
     """Kept by the policy behind all others, in retrieval's order."""
+    BURIED = 1024
+    SPONSORED = 2048
+    EXPLORED = 4096
+    """New, and its score was drawn from what is known of it so far (rule ``explore``)."""
+    DIVERSE_SET = 8192
+    """Moved up by a determinantal point process (rule ``dpp``)."""
+    HELD_BACK = 16384
+    """Moved down by a cap."""
+    QUOTA = 32768
+    """Moved up by a quota."""
+    BEST_VARIANT = 65536
+    """Others like it were left out in its favour."""
 
 
 class Status(IntFlag):
@@ -178,7 +219,17 @@ class Status(IntFlag):
     """By the policy, or because the catalogue says that they cannot be had."""
     FEWER_THAN_TOP_K = 16
     DEGRADED = 32
-    """A stage did less than usual to keep the deadline."""
+    """A stage did less than usual: the user store was slow or down, and the user was taken for one without history."""
+
+
+MAX_EVENTS = 1_000
+"""Of one batch of feedback."""
+MAX_EVENT_ID_BYTES = 64
+MAX_REQUEST_ID_BYTES = 128
+FUTURE_S = 300
+"""How far an event's clock may be ahead of the server's."""
+FEEDBACK_REQUEST = (TensorSpec("EVENTS", "BYTES", (1,), f"JSON array of 1 to {MAX_EVENTS} events"),)
+FEEDBACK_RESPONSE = (TensorSpec("STORED", "INT32", (2,), "[events that were new, events that were there already]"),)
 
 
 def bucket_for(candidates: int) -> int:

@@ -49,9 +49,11 @@ def _hostile(config: Any, rng: np.random.Generator) -> Any:
         # Mostly of lengths that fit each other, so that a call gets through to where lengths are no longer looked at.
         length = varied if rng.random() < 0.9 else int(rng.choice(_SIZES))
         if tensor.name == contract.HANDOVER.name:
-            length = 6 + 2 * length
+            length = contract.HANDOVER_HEADER + 2 * length
         shape = [rows, *(length if axis < 0 else axis for axis in tensor.dims)]
         raw = _contents(dtype, int(np.prod(shape)), rng)
+        if tensor.name == contract.HANDOVER.name and rng.random() < 0.8:
+            raw = _mostly_lawful(raw, shape)
         luck = rng.random()
         if luck < 0.02:
             shape = [*shape, 1]
@@ -62,6 +64,14 @@ def _hostile(config: Any, rng: np.random.Generator) -> Any:
         message.inputs.add(name=tensor.name, datatype=dtype, shape=shape)
         message.raw_input_contents.append(raw)
     return message
+
+
+def _mostly_lawful(raw: bytes, shape: list[int]) -> bytes:
+    """A handover whose counts fit its length, so that it gets through to its rows and signals."""
+    numbers = np.frombuffer(raw, np.int32).reshape(shape).copy()
+    numbers[:, 3] = np.clip(numbers[:, 3], 1, 4)  # TOP_K
+    numbers[:, 4:8] = 0  # the policy, unknown candidates, retrieval's scores, a trace
+    return numbers.tobytes()
 
 
 def _contents(dtype: str, count: int, rng: np.random.Generator) -> bytes:

@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 VARIABLE = "TRIRANK_CACHE"
 _HERE = Path(__file__).parent
-_BESIDE = ("compiled.py", "features/table.py", "features/batch.py")
+_BESIDE = ("compiled.py", "attributes.py", "features/table.py", "features/batch.py")
 """What kernels take constants and types from, beside the contract."""
 _COMPLETE = "complete"
 _OWN = "trirank-kernels-"
@@ -105,7 +105,10 @@ def _alone(name: str) -> Iterator[None]:
 
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    for source in sorted([*_HERE.rglob("*kernels.py"), *(_HERE / name for name in _BESIDE), Path(contract.__file__)]):
+    rules = (_HERE / "policies").glob("*.py")
+    for source in sorted(
+        [*_HERE.rglob("*kernels.py"), *rules, *(_HERE / name for name in _BESIDE), Path(contract.__file__)]
+    ):
         # numba's own index goes by a file's place and time, so these count as well.
         digest.update(f"{source} {source.stat().st_mtime_ns}".encode() + source.read_bytes())
     versions = [f"{package} {metadata.version(package)}" for package in ("numba", "llvmlite")]

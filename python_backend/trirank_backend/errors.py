@@ -3,9 +3,12 @@
 ├── TooLate            its caller's deadline has passed; becomes UNAVAILABLE
 ├── BrokenScores       the ranker gave what is no number; becomes INTERNAL
 ├── StageFailed        something else went wrong in one request; becomes INTERNAL
+├── StoreFailed        a store did not answer, or not in time; becomes UNAVAILABLE
+├── InvalidPolicy      a policy file is wrong
+├── InvalidStore       a store's address or file is wrong
 └── InvalidRelease     the files of a release are missing, damaged or of another contract
 
-All but the last belong to one request: a step gives them in the place of that request's answer.
+All but the last three belong to one request: a step gives them in the place of that request's answer.
 """
 
 
@@ -27,6 +30,18 @@ class BrokenScores(BackendError):
 
 class StageFailed(BackendError):
     """The message says what failed; Triton's log has the traceback."""
+
+
+class StoreFailed(BackendError):
+    """The message says which store and how it failed; what was asked of it was not done."""
+
+
+class InvalidPolicy(BackendError):
+    """The message says which file, which rule and what is wrong with it."""
+
+
+class InvalidStore(BackendError):
+    """The message says which store and what to do."""
 
 
 class InvalidRelease(BackendError):

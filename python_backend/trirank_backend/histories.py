@@ -1,18 +1,12 @@
-"""Users' past events: the batch that features read, and the embedded store that serves them."""
+"""Users' past events, and the batch of them that features read."""
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from trirank.contract import PAD_ITEM_ID
-
-from trirank_backend.errors import InvalidRelease
 
 UNKNOWN_TIME = -1
 """Timestamp of an event of which nobody knows when it was."""
@@ -58,77 +52,3 @@ class HistoryBatch:
                 batch.behaviours[row, -count:] = events.behaviours[-count:]
                 batch.timestamps[row, -count:] = events.timestamps[-count:]
         return batch
-
-
-class UserStore(Protocol):
-    """Where histories come from; the same tests run on every kind."""
-
-    def get(self, user_ids: list[int]) -> dict[int, Events]:
-        """Events of the users that are known."""
-        ...
-
-    def close(self) -> None:
-        """Let go of files and connections."""
-        ...
-
-
-_OF_USER = "SELECT item_ids, behaviours, timestamps FROM histories WHERE user_id = ?"
-
-
-class SqliteUserStore:
-    """Histories in one SQLite file, a row a user, columns as little-endian blobs."""
-
-    def __init__(self, path: Path) -> None:
-        """Open read-only.
-
-        Raises:
-            InvalidRelease: there is no such store.
-        """
-        try:
-            self._connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
-            self._connection.execute("SELECT 1 FROM histories LIMIT 1")
-        except sqlite3.Error as error:
-            raise InvalidRelease(f"user store {path} cannot be read ({error}); assemble again") from error
-
-    def get(self, user_ids: list[int]) -> dict[int, Events]:
-        """Events of the users that are known."""
-        found = {}
-        for (
-            user_id
-        ) in user_ids:  # one statement that stays prepared; one of many values would be another for each count
-            row = self._connection.execute(_OF_USER, (user_id,)).fetchone()
-            if row is not None:
-                ids, behaviours, times = row
-                found[user_id] = Events(
-                    np.frombuffer(ids, np.int64), np.frombuffer(behaviours, np.int32), np.frombuffer(times, np.int64)
-                )
-        return found
-
-    def close(self) -> None:
-        """Close the file."""
-        self._connection.close()
-
-    @staticmethod
-    def write(path: Path, users: Iterable[tuple[int, Events]]) -> None:
-        """Create a store; ``path`` must not exist yet."""
-        connection = sqlite3.connect(path)
-        try:
-            connection.execute(
-                "CREATE TABLE histories (user_id INTEGER PRIMARY KEY, item_ids BLOB NOT NULL,"
-                " behaviours BLOB NOT NULL, timestamps BLOB NOT NULL)"
-            )
-            connection.executemany(
-                "INSERT INTO histories VALUES (?, ?, ?, ?)",
-                (
-                    (
-                        user_id,
-                        events.item_ids.astype("<i8").tobytes(),
-                        events.behaviours.astype("<i4").tobytes(),
-                        events.timestamps.astype("<i8").tobytes(),
-                    )
-                    for user_id, events in users
-                ),
-            )
-            connection.commit()
-        finally:
-            connection.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,10 +12,73 @@ from trirank_backend.compiled import kernel
 
 @kernel
 def find_rows(ids: NDArray[np.int64], wanted: NDArray[np.int64], rows: NDArray[np.int32]) -> None:
-    """Fill in the row of each wanted id among ascending ``ids``; -1 for one that is not there."""
+    """Fill in the row of each wanted id among ascending ``ids``; -1 for one that is not there.
+
+    All binary searches go on together, a halving at a time: each waits for memory, and so they wait at the same time
+    (benchmarks/rerank.py has the times, beside one search after the other and a hash table).
+    """
+    rows[:] = 0
+    left = len(ids)
+    if left == 0:
+        rows[:] = -1
+        return
+    while left > 1:
+        half = left >> 1
+        for at in range(len(wanted)):
+            rows[at] += half if ids[rows[at] + half] <= wanted[at] else 0
+        left -= half
     for at in range(len(wanted)):
-        place = np.searchsorted(ids, wanted[at])
-        rows[at] = place if place < len(ids) and ids[place] == wanted[at] else -1
+        if ids[rows[at]] != wanted[at]:
+            rows[at] = -1
+
+
+@kernel
+def look_up_state(
+    ids: NDArray[np.int64],
+    of_prices: NDArray[np.float32],
+    of_stock: NDArray[np.int32],
+    of_blocked: NDArray[np.int32],
+    wanted: NDArray[np.int64],
+    prices: NDArray[np.float32],
+    stock: NDArray[np.int32],
+    blocked: NDArray[np.int32],
+) -> None:
+    """Fill in what has changed of each wanted item; NaN, -1 and 0: nothing."""
+    places = np.empty(len(wanted), np.int32)
+    find_rows(ids, wanted, places)
+    for at in range(len(wanted)):
+        place = places[at]
+        prices[at], stock[at], blocked[at] = np.nan, -1, 0
+        if place >= 0:
+            prices[at], stock[at], blocked[at] = of_prices[place], of_stock[place], of_blocked[place]
+
+
+@kernel
+def look_up_counts(
+    ids: NDArray[np.int64],
+    of_impressions: NDArray[np.int32],
+    of_clicks: NDArray[np.int32],
+    wanted: NDArray[np.int64],
+    impressions: NDArray[np.int32],
+    clicks: NDArray[np.int32],
+) -> None:
+    """Fill in how often each wanted item was shown and clicked."""
+    places = np.empty(len(wanted), np.int32)
+    find_rows(ids, wanted, places)
+    for at in range(len(wanted)):
+        place = places[at]
+        impressions[at], clicks[at] = 0, 0
+        if place >= 0:
+            impressions[at], clicks[at] = of_impressions[place], of_clicks[place]
+
+
+@kernel
+def ascending(ids: NDArray[np.int64]) -> Any:
+    """Whether each is greater than the one before."""
+    for at in range(1, len(ids)):  # noqa: SIM110  # compiled
+        if ids[at] <= ids[at - 1]:
+            return False
+    return True
 
 
 @kernel

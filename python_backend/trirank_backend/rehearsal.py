@@ -3,21 +3,40 @@ it."""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 from trirank.contract import PAD_ITEM_ID, Behaviour
 
+from trirank_backend.attributes import Attributes
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.features import FeatureSpec, Lines, Packer, even_starts
-from trirank_backend.handover import Handover
+from trirank_backend.handover import HEADER, Handover
 from trirank_backend.lookup_kernels import drop_repeats
-from trirank_backend.policies import Policy
+from trirank_backend.policies import Items, Policy, Release
 from trirank_backend.rerank import Rerank
+from trirank_backend.stores.overlay import COUNTS, STATE, Overlay, write_overlay
 from trirank_backend.text import query_trigrams, title_trigrams
 
 _TITLES = ["red shoe", "blue shoe", "green lamp"]
 _TOKENS = np.array([[20, 21], [22, 21], [23, 24], [0, 0]], np.int32)
 _NOW = 1_770_000_000
 _WIDTH = 4
+_EVERY_RULE = Policy.model_validate({"rules": [
+    {"rule": "mix", "retrieval": 1.0, "freshness": 1.0, "margin": 1.0},
+    {"rule": "filter", "max_price": 1e6},
+    {"rule": "boost", "signals": ["NEW_ITEM"], "by": 1.0},
+    {"rule": "explore"},
+    {"rule": "deduplicate", "titles": 0.9},
+    {"rule": "mmr"},
+    {"rule": "dpp"},
+    {"rule": "cap", "field": "brand"},
+    {"rule": "quota", "different": 2},
+    {"rule": "pin", "item": 30, "position": 1},
+    {"rule": "sponsored", "signals": ["NEW_ITEM"], "slots": [2]},
+]})  # fmt: skip
 
 
 def rehearse() -> None:
@@ -28,19 +47,31 @@ def rehearse() -> None:
         tables={"item": (0, 5), "behaviour": (30, 6), "time_gap": (37, 17)}, tasks=("click",),
     )  # fmt: skip
     packer = Packer(spec, catalogue, np.ones(60, np.float32))
-    rerank = Rerank(catalogue, {"home": Policy({"click": 1.0}, boosts={"NEW_ITEM": 1.0})}, spec.tasks)
-    for count in (1, 2):
-        lines = _lines(catalogue, count)
-        packed = packer.pack(lines)
-        handover = Handover(
-            status=np.zeros((count, 3), np.int32),
-            top_k=np.full(count, 2, np.int32),
-            policy=np.zeros(count, np.int32),
-            rows=lines.rows.reshape(count, _WIDTH),
-            signals=packed.signals.reshape(count, _WIDTH),
-            unknown=np.zeros((count, 0), np.int64),
-        )
-        rerank(np.zeros((count, _WIDTH, 1), np.float32), handover)
+    attributes = replace(Attributes.unknown(3), prices=np.ones(4, np.float32))
+    release = Release(Items.of(catalogue, attributes), attributes, spec.tasks)
+    with tempfile.TemporaryDirectory(prefix="trirank-rehearsal-") as folder:
+        files = {}
+        for name, kind in (("state", STATE), ("counts", COUNTS)):
+            records = np.zeros(1, kind)
+            records["id"] = 10
+            write_overlay(Path(folder, name), records)
+            files[name] = Overlay(Path(folder, name), kind)
+        rerank = Rerank(release, {"every": _EVERY_RULE}, files["state"], files["counts"])
+        for count in (1, 2):
+            lines = _lines(catalogue, count)
+            packed = packer.pack(lines)
+            header = np.zeros(count, HEADER)
+            header["top_k"], header["moment"], header["scored"] = 2, _NOW, 1
+            header["min_price"], header["max_price"] = -np.inf, np.inf
+            handover = Handover(
+                header=header,
+                rows=lines.rows.reshape(count, _WIDTH),
+                signals=packed.signals.reshape(count, _WIDTH),
+                scores=lines.scores.reshape(count, _WIDTH),
+                unknown=np.zeros((count, 0), np.int64),
+            )
+            rerank(np.zeros((count, _WIDTH, 1), np.float32), handover)
+        Rerank(release, {"plain": Policy()})(np.zeros((count, _WIDTH, 1), np.float32), handover)
 
 
 def _lines(catalogue: Catalogue, count: int) -> Lines:

@@ -13,6 +13,7 @@ from trirank_backend.errors import InvalidRelease
 from trirank_backend.features import FeatureSpec, Packer
 from trirank_backend.text import TextEncoder
 
+POLICIES = "policies"
 FEATURES = "features"
 """The folder of a release that holds what preprocess and rerank read."""
 

@@ -3,8 +3,10 @@ else."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,24 @@ from trirank_backend.errors import InvalidInput
 from trirank_backend.histories import UNKNOWN_TIME, Events
 
 Tensors = dict[str, NDArray[Any]]
+
+
+class NamedTensors(Tensors):
+    """Tensors of a request that its caller has given an id."""
+
+    request_id: str = ""
+
+
 _BEHAVIOURS = [code.value for code in contract.Behaviour]
+
+
+class Filters(NamedTuple):
+    """What one page shall leave out; see contract.FILTERS. An empty region: any."""
+
+    region: str
+    min_stock: int
+    min_price: float
+    max_price: float
 
 
 class Request:
@@ -26,11 +45,15 @@ class Request:
         timestamps: seconds since 1970 of each line; None: now.
         retrieval_scores: [R, n] float32, if there are any.
         histories: of each line; None: the stored one.
+        request_id: the caller's; empty: it has given none.
+        filters: of each line, None: there are none; see contract.FILTERS.
+        trace: of each line, whether TRACE is asked for.
     """
 
     def __init__(self, tensors: Tensors, policies: Mapping[str, int]) -> None:
         """Raises InvalidInput for what the contract does not allow."""
         self.item_ids: NDArray[np.int64] = tensors["ITEM_IDS"]
+        self.request_id: str = getattr(tensors, "request_id", "")
         size, sent = self.item_ids.shape
         try:
             self.bucket = contract.bucket_for(sent)
@@ -52,6 +75,8 @@ class Request:
         self.timestamps = _timestamps(tensors.get("TIMESTAMP"))
         self.retrieval_scores = _scores(tensors.get("RETRIEVAL_SCORES"), self.item_ids)
         self.histories = _histories(tensors, size)
+        self.filters = _filters(tensors.get("FILTERS"), size)
+        self.trace = _trace(tensors.get("TRACE"), size)
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -85,6 +110,46 @@ def _queries(values: NDArray[Any] | None, size: int) -> list[str]:
                 f"QUERY is not UTF-8: byte {value[error.start]:#04x} at {error.start}; encode it as UTF-8"
             ) from None
     return texts
+
+
+def _filters(values: NDArray[Any] | None, size: int) -> list[Filters | None]:
+    return [None] * size if values is None else [_filter(value) for value in values[:, 0].tolist()]
+
+
+def _filter(text: bytes) -> Filters | None:
+    if not text:
+        return None
+    try:
+        said = json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"FILTERS is no JSON ({error})") from None
+    if not isinstance(said, dict) or (unknown := sorted(said.keys() - set(contract.FILTERS))):
+        what = f"has the unknown key {unknown[0]!r}" if isinstance(said, dict) else f"is {said!r}"
+        raise InvalidInput(f"FILTERS {what}; it is a JSON object with any of {', '.join(contract.FILTERS)}")
+    region = said.get("region", "")
+    if not isinstance(region, str):
+        raise InvalidInput(f"FILTERS: region is {region!r}; it is text")
+    least, most = (_amount(said, key, other) for key, other in (("min_price", -math.inf), ("max_price", math.inf)))
+    if least > most:
+        raise InvalidInput(f"FILTERS: min_price is {least:g}, above max_price {most:g}; nothing would be left")
+    stock = said.get("min_stock", 0)
+    if not isinstance(stock, int) or isinstance(stock, bool) or not 0 <= stock < 2**31:
+        raise InvalidInput(f"FILTERS: min_stock is {stock!r}; it is a whole number of pieces, 0 or more")
+    return Filters(region, stock, least, most)
+
+
+def _amount(said: Mapping[str, Any], key: str, other: float) -> float:
+    value = said.get(key, other)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise InvalidInput(f"FILTERS: {key} is {value!r}; it is a number")
+    return float(value)
+
+
+def _trace(values: NDArray[np.int32] | None, size: int) -> list[int]:
+    asked: list[int] = [0] * size if values is None else values[:, 0].tolist()
+    if wrong := [value for value in asked if value not in (0, 1)]:
+        raise InvalidInput(f"TRACE is {wrong[0]}; it is 0 or 1")
+    return asked
 
 
 def _timestamps(values: NDArray[np.int64] | None) -> list[int] | None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from trirank import contract
 from trirank.contract import Reason, Signal, Status
 
-from trirank_backend.catalogue import Catalogue, read_only
+from trirank_backend.catalogue import read_only
 from trirank_backend.compiled import compile_all
-from trirank_backend.errors import BrokenScores, InvalidInput
+from trirank_backend.errors import InvalidInput, InvalidRelease
 from trirank_backend.handover import Handover
-from trirank_backend.policies import Policy, load_policies
-from trirank_backend.ranking_kernels import NOT_FINITE, Columns, Rules, rank_line
-from trirank_backend.release import FEATURES, check_contract, load_features
+from trirank_backend.policies import Asked, Live, Page, Policy, Release, Rule
+from trirank_backend.policies.page import admit, emit
+from trirank_backend.policies.rule import Step
+from trirank_backend.release import FEATURES, check_contract
 from trirank_backend.requests import Tensors
+from trirank_backend.rules import load_rules
+from trirank_backend.stores.overlay import COUNTS, STATE, Overlay
+from trirank_backend.surroundings import CATALOGUE_VARIABLE, COUNTS_VARIABLE
+from trirank_backend.trace import Trace
 
 _REASON_OF = (
     (Signal.MATCHES_QUERY, Reason.MATCHES_QUERY),
@@ -35,6 +42,8 @@ _REASONS = np.array(
     np.int32,
 )
 """Signal mask → Reason mask."""
+_UNAVAILABLE = Signal.UNAVAILABLE.value
+_NOTHING_CHANGED = Live(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 class Rerank:
@@ -42,22 +51,40 @@ class Rerank:
 
     Args:
         policies: scenario → policy, in the order in which handovers count them.
-        tasks: names of the ranker's score columns.
+        state: prices, stock and blocks of now; counts: of feedback. None: nobody tells.
+
+    Raises:
+        InvalidRelease: a policy does not fit the release.
     """
 
-    def __init__(self, catalogue: Catalogue, policies: Mapping[str, Policy], tasks: tuple[str, ...]) -> None:
-        self._columns = Columns(read_only(catalogue.ids), read_only(catalogue.products), _REASONS)
-        self._items = len(catalogue)
-        self._rules = [rules_of(policy, tasks) for policy in policies.values()]
-        self._tasks = len(tasks)
+    def __init__(
+        self,
+        release: Release,
+        policies: Mapping[str, Policy],
+        state: Overlay | None = None,
+        counts: Overlay | None = None,
+    ) -> None:
+        self._items, self._tasks = release.items, release.tasks
+        self._state, self._counts = state, counts
+        self._names = list(policies)
+        self._policies = list(policies.values())
+        self._steps: list[list[tuple[Rule | None, Step]]] = []
+        for name, policy in policies.items():
+            try:
+                self._steps.append(policy.bind(release))
+            except InvalidRelease as error:  # noqa: PERF203  # a few, once
+                raise InvalidRelease(f"policy {name} does not fit the release: {error}") from None
 
     @classmethod
     def load(cls, release: Path) -> Rerank:
-        """Open a release's files."""
+        """Open a release's files, and those that the surroundings name."""
         check_contract(release)
         compile_all()
-        spec, catalogue = load_features(release / FEATURES)
-        return cls(catalogue, load_policies(release / FEATURES / "policies.json", spec.tasks), spec.tasks)
+        state, counts = (
+            Overlay(Path(place), kind) if (place := os.environ.get(variable)) else None
+            for variable, kind in ((CATALOGUE_VARIABLE, STATE), (COUNTS_VARIABLE, COUNTS))
+        )
+        return cls(*load_rules(release / FEATURES), state, counts)
 
     def tensors(self, tensors: Tensors) -> Tensors:
         """The same for a model of its own, which anybody may call.
@@ -67,13 +94,13 @@ class Rerank:
             BrokenScores: see ``__call__``.
         """
         scores = tensors["scores"]
-        handover = Handover.read(tensors[contract.HANDOVER.name], self._items, len(self._rules))
-        if scores.shape != (wanted := (*handover.rows.shape, self._tasks)):
+        handover = Handover.read(tensors[contract.HANDOVER.name], len(self._items.ids), len(self._policies))
+        if scores.shape != (wanted := (*handover.rows.shape, len(self._tasks))):
             raise InvalidInput(f"scores has shape {list(scores.shape)}, {contract.HANDOVER.name} says {list(wanted)}")
         return self(scores, handover)
 
     def __call__(self, scores: NDArray[np.float32], handover: Handover) -> Tensors:
-        """RANKED_IDS, SCORES, REASONS, STATUS of one request.
+        """RANKED_IDS, SCORES, REASONS, STATUS of one request, and TRACE_JSON where it was asked for.
 
         Args:
             scores: [R, N, T] of the ranker.
@@ -81,32 +108,62 @@ class Rerank:
         Raises:
             BrokenScores: one of a candidate that could be shown is not a finite number.
         """
-        asked = handover.top_k.tolist()
-        shape = (len(asked), max(asked))
+        header = handover.header
+        shape = (len(header), int(header["top_k"].max()))
         ids = np.full(shape, contract.PAD_ITEM_ID, np.int64)
         totals, reasons = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-        status = np.empty((len(asked), 4), np.int32)
-        status[:, :3] = handover.status
+        status = np.empty((len(header), 4), np.int32)
         rows, signals = read_only(handover.rows), read_only(handover.signals)
         scores = read_only(np.ascontiguousarray(scores))
-        for line, (top_k, policy) in enumerate(zip(asked, handover.policy.tolist(), strict=True)):
-            found, filtered = rank_line(
-                self._columns, self._rules[policy], scores[line], rows[line], signals[line], top_k,
+        retrieval = read_only(handover.scores)
+        traces: list[bytes] = []
+        for line, numbers in enumerate(header.tolist()):
+            bits, unknown, repeats, top_k, policy, _, _, trace, moment, query, seed, region, *limits, _ = numbers
+            page = Page(rows[line], signals[line], scores[line], retrieval[line], top_k, moment, seed, query)
+            steps = self._steps[policy]
+            self._admit(page, policy, Asked(region, *limits))
+            if trace:
+                telling = Trace(page, self._items.ids, self._tasks, self._names[policy])
+                telling.run(steps)
+                traces.append(telling.text(top_k))
+            else:
+                for _, step in steps:
+                    step(page)
+            page.sort()
+            found = min(page.count, top_k)
+            emit(
+                page.order, found, page.rows, page.signals, page.score, page.reasons, _REASONS, self._items.ids,
                 ids[line], totals[line], reasons[line],
             )  # fmt: skip
-            if found == NOT_FINITE:
-                item = self._columns.item_ids[rows[line, filtered]]
-                raise BrokenScores(
-                    f"the ranker gave item {item} the scores {scores[line, filtered].tolist()}, which are no finite "
-                    "numbers; serve the release before, and look at how this one was exported"
-                )
             if handover.unknown.shape[1] and found < top_k:
                 found += _append(handover.unknown[line], ids[line], totals[line], reasons[line], found, top_k)
-            status[line, 3] = filtered
-            status[line, 0] |= (filtered > 0 and Status.ITEMS_FILTERED.value) | (
+            bits |= (page.filtered > 0 and Status.ITEMS_FILTERED.value) | (
                 found < top_k and Status.FEWER_THAN_TOP_K.value
             )
-        return {"RANKED_IDS": ids, "SCORES": totals, "REASONS": reasons, "STATUS": status}
+            status[line] = bits, unknown, repeats, page.filtered
+        answer: Tensors = {"RANKED_IDS": ids, "SCORES": totals, "REASONS": reasons, "STATUS": status}
+        if traces:
+            every = iter(traces)
+            told = [next(every) if asked else b"" for asked in header["trace"].tolist()]
+            answer["TRACE_JSON"] = np.array(told, object)[:, None]
+        return answer
+
+    def _admit(self, page: Page, policy: int, asked: Asked) -> None:
+        """Fill the page, with prices and stock of now."""
+        live: Live = _NOTHING_CHANGED
+        items = self._items
+        if self._state is not None and len(self._state):
+            live = Live(*self._state.state(self._ids(page)))
+        if self._counts is not None and self._policies[policy].asks_seed and len(self._counts):
+            page.impressions, page.clicks = self._counts.counts(self._ids(page))
+        page.count, page.filtered = admit(
+            page.rows, live, items.prices, items.signals, items.regions, _UNAVAILABLE, asked,
+            self._policies[policy].keep_unavailable, page.prices, page.stock, page.order,
+        )  # fmt: skip
+
+    def _ids(self, page: Page) -> NDArray[Any]:
+        """[N] ids; of what is not to be ranked some other one's."""
+        return self._items.ids[np.maximum(page.rows, 0)]
 
 
 def _append(
@@ -123,15 +180,3 @@ def _append(
     ids[behind], reasons[behind] = kept, Reason.NOT_IN_CATALOGUE.value
     scores[behind] = scores[found - 1] if found else 0.0
     return len(kept)
-
-
-def rules_of(policy: Policy, tasks: tuple[str, ...]) -> Rules:
-    """A policy as numbers."""
-    boosts = {Signal[name].value: boost for name, boost in sorted(policy.boosts.items()) if boost}
-    return Rules(
-        task_weights=np.array([policy.task_weights.get(task, 0.0) for task in tasks], np.float32),
-        boosted=np.array(list(boosts), np.int32),
-        boosts=np.array(list(boosts.values()), np.float32),
-        excluded=(Signal.UNAVAILABLE | (Signal.PURCHASED if policy.exclude_purchased else 0)).value,
-        deduplicate=policy.deduplicate,
-    )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from trirank_backend.attributes import SKETCH
 from trirank_backend.errors import InvalidRelease
 
 TRIGRAM_BYTES = 64
@@ -28,6 +29,21 @@ def title_trigrams(titles: list[str]) -> NDArray[np.uint8]:
     return np.packbits(bits, axis=1)
 
 
+def title_sketches(titles: list[str]) -> NDArray[np.uint8]:
+    """[B, 32] MinHash of each title's letter trigrams, 8 bits of each hash; zeros: no title."""
+    rng = np.random.default_rng(0)
+    factors = rng.integers(1, 2**32, SKETCH, np.uint64) | np.uint64(1)
+    shifts = rng.integers(0, 2**63, SKETCH, np.uint64)
+    sketches = np.zeros((len(titles), SKETCH), np.uint8)
+    for row, title in enumerate(titles):
+        found = {_hashed(trigram) for word in _words(title) for trigram in _trigrams(word)}
+        if found:
+            # The upper half of a product by an odd number (Dietzfelbinger et al. 1997), then its least byte.
+            mixed = (np.array(list(found), np.uint64)[:, None] * factors + shifts) >> np.uint64(32)
+            sketches[row] = np.maximum(mixed.min(0) & np.uint64(0xFF), 1)
+    return sketches
+
+
 def query_trigrams(queries: list[str]) -> NDArray[np.uint64]:
     """[B, 8, 8] uint64: the letter trigrams of each query word, 512 bits a word; zeros behind the last word."""
     size = QUERY_WORDS * TRIGRAM_BYTES
@@ -42,8 +58,15 @@ def _words(text: str) -> list[str]:
 
 
 def _places(word: str) -> list[int]:
+    return [_hashed(trigram) % (TRIGRAM_BYTES * 8) for trigram in _trigrams(word)]
+
+
+def _trigrams(word: str) -> list[bytes]:
     marked = f"#{word}#".encode()
-    return [zlib.crc32(marked[at : at + 3]) % (TRIGRAM_BYTES * 8) for at in range(len(marked) - 2)]
+    return [marked[at : at + 3] for at in range(len(marked) - 2)]
+
+
+_hashed = zlib.crc32
 
 
 @lru_cache(1 << 14)

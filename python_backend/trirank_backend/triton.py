@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from trirank import contract
 
-from trirank_backend.errors import BackendError, InvalidInput, StageFailed, TooLate
-from trirank_backend.requests import Tensors
+from trirank_backend.errors import BackendError, InvalidInput, StageFailed, StoreFailed, TooLate
+from trirank_backend.requests import NamedTensors, Tensors
 
 try:
     import triton_python_backend_utils as pb_utils  # there only inside a stub process
@@ -27,6 +27,7 @@ except ImportError:
 
 Run = Callable[[list[Tensors], list[float]], list[Any]]
 """Tensors of requests, and their deadlines (µs since 1970) → an answer each: tensors, or a BackendError."""
+_OPTIONAL = frozenset(spec.name for spec in contract.RESPONSE if spec.optional)
 REPORT_EVERY_S = 1.0
 
 
@@ -154,7 +155,11 @@ class Stage:
         try:
             if not isinstance(answer, BackendError):
                 return pb_utils.InferenceResponse(
-                    [pb_utils.Tensor(name, np.ascontiguousarray(answer[name])) for name in self._outputs]
+                    [
+                        pb_utils.Tensor(name, np.ascontiguousarray(answer[name]))
+                        for name in self._outputs
+                        if name in answer or name not in _OPTIONAL
+                    ]
                 )
         except Exception as error:  # of an answer that is none: its own request's matter too
             answer = self._failed(error)
@@ -163,7 +168,9 @@ class Stage:
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _code(answer)))
 
     def _read(self, request: Any) -> Tensors:
-        return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        tensors = NamedTensors((tensor.name(), tensor.as_numpy()) for tensor in request.inputs())
+        tensors.request_id = request.request_id()
+        return tensors
 
 
 def each(step: Callable[[Tensors], Tensors]) -> Run:
@@ -184,7 +191,8 @@ def each(step: Callable[[Tensors], Tensors]) -> Run:
 def _code(error: BackendError) -> Any:
     if isinstance(error, InvalidInput):
         return pb_utils.TritonError.INVALID_ARG
-    return pb_utils.TritonError.UNAVAILABLE if isinstance(error, TooLate) else pb_utils.TritonError.INTERNAL
+    late = isinstance(error, TooLate | StoreFailed)
+    return pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INTERNAL
 
 
 def _deadline(request: Any) -> float:

@@ -443,7 +443,7 @@ def test_a_folder_without_models(tmp_path):
 
 def test_serving_needs_no_torch():
     """A serving machine has neither torch nor onnx nor polars; what it imports must not want them."""
-    heavy = "torch", "onnx", "polars", "lightgbm", "optuna", "scipy", "pydantic"
+    heavy = "torch", "onnx", "polars", "lightgbm", "optuna", "scipy"
     code = (
         "import sys\nfor name in sys.argv[1:]: sys.modules[name] = None\n"
         "import trirank_build.cli, trirank_build.serving.following, trirank_build.repository.store\n"

@@ -24,7 +24,7 @@ BAD = {
     "zero epochs": ('name = "x"\n[training]\nepochs = 0', "epochs = 0 and no pre-training leave nothing to learn"),
     "negative rate": ('name = "x"\n[training]\nlearning_rate = -1.0', r"learning_rate: .*greater than 0"),
     "heads": ('name = "x"\n[model]\ndim = 30\nheads = 4', "heads = 4 does not divide dim = 30"),
-    "unknown signal": ('name = "x"\n[policies.home]\nboosts = { SHINY = 1.0 }', "SHINY"),
+    "policies": ('name = "x"\n[policies.home]', "policies: unknown key"),
     "not TOML": ("name = ", "no valid TOML"),
     "binary": ("\udcff\udcfe", "no valid TOML"),
 }

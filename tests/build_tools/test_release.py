@@ -11,9 +11,11 @@ import polars as pl
 import pytest
 from trirank import contract
 from trirank.contract import Signal
-from trirank_backend.histories import SqliteUserStore
+from trirank_backend.errors import InvalidRelease
 from trirank_backend.pipeline import Pipeline
+from trirank_backend.policies import Policy
 from trirank_backend.release import load_features
+from trirank_backend.rules import load_rules
 from trirank_build.artefacts import file_digest, tree_digests
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines import latency
@@ -39,9 +41,10 @@ def test_the_manifest_has_the_digest_of_every_file(world):
     assert max(manifest["parity"]["by_bucket"].values()) <= 1e-4
 
 
-def test_the_same_parts_give_the_same_release(world, trained, dataset, tmp_path):
-    assert assemble(trained, dataset, world.onnx, world.release.parent, engine="onnxruntime") == world.release
-    assert assemble(trained, dataset, world.onnx, tmp_path, engine="onnxruntime").name == world.release.name
+def test_the_same_parts_give_the_same_release(world, trained, dataset, policies, tmp_path):
+    how = {"engine": "onnxruntime", "policies": policies}
+    assert assemble(trained, dataset, world.onnx, world.release.parent, **how) == world.release
+    assert assemble(trained, dataset, world.onnx, tmp_path, **how).name == world.release.name
     assert [path.name for path in tmp_path.iterdir()] == [world.release.name]
 
 
@@ -129,7 +132,7 @@ def newer(dataset, tmp_path):
     return Dataset.load(changed.save(tmp_path / "newer"))
 
 
-def test_a_newer_dataset_refreshes_catalogue_and_histories(world, trained, dataset, newer, tmp_path):
+def test_a_newer_dataset_refreshes_the_catalogue(world, trained, dataset, newer, tmp_path):
     made = assemble(trained, newer, world.onnx, tmp_path / "out", engine="onnxruntime")
     manifest = load_manifest(made)
     assert manifest["refreshed"]["source"] == "the next day"
@@ -145,11 +148,8 @@ def test_a_newer_dataset_refreshes_catalogue_and_histories(world, trained, datas
     assert new.signals[row[1]] & Signal.UNAVAILABLE
     np.testing.assert_array_equal(new.fields[others], old.fields[1:-1])
     np.testing.assert_array_equal(new.titles[others], old.titles[1:-1])
-    users = SqliteUserStore(made / "features" / "users.sqlite")
-    buyer = newer.events["user_id"][-1]
-    assert users.get([buyer])[buyer].item_ids[-1] == 777_777
     request = {
-        "USER_ID": np.array([[buyer]]), "ITEM_IDS": np.array([[first, 777_777, 123_456]]),
+        "USER_ID": np.array([[-1]]), "ITEM_IDS": np.array([[first, 777_777, 123_456]]),
         "TOP_K": np.array([[3]], np.int32), "SCENARIO": np.array([[b"new_items"]], object),
     }  # fmt: skip
     (answer,) = Pipeline.load(made, made / graph_place("ensemble"), "onnxruntime")([request])
@@ -211,3 +211,34 @@ def test_a_runtime_that_cannot_be(world, trained, dataset, tmp_path, choice, wor
 def test_no_release(tmp_path):
     with pytest.raises(BadModel, match="is no release"):
         load_manifest(tmp_path)
+
+
+def test_a_policy_that_does_not_fit(world, trained, dataset, tmp_path):
+    policy = Policy.model_validate({"rules": [{"rule": "mix", "tasks": {"sale": 1.0}}]})
+    with pytest.raises(InvalidRelease, match="policy home: rule 1 .mix.: tasks sale are none of the ranker's: click"):
+        assemble(trained, dataset, world.onnx, tmp_path / "out", policies={"home": policy})
+    assert releases(tmp_path / "out") == []
+
+
+def test_a_release_knows_nothing_of_users(world):
+    assert not list(world.release.rglob("*.sqlite"))
+
+
+def test_what_rules_read_of_items(world, dataset):
+    bound_to, policies = load_rules(world.release / "features")
+    items, names = bound_to.items, bound_to.attributes.names
+    assert {"search", "home", "new_items", "cross_category"} == set(policies)
+    for row, item in enumerate(dataset.items.iter_rows(named=True)):
+        assert items.ids[row] == item["item_id"]
+        assert items.prices[row] == np.float32(item["price"])
+        assert names["brand"][items.brands[row]] == item["brand"]
+        assert names["category"][items.categories[row]] == item["category"]
+        assert names["seller"][items.sellers[row]] == item["seller"]
+    assert items.brands[-1] == items.categories[-1] == -1
+    vectors = items.vectors[:-1].astype(np.float32) / 127
+    alike = vectors @ vectors.T
+    assert np.diag(alike) == pytest.approx(1, abs=0.05)
+    brands, categories = (np.array(dataset.items[name].to_list()) for name in ("brand", "category"))
+    both = (brands[:, None] == brands) & (categories[:, None] == categories) & ~np.eye(len(brands), dtype=bool)
+    neither = (brands[:, None] != brands) & (categories[:, None] != categories)
+    assert alike[both].mean() > alike[neither].mean() + 0.3

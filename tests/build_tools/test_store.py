@@ -58,7 +58,7 @@ def test_a_release_is_as_it_was_assembled(world, four):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda r: (r / "features" / "users.sqlite").write_bytes(b"other"), "features/users.sqlite has digest"),
+        (lambda r: (r / "features" / "token_idf.npy").write_bytes(b"other"), "features/token_idf.npy has digest"),
         (lambda r: (r / MODELS / "ranker" / "1" / "model.onnx").unlink(), "models/ranker/1/model.onnx is missing"),
         (lambda r: (r / "notes.txt").write_text("hello"), "notes.txt does not belong to it"),
         (lambda r: (r / "MODEL_CARD.md").write_text("the best of all"), "MODEL_CARD.md has digest"),

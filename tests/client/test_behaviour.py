@@ -42,7 +42,7 @@ def answer():
         "RANKED_IDS": np.array([7, 5], np.int64), "SCORES": np.array([2, 1], np.float32),
         "REASONS": np.zeros(2, np.int32), "STATUS": np.zeros(4, np.int32),
     }  # fmt: skip
-    for spec in contract.RESPONSE:
+    for spec in (spec for spec in contract.RESPONSE if not spec.optional):
         reply.outputs.add(name=spec.name, datatype=spec.dtype, shape=[1, len(values[spec.name])])
         reply.raw_output_contents.append(values[spec.name].tobytes())
     return reply

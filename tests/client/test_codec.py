@@ -152,7 +152,7 @@ def reply(ids=(1, 2), status=(0, 0, 0, 0), leave_out=None, wrong_type=None):
     }
     message = service_pb2.ModelInferResponse(model_name="rank")
     for spec in contract.RESPONSE:
-        if spec.name == leave_out:
+        if spec.name == leave_out or spec.optional:
             continue
         message.outputs.add(name=spec.name, datatype="FP64" if spec.name == wrong_type else spec.dtype)
         message.raw_output_contents.append(arrays[spec.name].tobytes())

@@ -6,7 +6,7 @@ import pytest
 from trirank import RankClient
 
 PIPELINES = ("ensemble", "single")
-ON_BOTH = {"test_ranking", "test_protocol"}
+ON_BOTH = {"test_ranking", "test_protocol", "test_online"}
 """Modules whose tests hold for every pipeline; the others do with one."""
 
 
@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="session")
-def single(world, trained, tmp_path_factory):
+def single(world, trained, policies, tmp_path_factory):
     """The small world's release with all stages in one process."""
     from trirank_build.data.dataset import Dataset
     from trirank_build.repository.assemble import assemble
@@ -26,14 +26,16 @@ def single(world, trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     dataset = Dataset.load(world.data)
     two = Instances(single=2)  # as one would have them
-    return assemble(trained, dataset, world.onnx, folder, pipeline="single", engine="onnxruntime", instances=two)
+    return assemble(
+        trained, dataset, world.onnx, folder, pipeline="single", engine="onnxruntime", instances=two, policies=policies
+    )
 
 
 @pytest.fixture(scope="session")
 def server(request, world, single):
     from trirank_build.serving.server import TritonServer
 
-    with TritonServer(single if request.param == "single" else world.release) as server:
+    with TritonServer(single if request.param == "single" else world.release, stores=world.stores) as server:
         server.wait_ready()
         yield server
 

@@ -238,9 +238,10 @@ def only_stub(process, model):
     return stubs[0] if len(stubs) == 1 else None
 
 
-def test_a_fallback_scores_where_the_runtime_cannot(world, trained, server, tmp_path, capfd):
-    made = assemble(trained, Dataset.load(world.data), world.onnx, tmp_path, runtime="onnxruntime")
-    with TritonServer(made, fallback="onnxruntime") as fallen_back:
+def test_a_fallback_scores_where_the_runtime_cannot(world, trained, policies, server, tmp_path, capfd):
+    dataset = Dataset.load(world.data)
+    made = assemble(trained, dataset, world.onnx, tmp_path, runtime="onnxruntime", policies=policies)
+    with TritonServer(made, fallback="onnxruntime", stores=world.stores) as fallen_back:
         fallen_back.wait_ready()
         assert answers(fallen_back.grpc, world.release) == answers(server.grpc, world.release)
     assert "no backend onnxruntime" in capfd.readouterr().err

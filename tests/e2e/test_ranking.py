@@ -141,7 +141,9 @@ def test_a_history_of_the_caller(client):
 
 
 def test_an_unknown_scenario_is_named(client):
-    with pytest.raises(InvalidRequest, match="SCENARIO is 'hoem'; this release has home, new_items, search"):
+    with pytest.raises(
+        InvalidRequest, match="SCENARIO is 'hoem'; this release has cross_category, home, new_items, search"
+    ):
         client.rank(RankRequest(item_ids=[1], scenario="hoem"))
 
 

@@ -297,18 +297,32 @@ def test_a_folded_ranker_is_given_rows_alone():
     assert packed.history[0, :, 0].tolist() == [0, 0, 1, 3]
 
 
-def test_nothing_is_compiled_once_the_kernels_have_been_rehearsed():
+def test_nothing_is_compiled_once_the_kernels_have_been_rehearsed(tmp_path):
     """Whatever the number of lines and the kind of array: a compiler at work would cost a request a second."""
     code = """
 import numpy as np, sys
 sys.path += sys.argv[1:]
-from trirank_backend import lookup_kernels, ranking_kernels, rehearsal
-from trirank_backend.features import kernels, text_kernels
+import pathlib
+from trirank_backend import rehearsal
 rehearsal.rehearse()
-modules = (kernels, text_kernels, lookup_kernels, ranking_kernels)
-def count(): return {k: len(f.signatures) for m in modules for k, f in vars(m).items() if hasattr(f, "signatures")}
+def count():
+    modules = [m for name, m in sys.modules.items() if name.startswith("trirank_backend")]
+    found = [(m, k, f) for m in modules for k, f in vars(m).items() if hasattr(f, "signatures")]
+    return {(m.__name__, k): len(f.signatures) for m, k, f in found}
 before = count()
-import test_features as t
+assert len(before) > 20
+import test_features as t, test_reranking as r, rules
+from trirank_backend.stores.overlay import STATE, Overlay, write_overlay
+write_overlay(pathlib.Path(sys.argv[2]), np.zeros(3, STATE)[:1])
+for stores in ({}, {"state": Overlay(pathlib.Path(sys.argv[2]), STATE)}):
+    for lines in (1, 2, 5):
+        for policy in r.POLICIES:
+            told = r.handover([[0, 1, 2]] * lines, [[0] * 3] * lines, [policy] * lines, 2)
+            for trace in (0, 1):
+                told.header["trace"] = trace
+                scores = np.zeros((lines, 3, 2), np.float32)
+                rerank = r.reranker(range(3), **stores)
+                rerank(scores, told), rerank.tensors({"scores": scores, "handover": told.tensor()})
 rng = np.random.default_rng(0)
 for lines in (1, 2, 3, 32):
     t.PACKER.pack(t.joined([t.drawn(rng, 64) for _ in range(lines)]))
@@ -316,8 +330,18 @@ for lines in (1, 2, 3, 32):
 print(sorted(k for k, v in count().items() if v != before[k]))
 """
     folder = Path(__file__).parent
-    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(tmp_path / "state")], capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def one_more(number):
+    return number + 1
+
+
+def two_more(number):
+    return number + 2
 
 
 def test_processes_that_compile_at_a_time_keep_each_other_s_code(tmp_path, monkeypatch):
@@ -326,12 +350,13 @@ def test_processes_that_compile_at_a_time_keep_each_other_s_code(tmp_path, monke
     from numba.core import config, types
     from trirank_backend import compiled
 
-    PACKER.pack(request())
-    code = next(iter(fill.overloads.values()))
-    kinds = [(getattr(types, f"{sign}int{bits}"),) for sign in ("", "u") for bits in (8, 16, 32, 64)]
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
-    caches = [compiled.shared_cache()(fill.py_func) for _ in kinds]
+    kernel = compiled.kernel(one_more)
+    kernel(1)  # compiled here: what was read from the disk cannot be written again
+    code = next(iter(kernel.overloads.values()))
+    kinds = [(getattr(types, f"{sign}int{bits}"),) for sign in ("", "u") for bits in (8, 16, 32, 64)]
+    caches = [compiled.shared_cache()(two_more) for _ in kinds]
     with ThreadPoolExecutor(len(kinds)) as threads:
         list(threads.map(lambda cache, kind: cache.save_overload(kind, code), caches, kinds))
     kept = caches[0]._cache_file._load_index()

@@ -1,46 +1,15 @@
-"""Histories: what a store keeps it gives back, and nothing from the future."""
+"""Histories: nothing from the future, and the newest last."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from trirank_backend.errors import InvalidRelease
-from trirank_backend.histories import Events, HistoryBatch, SqliteUserStore
+from trirank_backend.histories import Events, HistoryBatch
 
 
 def events(*times):
     ids = np.array(times, np.int64) * 10
     return Events(ids, np.full(len(times), 2, np.int32), np.array(times, np.int64))
-
-
-@pytest.fixture
-def store(tmp_path):
-    SqliteUserStore.write(tmp_path / "users.sqlite", [(1, events(1, 2, 3)), (2, events(7)), (2**62, events(5))])
-    store = SqliteUserStore(tmp_path / "users.sqlite")
-    yield store
-    store.close()
-
-
-def test_many_users_in_one_look_up(store):
-    found = store.get([1, 2, 3, 2**62])
-    assert set(found) == {1, 2, 2**62}
-    assert found[1].item_ids.tolist() == [10, 20, 30]
-    assert found[1].item_ids.dtype == np.int64
-
-
-def test_a_store_is_not_written_to(store):
-    import sqlite3
-
-    with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        store._connection.execute("DELETE FROM histories")
-
-
-def test_no_store(tmp_path):
-    with pytest.raises(InvalidRelease, match="assemble again"):
-        SqliteUserStore(tmp_path / "none.sqlite")
-    (tmp_path / "bad.sqlite").write_text("not a database at all")
-    with pytest.raises(InvalidRelease, match="assemble again"):
-        SqliteUserStore(tmp_path / "bad.sqlite")
 
 
 @pytest.mark.parametrize(("moment", "seen"), [(0, []), (2, [1]), (3, [1, 2]), (99, [2, 3])])

@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from trirank import contract
 from trirank.contract import Reason, Signal, Status
+from trirank_backend.attributes import Attributes
 from trirank_backend.catalogue import Catalogue
-from trirank_backend.errors import BrokenScores, InvalidInput, InvalidRelease
-from trirank_backend.handover import Handover
-from trirank_backend.policies import Policy, load_policies, save_policies
+from trirank_backend.errors import BrokenScores, InvalidInput
+from trirank_backend.handover import HEADER, Handover
+from trirank_backend.policies import Items, Policy, Release
 from trirank_backend.rerank import Rerank
+from trirank_backend.stores.overlay import STATE, Overlay, write_overlay
 
 TASKS = ("click", "purchase")
+BY_CLICK = {"rule": "mix", "tasks": {"click": 1.0}}
 POLICIES = {
-    "plain": Policy({"click": 1.0}, deduplicate=False),
-    "unique": Policy({"click": 1.0, "purchase": 2.0}),
-    "fresh": Policy({"click": 1.0}, deduplicate=False, exclude_purchased=True, boosts={"NEW_ITEM": 3.0}),
+    name: Policy.model_validate({"rules": rules})
+    for name, rules in {
+        "plain": [BY_CLICK],
+        "unique": [{"rule": "mix", "tasks": {"click": 1.0, "purchase": 2.0}}, {"rule": "deduplicate"}],
+        "fresh": [
+            BY_CLICK,
+            {"rule": "filter", "bought": True},
+            {"rule": "boost", "signals": ["NEW_ITEM"], "by": 3.0},
+        ],
+    }.items()
 }
 
 
-def reranker(products):
+def reranker(products, unavailable=(), **stores):
     """Of items 100, 101, … whose row is their place."""
     count = len(products)
+    signals = np.zeros(count + 1, np.int32)
+    signals[list(unavailable)] = Signal.UNAVAILABLE
     catalogue = Catalogue(
         ids=np.arange(100, 100 + count), fields=np.zeros((count + 1, 4), np.int32),
         dense=np.zeros((count + 1, 2), np.float32), products=np.array([*products, -1], np.int32),
-        created_at=np.zeros(count + 1, np.int64), signals=np.zeros(count + 1, np.int32),
+        created_at=np.zeros(count + 1, np.int64), signals=signals,
         titles=np.zeros((count + 1, 0), np.int32), trigrams=np.zeros((count + 1, 0), np.uint8),
     )  # fmt: skip
-    return Rerank(catalogue, POLICIES, TASKS)
+    attributes = Attributes.unknown(count)
+    return Rerank(Release(Items.of(catalogue, attributes), attributes, TASKS), POLICIES, **stores)
 
 
-def handover(rows, signals, policy, top_k, unknown=None):
+def handover(rows, signals, policy, top_k, unknown=None, **said):
     lines = len(rows)
+    header = np.zeros(lines, HEADER)
+    header["top_k"] = top_k
+    header["policy"] = [list(POLICIES).index(name) for name in policy]
+    header["min_price"], header["max_price"] = -np.inf, np.inf
+    header["kept"] = 0 if unknown is None else len(unknown[0])
+    for name, value in said.items():
+        header[name] = value
     return Handover(
-        status=np.zeros((lines, 3), np.int32),
-        top_k=np.full(lines, top_k, np.int32),
-        policy=np.array([list(POLICIES).index(name) for name in policy], np.int32),
+        header=header,
         rows=np.array(rows, np.int32),
         signals=np.array(signals, np.int32),
+        scores=np.zeros((lines, 0), np.float32),
         unknown=np.zeros((lines, 0), np.int64) if unknown is None else np.array(unknown, np.int64),
     )
 
@@ -56,14 +75,14 @@ class Ranked:
         self.filtered, self.status = int(answer["STATUS"][0, 3]), Status(int(answer["STATUS"][0, 0]))
 
 
-def run(scores, signals=None, valid=None, products=None, policy="plain", top_k=None):
+def run(scores, signals=None, valid=None, products=None, policy="plain", top_k=None, unavailable=()):
     scores = np.asarray(scores, np.float32)
     if scores.ndim == 1:
         scores = np.stack([scores, np.zeros_like(scores)], 1)
     n = len(scores)
     rows = np.where(np.ones(n, bool) if valid is None else valid, np.arange(n), -1)
     given = handover([rows], [[0] * n if signals is None else signals], [policy], top_k or n)
-    return Ranked(reranker(range(n) if products is None else products)(scores[None], given))
+    return Ranked(reranker(range(n) if products is None else products, unavailable)(scores[None], given))
 
 
 def test_best_first():
@@ -94,7 +113,7 @@ def test_invalid_ones_never_come_back():
 
 
 def test_unavailable_items_are_dropped_everywhere():
-    ranked = run([0.9, 0.5], signals=[Signal.UNAVAILABLE, 0])
+    ranked = run([0.9, 0.5], unavailable=[0])
     assert ranked.order == [1, -1]
     assert ranked.filtered == 1
 
@@ -127,48 +146,6 @@ def test_signals_become_reasons(signal, reason):
     assert run([1.0], signals=[signal]).reasons == [reason]
 
 
-@settings(deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_the_kernel_does_what_plain_loops_do(seed):
-    rng = np.random.default_rng(seed)
-    lines, n = int(rng.integers(1, 5)), int(rng.integers(1, 30))
-    top_k = int(rng.integers(1, 40))
-    scores = rng.integers(0, 5, (lines, n, 2)).astype(np.float32)
-    signals = rng.integers(0, 512, (lines, n)).astype(np.int32)
-    rows = np.where(rng.random((lines, n)) < 0.8, rng.permuted(np.tile(np.arange(n), (lines, 1)), axis=1), -1)
-    products = rng.integers(-1, 8, n).astype(np.int32)
-    policy = rng.choice(list(POLICIES), lines)
-    answer = reranker(products)(scores, handover(rows, signals, policy, top_k))
-    for b in range(lines):
-        chosen = POLICIES[policy[b]]
-        weights = [chosen.task_weights.get(task, 0.0) for task in TASKS]
-        final = [
-            float(scores[b, i] @ weights)
-            + sum(boost for name, boost in chosen.boosts.items() if signals[b, i] & Signal[name])
-            for i in range(n)
-        ]
-        expected, taken, dropped = [], set(), 0
-        for i in sorted(range(n), key=lambda i: (-final[i], i)):
-            gone = signals[b, i] & Signal.UNAVAILABLE or (chosen.exclude_purchased and signals[b, i] & Signal.PURCHASED)
-            dropped += bool(gone and rows[b, i] >= 0)
-            product = products[rows[b, i]]
-            if rows[b, i] < 0 or gone or (chosen.deduplicate and product in taken):
-                continue
-            if product >= 0:
-                taken.add(product)
-            expected.append(i)
-        expected = expected[:top_k]
-        padding = top_k - len(expected)
-        assert answer["RANKED_IDS"][b].tolist() == [100 + rows[b, i] for i in expected] + [-1] * padding
-        assert answer["SCORES"][b].tolist() == pytest.approx([final[i] for i in expected] + [0] * padding)
-        boosted = sum(Signal[name] for name, boost in chosen.boosts.items())
-        fired = [bool(signals[b, i] & boosted) for i in expected]
-        assert [bool(r & Reason.BOOSTED) for r in answer["REASONS"][b].tolist()] == fired + [False] * padding
-        assert answer["STATUS"][b, 3] == dropped
-        fewer = Status.FEWER_THAN_TOP_K in Status(int(answer["STATUS"][b, 0]))
-        assert fewer == (padding > 0)
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_no_number_is_refused_and_named(bad):
     with pytest.raises(BrokenScores, match=r"item 101 the scores \[.*\], which are no finite numbers"):
@@ -176,16 +153,27 @@ def test_a_score_that_is_no_number_is_refused_and_named(bad):
     assert run([0.5, bad, 0.1], valid=[True, False, True]).order == [0, 2, -1]  # of nobody who could be shown
 
 
+WIDTH = HEADER.itemsize // 4
+PLACE = {name: HEADER.fields[name][1] // 4 for name in ("top_k", "policy", "kept", "scored", "trace", "region")}
+
+
+def put(at, value):
+    return lambda tensor: tensor.__setitem__((0, PLACE.get(at, at)), value)
+
+
 HOSTILE = {
-    "a row beyond the catalogue": (lambda t: t.__setitem__((0, 6), 3), "holds row 3; it goes from -1 to 2"),
-    "a row below": (lambda t: t.__setitem__((0, 6), -2), "holds row -2"),
-    "signals that there are not": (lambda t: t.__setitem__((0, 9), 512), "holds signals 512; it goes from 0 to 511"),
-    "negative signals": (lambda t: t.__setitem__((0, 9), -1), "holds signals -1"),
-    "top_k 0": (lambda t: t.__setitem__((0, 3), 0), "holds a top_k of 0; it goes from 1 to 1024"),
-    "top_k huge": (lambda t: t.__setitem__((0, 3), 2**31 - 1), "holds a top_k of 2147483647"),
-    "a count beyond": (lambda t: t.__setitem__((0, 5), 2), r"handover says \[1, 1, 2\]"),
-    "a negative count": (lambda t: t.__setitem__((0, 5), -1), "holds a count of unknown items of -1"),
-    "a policy that there is not": (lambda t: t.__setitem__((0, 4), 3), "holds policy 3; it goes from 0 to 2"),
+    "a row beyond the catalogue": (put(WIDTH, 3), "holds row 3; it goes from -1 to 2"),
+    "a row below": (put(WIDTH, -2), "holds row -2"),
+    "signals that there are not": (put(WIDTH + 3, 1024), "holds signals 1024; it goes from 0 to 1023"),
+    "negative signals": (put(WIDTH + 3, -1), "holds signals -1"),
+    "top_k 0": (put("top_k", 0), "holds a top_k of 0; it goes from 1 to 1024"),
+    "top_k huge": (put("top_k", 2**31 - 1), "holds a top_k of 2147483647"),
+    "a count beyond": (put("kept", 2), r"handover says \[1, 1, 2\]"),
+    "a negative count": (put("kept", -1), "holds a kept of -1"),
+    "scores that are not there": (put("scored", 1), r"handover says \[1, 2, 2\]"),
+    "a region that there is not": (put("region", 65), "holds a region of 65; it goes from 0 to 64"),
+    "a trace of two": (put("trace", 2), "holds a trace of 2; it goes from 0 to 1"),
+    "a policy that there is not": (put("policy", 3), "holds a policy of 3; it goes from 0 to 2"),
 }
 
 
@@ -200,10 +188,10 @@ def test_a_handover_from_anybody_is_checked(harm, words):
         reranker(range(3)).tensors({"scores": scores, contract.HANDOVER.name: tensor})
 
 
-@pytest.mark.parametrize("length", [0, 4, 5, 6, 7, 9, 6 + 2 * 1025])
+@pytest.mark.parametrize("length", [0, 4, WIDTH - 1, WIDTH, WIDTH + 1, WIDTH + 3, WIDTH + 2 * 1025])
 def test_a_handover_of_another_length(length):
-    with pytest.raises(InvalidInput, match=f"has {length} numbers; it has 6, two a candidate"):
-        Handover.read(np.zeros((1, length), np.int32), 3, 1)
+    with pytest.raises(InvalidInput, match=f"has {length} numbers; it has {WIDTH}, 2 a candidate"):
+        Handover.read(np.ones((1, length), np.int32) * (np.arange(length) == PLACE["top_k"]).astype(np.int32), 3, 1)
 
 
 @pytest.mark.parametrize(("top_k", "shown"), [(1, [101]), (3, [101, 100, 900]), (5, [101, 100, 900, 2**62, -1])])
@@ -226,17 +214,63 @@ def test_scores_of_another_shape(shape):
         reranker(range(3)).tensors({"scores": np.zeros(shape, np.float32), contract.HANDOVER.name: tensor})
 
 
-def test_policies_are_checked_when_they_are_read(tmp_path):
-    save_policies(POLICIES, tmp_path / "p.json")
-    assert load_policies(tmp_path / "p.json", TASKS) == POLICIES
-    with pytest.raises(InvalidRelease, match="weighs tasks"):
-        load_policies(tmp_path / "p.json", ("click",))
-    save_policies({"x": Policy({}, boosts={"SHINY": 1.0})}, tmp_path / "p.json")
-    with pytest.raises(InvalidRelease, match="SHINY"):
-        load_policies(tmp_path / "p.json", TASKS)
-    (tmp_path / "p.json").write_text("{}")
-    with pytest.raises(InvalidRelease, match="no scenario"):
-        load_policies(tmp_path / "p.json", TASKS)
-    (tmp_path / "p.json").write_text("{")
-    with pytest.raises(InvalidRelease, match="cannot be read"):
-        load_policies(tmp_path / "p.json", TASKS)
+def test_a_trace_tells_what_each_rule_did():
+    scores = np.zeros((1, 4, 2), np.float32)
+    scores[0, :, 0] = [0.1, 0.9, 0.5, 0.2]
+    told = handover([[0, 1, 2, 3]], [[Signal.NEW_ITEM, 0, 0, Signal.PURCHASED]], ["fresh"], 2, trace=1)
+    rerank = reranker([0, 1, 2, 3], unavailable=[2])
+    for answer in (rerank(scores, told), rerank.tensors({"scores": scores, contract.HANDOVER.name: told.tensor()})):
+        trace = json.loads(answer["TRACE_JSON"][0, 0])
+        assert trace["policy"] == "fresh"
+        assert trace["rules"] == ["available", "mix", "filter", "boost"]
+        items = {item["item"]: item for item in trace["items"]}
+        assert [item["item"] for item in trace["items"]][:2] == [100, 101]
+        assert items[100]["position"] == 1
+        assert items[100]["moves"] == [
+            {"rule": "mix", "from": 1, "to": 3, "score": 0.1},
+            {"rule": "filter", "from": 3, "to": 2, "score": 0.1},
+            {"rule": "boost", "from": 2, "to": 1, "score": 3.1},
+        ]
+        assert items[100]["tasks"] == {"click": 0.1, "purchase": 0.0}
+        assert items[102]["dropped_by"] == "available"
+        assert items[103]["dropped_by"] == "filter"
+        assert items[103]["position"] is None
+        plain = rerank(scores, handover(told.rows, told.signals, ["fresh"], 2))
+        assert "TRACE_JSON" not in plain
+        for name, tensor in plain.items():
+            assert tensor.tobytes() == answer[name].tobytes()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_trace_changes_nothing(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 4, (1, 30, 2)).astype(np.float32)
+    rows, signals = [rng.permutation(30)], [rng.integers(0, 256, 30)]
+    for policy in POLICIES:
+        rerank = reranker(rng.integers(-1, 12, 30))
+        plain, traced = (rerank(scores, handover(rows, signals, [policy], 12, trace=each)) for each in (0, 1))
+        for name, tensor in plain.items():
+            assert tensor.tobytes() == traced[name].tobytes()
+        shown = [item["item"] for item in json.loads(traced["TRACE_JSON"][0, 0])["items"] if item["position"]]
+        assert shown == [item for item in plain["RANKED_IDS"][0].tolist() if item >= 0]
+
+
+def test_prices_stock_and_blocks_of_now(tmp_path):
+    file = tmp_path / "catalogue.npy"
+    rerank = reranker(range(4), unavailable=[0], state=Overlay(file, STATE))
+    scores = np.array([[[0.9, 0], [0.8, 0], [0.7, 0], [0.6, 0]]], np.float32)
+    told = handover([[0, 1, 2, 3]], [[0] * 4], ["plain"], 4)
+
+    def ranked(given=told):
+        rerank._state._next = 0  # look again
+        return [item for item in rerank(scores, given)["RANKED_IDS"][0].tolist() if item >= 0]
+
+    assert ranked() == [101, 102, 103]
+    write_overlay(file, np.array([(100, np.nan, 3, 0, 0), (101, np.nan, -1, 1, 0), (102, 5.0, 0, 0, 0)], STATE))
+    assert ranked() == [100, 103]
+    write_overlay(file, np.array([(101, 7.5, -1, 0, 0), (103, 20.0, -1, 0, 0)], STATE))
+    assert ranked(handover([[0, 1, 2, 3]], [[0] * 4], ["plain"], 4, max_price=10.0)) == [101]
+    file.write_bytes(b"nonsense")
+    assert ranked() == [101, 102, 103]  # what was known before is gone by
+    file.unlink()
+    assert ranked() == [101, 102, 103]

@@ -55,10 +55,18 @@ def check(
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="`shop`, or a CSV, Parquet or text file.")],
+    source: Annotated[
+        str, typer.Argument(help="`shop`, a CSV, Parquet or text file, or, with --from-events, an earlier dataset.")
+    ],
     target: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
     items: Annotated[Path | None, typer.Option(help="Item file: item_id and title, brand, category, price, …")] = None,
     queries: Annotated[Path | None, typer.Option(help="Query file: user_id, query, timestamp.")] = None,
+    from_events: Annotated[
+        str | None, typer.Option(help="User store whose feedback is added: sqlite:PATH or redis://HOST:PORT.")
+    ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="With --from-events: folder that servers logged requests to.")
+    ] = None,
     encoding: Encoding = None,
     behaviour: Behaviours = None,
     item_ids: ItemIds = None,
@@ -74,11 +82,16 @@ def prepare(
     from trirank_build.preparation.prepare import prepare as make
 
     check_target(target, "a dataset", replaces="dataset.json")
-    dataset = make(source, PrepareOptions(
-        items, queries, min_count, max_train, max_eval, seed, encoding=encoding,
-        behaviours=_meanings(behaviour or []), item_ids=item_ids,
-        user_ids=user_ids, max_loss=max_loss,
-    ))  # fmt: skip
+    if requests is not None and from_events is None:
+        raise BadUsage("--requests goes with --from-events: what was shown is told by feedback")
+    if from_events is not None:
+        dataset = _from_events(source, from_events, requests)
+    else:
+        dataset = make(source, PrepareOptions(
+            items, queries, min_count, max_train, max_eval, seed, encoding=encoding,
+            behaviours=_meanings(behaviour or []), item_ids=item_ids,
+            user_ids=user_ids, max_loss=max_loss,
+        ))  # fmt: skip
     with working("writing the dataset"):
         dataset.save(target)
     show_report(dataset.description.notes.get("read", []), dataset.description.cleaning)
@@ -87,6 +100,22 @@ def prepare(
     splits = {split: f"{count:,}" for split, count in counts.iter_rows()}
     out.print(f"{target}: " + ", ".join(f"{n} {name}" for name, n in sizes.items()))
     out.print("requests: " + ", ".join(f"{splits.get(name, 0)} {name}" for name in ("train", "valid", "test")))
+
+
+def _from_events(source: str, address: str, requests: Path | None) -> Any:
+    from trirank_backend.stores.store import open_store
+
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.online.datasets import with_feedback
+    from trirank_build.online.requests import logged_requests
+    from trirank_build.online.users import all_events
+
+    base = Dataset.load(Path(source))
+    store = open_store(address)
+    try:
+        return with_feedback(base, all_events(store), [] if requests is None else logged_requests(requests))
+    finally:
+        store.close()
 
 
 def show_report(notes: list[str], rows: list[Any]) -> None:

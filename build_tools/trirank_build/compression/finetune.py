@@ -111,7 +111,9 @@ class Finetuning:
         def seen_by(features: Features) -> dict[str, Tensor]:
             examples, packed = self._train.seen_by(features), drawn.packed
             if examples is not self._train:
-                packed = examples.batch(which, drawn.rows, drawn.scores, drawn.labels, drawn.listed).packed
+                packed = examples.batch(
+                    which, drawn.rows, drawn.scores, drawn.labels, drawn.listed, drawn.positions
+                ).packed
             return {name: torch.from_numpy(array) for name, array in packed.tensors().items()}
 
         tensors = seen_by(self._features)

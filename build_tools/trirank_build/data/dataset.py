@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from trirank_build.artefacts import atomic_directory, combined_digest, file_digest
 from trirank_build.errors import BadData
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROW_GROUP = 20_000
 """Requests that are read from the file at a time."""
 SPLITS = ("train", "valid", "test")
@@ -37,6 +37,9 @@ ITEMS: dict[str, Any] = {
     "created_at": pl.Int64,  # seconds since 1970; 0: unknown
     "attributes": pl.List(pl.String),
     "available": pl.Boolean,
+    "seller": pl.String,
+    "margin": pl.Float64,  # share of the price that is earned; NaN: unknown
+    "regions": pl.List(pl.String),  # where it can be had; none: everywhere
 }
 EVENTS: dict[str, Any] = {
     "user_id": pl.Int64,
@@ -58,6 +61,11 @@ REQUESTS: dict[str, Any] = {
 }
 OPTIMUM = "utility"
 """Extra column of requests, synthetic shop only: List(Float32), what the choices were drawn from."""
+
+POSITIONS = "positions"
+"""Extra column of requests that came with feedback: List(Int32), where each item stood on the page, from 1; 0: not
+known."""
+_EXTRA = (OPTIMUM, POSITIONS)
 
 GAINS = {"VIEW": 0.0, "CLICK": 1.0, "FAVOURITE": 2.0, "CART": 2.0, "PURCHASE": 3.0}
 """Behaviour → gain in NDCG and in ``labels``."""
@@ -172,7 +180,7 @@ class Dataset:
             digests = {}
             for name, schema in (("items", ITEMS), ("events", EVENTS), ("requests", REQUESTS)):
                 frame: pl.LazyFrame = getattr(self, name).lazy()
-                extra = [OPTIMUM] if OPTIMUM in frame.collect_schema().names() else []
+                extra = [name for name in _EXTRA if name in frame.collect_schema().names()]
                 path = scratch / f"{name}.parquet"
                 columns = [*(pl.col(c).cast(t) for c, t in schema.items()), *extra]
                 frame.select(columns).collect().write_parquet(path, row_group_size=ROW_GROUP)

@@ -15,7 +15,7 @@ from trirank.contract import ANONYMOUS_USER
 from trirank_backend.features import Lines, Packed, even_starts
 from trirank_backend.text import query_trigrams
 
-from trirank_build.data.dataset import OPTIMUM, Dataset
+from trirank_build.data.dataset import OPTIMUM, POSITIONS, Dataset
 from trirank_build.errors import BadData
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
@@ -81,6 +81,7 @@ class Batch:
         rows: [B, N] int32 catalogue rows.
         scores: [B, N] float32 retrieval scores; NaN: none.
         listed: how many of the N come from the request's own list; further negatives follow.
+        positions: [B, N] int32 where each stood on the page, from 1; 0: not known.
     """
 
     packed: Packed
@@ -89,6 +90,7 @@ class Batch:
     rows: NDArray[np.int32]
     scores: NDArray[np.float32]
     listed: int
+    positions: NDArray[np.int32]
 
 
 class Examples:
@@ -101,6 +103,7 @@ class Examples:
         rows: [R, N] int32; -1: padding.
         scores: [R, N] float32; NaN: none.
         labels: [R, N] float32.
+        positions: [R, N] int32 on the page that was shown, from 1; 0: not known.
         missed: [R, K] float32 gains that retrieval did not find, padded with 0.
         users, times: [R] int64.
         optimum: [R, N] float32 what a synthetic shop drew its choices from; None elsewhere.
@@ -136,6 +139,7 @@ class Examples:
         self.rows = array("rows", (width,), np.int32, -1)
         self.scores = array("scores", (width,), np.float32, np.nan)
         self.labels = array("labels", (width,), np.float32, 0)
+        self.positions = array("positions", (width,), np.int32, 0)
         self.missed = array("missed", (missed,), np.float32, 0)
         self.users = array("users", (), np.int64, 0)
         self.times = array("times", (), np.int64, 0)
@@ -180,7 +184,7 @@ class Examples:
     def joined(self, other: Examples) -> Examples:
         """These requests and those of ``other``, which must be of the same dataset."""
         both = copy.copy(self)
-        for name, fill in (("rows", -1), ("scores", np.nan), ("labels", 0), ("missed", 0)):
+        for name, fill in (("rows", -1), ("scores", np.nan), ("labels", 0), ("positions", 0), ("missed", 0)):
             one, two = getattr(self, name), getattr(other, name)
             width = max(one.shape[1], two.shape[1])
             parts = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in (one, two)]
@@ -205,6 +209,8 @@ class Examples:
         self.rows[at][there] = self._features.catalogue.rows(part["item_ids"].explode().to_numpy())
         self.scores[at][there] = part["retrieval_scores"].explode().to_numpy()
         self.labels[at][there] = part["labels"].explode().to_numpy()
+        if POSITIONS in part.columns:
+            self.positions[at][there] = part[POSITIONS].explode().to_numpy()
         if self.optimum is not None:
             self.optimum[at][there] = part[OPTIMUM].explode().to_numpy()
         for row, gains in zip(self.missed[at], part["missed"].to_list(), strict=True):
@@ -233,6 +239,7 @@ class Examples:
         scores: NDArray[np.float32],
         labels: NDArray[np.float32],
         listed: int,
+        positions: NDArray[np.int32],
     ) -> Batch:
         """Pack the given candidates [B, N] of the requests ``which`` [B]."""
         spec = self._features.spec
@@ -250,7 +257,7 @@ class Examples:
             history_timestamps=past[2],
         )
         packed = self._features.packer.pack(lines).by_line()
-        return Batch(packed, labels, rows >= 0, rows, scores, listed)
+        return Batch(packed, labels, rows >= 0, rows, scores, listed, positions)
 
     def request(self, at: int, scenario: str) -> RankRequest:
         """A request of those in memory as a client would send it, for all its candidates back, with its history."""
@@ -276,7 +283,9 @@ class Examples:
 
     def whole(self, which: NDArray[np.int64]) -> Batch:
         """All candidates of the requests ``which`` [B], as they would be served."""
-        return self.batch(which, self.rows[which], self.scores[which], self.labels[which], self.rows.shape[1])
+        return self.batch(
+            which, self.rows[which], self.scores[which], self.labels[which], self.rows.shape[1], self.positions[which]
+        )
 
     def sample(
         self,
@@ -292,11 +301,13 @@ class Examples:
         serving, where scores come for all candidates or for none.
         """
         rows, scores, labels = self.rows[which], self.scores[which], self.labels[which]
+        positions = self.positions[which]
         if candidates < rows.shape[1]:
             priority = rng.random(rows.shape) + (labels > 0) - 2 * (rows < 0)
             kept = np.sort(np.argpartition(-priority, candidates - 1, axis=1)[:, :candidates], axis=1)
             at = np.arange(len(which))[:, None]
             rows, scores, labels = rows[at, kept], scores[at, kept], labels[at, kept]
+            positions = positions[at, kept]
         listed = rows.shape[1]
         if with_scores:
             unscored = (np.isnan(scores) & (rows >= 0)).any(1)
@@ -310,4 +321,5 @@ class Examples:
                 rows = np.concatenate([rows, np.where(taken, -1, drawn)], 1)
                 labels = np.concatenate([labels, np.zeros(drawn.shape, np.float32)], 1)
                 scores = np.full(rows.shape, np.nan, np.float32)
-        return self.batch(which, rows, scores, labels, listed)
+                positions = np.concatenate([positions, np.zeros(drawn.shape, np.int32)], 1)
+        return self.batch(which, rows, scores, labels, listed, positions)

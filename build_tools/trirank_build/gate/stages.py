@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from trirank import RankClient
+from trirank_backend.policies import Policy
 from trirank_backend.scoring import exact_engines, load_ranker, rankers_of
 
 from trirank_build.data.dataset import Dataset
@@ -23,7 +24,6 @@ from trirank_build.engines.latency import latencies, scoring_calls
 from trirank_build.errors import BadCheckpoint
 from trirank_build.features.examples import Examples
 from trirank_build.progress import working
-from trirank_build.recipe import PolicyRecipe
 from trirank_build.repository.assemble import assemble
 from trirank_build.serving.server import TritonServer
 from trirank_build.training.run import BEST, TrainedRun
@@ -131,12 +131,13 @@ def _live(
     run: TrainedRun, dataset: Dataset, onnx_path: Path, engine: str, examples: Examples
 ) -> tuple[NDArray[np.float32], float]:
     """The scores that a real server answers, under a policy that changes nothing, and the median time of a call."""
-    policies = run.recipe.policies | {_SCENARIO: PolicyRecipe(deduplicate=False)}
-    neutral = replace(run, recipe=run.recipe.model_copy(update={"policies": policies}))
     scores = np.full(examples.rows.shape, -np.inf, np.float32)
     took = []
     with tempfile.TemporaryDirectory(prefix="trirank-gate-") as folder:
-        release = assemble(neutral, dataset, onnx_path, Path(folder), engine=engine, allow_failing_gate=True)
+        release = assemble(
+            run, dataset, onnx_path, Path(folder), engine=engine, allow_failing_gate=True,
+            policies={_SCENARIO: Policy(keep_unavailable=True)},
+        )  # fmt: skip
         with TritonServer(release) as server, RankClient(server.grpc, deadline_s=_DEADLINE_S) as client:
             server.wait_ready()
             for at in range(len(examples)):

@@ -153,6 +153,25 @@ def yes_or_no(column: pl.Series, report: Report) -> pl.Series:
     return found.alias(column.name)
 
 
+def shares(column: pl.Series, report: Report) -> pl.Series:
+    """Float64 from -1 to 1, null where it is not known; ``12 %`` and ``12%`` are 0.12."""
+    text = known(column).str.replace(",", ".", literal=True)
+    percent = text.str.ends_with("%")
+    number = text.str.strip_chars(" %").cast(pl.Float64, strict=False)
+    found = pl.select(pl.when(percent).then(number / 100).otherwise(number)).to_series()
+    found = pl.select(pl.when(found.abs() <= 1).then(found)).to_series()
+    report.read(column.name, text, found, "left unknown; write a share of the price such as 0.25, or 25 %")
+    return found.alias(column.name)
+
+
+def words(column: pl.Series) -> pl.Series:
+    """List(String): of lists, or of text with commas, semicolons or bars between the words."""
+    if column.dtype == pl.List(pl.String):
+        return column
+    split = known(column).str.replace_all(r"[;|]", ",").str.split(",")
+    return split.list.eval(pl.element().str.strip_chars()).list.eval(pl.element().filter(pl.element() != ""))
+
+
 def behaviours(column: pl.Series, extra: Mapping[str, Behaviour | None], report: Report) -> pl.Series:
     """Int8 codes of Behaviour, null for a word that nobody knows or that ``extra`` maps to None.
 

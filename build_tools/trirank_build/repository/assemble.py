@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 import polars as pl
 from trirank import contract
-from trirank_backend.histories import Events, SqliteUserStore
-from trirank_backend.policies import check_policy, save_policies
+from trirank_backend.attributes import FOLDER
+from trirank_backend.errors import InvalidRelease
+from trirank_backend.policies import SHIPPED, Items, Policy, Release, load_policies
+from trirank_backend.release import POLICIES, load_features
 from trirank_backend.scoring import ENGINES, exact_engines
 
 from trirank_build.artefacts import file_digest, tree_digests
@@ -24,6 +26,7 @@ from trirank_build.engines.plan import PlanManifest, load_plan_manifest
 from trirank_build.errors import BadModel
 from trirank_build.export.onnx import check_onnx
 from trirank_build.features.fitting import refresh_features
+from trirank_build.features.rule_attributes import rule_attributes
 from trirank_build.features.vocabulary import FILE as VOCABULARY
 from trirank_build.repository.configs import Instances, RankerRuntime, model_configs
 from trirank_build.repository.model_card import model_card
@@ -60,12 +63,13 @@ def assemble(
     provider: str = "cpu",
     threads: int = 1,
     allow_failing_gate: bool = False,
+    policies: Mapping[str, Policy] | None = None,
 ) -> Path:
     """Write a release below ``out`` under its digest, or find it there already; gives its directory. What is told of it
     (card and manifest: its gate, say) is the newest in either case.
 
     Args:
-        dataset: what the run was trained on, or a newer one of the same shop, from which catalogue, histories and
+        dataset: what the run was trained on, or a newer one of the same shop, from which catalogue and
             recorded requests then come, in the words that the ranker was trained with.
         runtime: one of repository.configs.RUNTIMES.
         pipeline: one of repository.configs.PIPELINES.
@@ -74,10 +78,12 @@ def assemble(
         provider, threads: of the runtime ``onnxruntime``.
         allow_failing_gate: take a graph whose gate failed, or a compressed one that went through none. The manifest
             says so.
+        policies: scenario → policy, beside the shipped ones or in their place.
 
     Raises:
         BadModel: the graph or a plan does not fit the contract, the features or its report, or its gate failed.
         BadData: the dataset is of another kind or shop than the run was trained on, or the ranker holds its catalogue.
+        InvalidRelease: a policy does not fit the items or the ranker.
     """
     refreshed = run.facts["dataset"]["digest"] != dataset.description.digest
     if refreshed:
@@ -96,9 +102,6 @@ def assemble(
         engine = gate["engine"] if gate else chosen_engine(onnx_path, spec, exact_engines())
     compatible = [f"{m.sm}.plan" for _, m in plan_files if m.hardware_compatibility != "none"]
     chosen = RankerRuntime(runtime, engine or "", provider, threads, capabilities, next(iter(compatible), ""))
-    policies = run.recipe.policies_for(spec.tasks)
-    for name, policy in policies.items():
-        check_policy(name, policy, spec.tasks)
     configs = model_configs(spec.shape, chosen, instances or Instances(), pipeline, dataset.description.ids)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -122,8 +125,7 @@ def assemble(
             (scratch / FEATURES / VOCABULARY).unlink()
         else:
             shutil.copytree(run.directory / FEATURES, scratch / FEATURES, ignore=shutil.ignore_patterns(VOCABULARY))
-        save_policies(policies, scratch / FEATURES / "policies.json")
-        SqliteUserStore.write(scratch / FEATURES / "users.sqlite", _histories(dataset.events))
+        _write_rules(scratch / FEATURES, dataset.items, load_policies(SHIPPED) | dict(policies or {}))
         dataset.items.select("item_id", "key", "title", "brand", "category", "price").write_parquet(scratch / ITEMS)
         (scratch / REQUESTS).write_text(json.dumps(_recorded(dataset), indent=1) + "\n")
 
@@ -156,6 +158,23 @@ def assemble(
         return settle(scratch, out / release)
 
 
+def _write_rules(features: Path, items: pl.DataFrame, policies: Mapping[str, Policy]) -> None:
+    """Policies, and what they read of items.
+
+    Raises:
+        InvalidRelease: a policy does not fit.
+    """
+    spec, catalogue = load_features(features)
+    attributes = rule_attributes(items, catalogue, spec)
+    attributes.save(features / FOLDER)
+    bound_to = Release(Items.of(catalogue, attributes), attributes, spec.tasks)
+    (features / POLICIES).mkdir()
+    for name, policy in policies.items():
+        if problems := policy.problems(bound_to):
+            raise InvalidRelease(f"policy {name}: {'; '.join(problems)}")
+        (features / POLICIES / f"{name}.toml").write_text(policy.text())
+
+
 def _checked_plans(plans: list[Path], onnx_path: Path, runtime: str) -> list[tuple[Path, PlanManifest]]:
     if runtime != "tensorrt":
         if plans:
@@ -177,17 +196,6 @@ def _checked_plans(plans: list[Path], onnx_path: Path, runtime: str) -> list[tup
             raise BadModel(f"{plan} has no profile for each of the buckets {contract.BUCKETS}; build again")
         checked.append((plan, manifest))
     return checked
-
-
-def _histories(events: pl.DataFrame) -> Iterator[tuple[int, Events]]:
-    grouped = (
-        events.sort("user_id", "timestamp", maintain_order=True)
-        .group_by("user_id", maintain_order=True)
-        .agg("item_id", pl.col("behaviour").cast(pl.Int32), "timestamp")
-    )
-    for user, items, behaviours, times in zip(*(grouped[column] for column in grouped.columns), strict=True):
-        newest = slice(-contract.MAX_HISTORY, None)
-        yield user, Events(items.to_numpy()[newest], behaviours.to_numpy()[newest], times.to_numpy()[newest])
 
 
 def _recorded(dataset: Dataset) -> list[dict[str, Any]]:

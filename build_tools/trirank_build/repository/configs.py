@@ -112,6 +112,12 @@ def model_configs(
     return {name: config_text(config) for name, config in configs.items()}
 
 
+def feedback_config() -> Any:
+    """The configuration of the model that takes feedback. What comes while a batch is on its way to the disk is the
+    next batch: the more events, the more of them a commit has."""
+    return _python(contract.FEEDBACK, contract.FEEDBACK_REQUEST, contract.FEEDBACK_RESPONSE, 1, ragged=False)
+
+
 def front(model: Any, name: str) -> Any:
     """An ensemble of one model alone. Pointing it at another model is one step, and a request holds on to the one that
     it was taken up by."""
@@ -325,7 +331,8 @@ def templates() -> dict[str, str]:
     """Folder of ``model_repository/`` → text of its config.pbtxt."""
     runtime, instances = RankerRuntime(), Instances()
     single = model_configs(OPEN_SHAPE, runtime, instances, "single")[contract.ENSEMBLE]
-    return model_configs(OPEN_SHAPE, runtime, instances) | {"single": single}
+    feedback = config_text(feedback_config())
+    return model_configs(OPEN_SHAPE, runtime, instances) | {"single": single, contract.FEEDBACK: feedback}
 
 
 def main() -> None:

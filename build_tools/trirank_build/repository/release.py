@@ -1,7 +1,8 @@
 """A release: an immutable model repository with all that it needs, named by its content.
 
 ``models/``         the model repository that Triton serves
-``features/``       what preprocess and rerank read: catalogue, tokeniser, policies, user histories
+``features/``       what preprocess and rerank read: catalogue, tokeniser, policies and what these read of items;
+                    nothing of users
 ``items.parquet``   titles, brands and prices, for people
 ``requests.json``   recorded requests, each scenario among them, that prove readiness
 ``MODEL_CARD.md``   what it is, from what, and how good

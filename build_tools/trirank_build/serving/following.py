@@ -13,6 +13,7 @@ from trirank_build.errors import BadUsage, ServeError, TrirankBuildError
 from trirank_build.progress import out, warn
 from trirank_build.repository.store import CURRENT, in_use, refuse_damaged
 from trirank_build.serving.server import Ports, TritonServer
+from trirank_build.serving.stores import Stores
 
 POLL_S, AGAIN_S = 0.5, 15.0
 PROBE_S, PROBES = 3.0, 3
@@ -29,6 +30,7 @@ def serve(
     follow: bool,
     addresses: Path | None,
     log: Path | None = None,
+    stores: Stores | None = None,
 ) -> None:
     """Serve until KeyboardInterrupt.
 
@@ -37,6 +39,7 @@ def serve(
             cannot be served changes nothing but a line that says why.
         addresses: file to write the addresses to, as JSON, when ready.
         log: file that Triton's words go to; None: one that is gone when the server stops. Errors are shown in any case.
+        stores: what lies beside the release.
 
     Raises:
         ServeError: the server cannot be started, has ended, or answers no more.
@@ -46,8 +49,9 @@ def serve(
         raise BadUsage(f"{release} is a folder of releases; serve {release / CURRENT}, or one of them")
     refuse_damaged(release.resolve(), "served")
     with TritonServer(
-        release, ports=ports, tritonserver=tritonserver, host=host, fallback=fallback, swappable=follow, log=log
-    ) as server:
+        release, ports=ports, tritonserver=tritonserver, host=host, fallback=fallback, swappable=follow, log=log,
+        stores=stores,
+    ) as server:  # fmt: skip
         server.wait_ready()
         found = {"grpc": server.grpc, "http": server.http, "metrics": server.metrics, "pid": os.getpid(),
                  "tritonserver_pid": server.pid}  # fmt: skip

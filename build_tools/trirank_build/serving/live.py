@@ -16,7 +16,14 @@ from typing import Any
 from trirank import contract
 
 from trirank_build.artefacts import atomic_directory, atomic_file
-from trirank_build.repository.configs import RankerRuntime, config_text, front, packed_shape, ranker_config
+from trirank_build.repository.configs import (
+    RankerRuntime,
+    config_text,
+    feedback_config,
+    front,
+    packed_shape,
+    ranker_config,
+)
 from trirank_build.repository.release import GRAPH, MODELS, TEMPLATES, load_manifest, model_config
 
 
@@ -109,6 +116,14 @@ class LiveRepository:
                         (scratch / "1" / file.name).symlink_to(file)
         if served.pipeline != "single":
             self._write(served.ensemble(served.entry))
+
+    def add_feedback(self) -> None:
+        """Put the model that takes feedback beside them; it is no release's."""
+        folder = self.folder / contract.FEEDBACK
+        (folder / "1").mkdir(parents=True)
+        (folder / "config.pbtxt").write_text(config_text(feedback_config()))
+        shutil.copyfile(TEMPLATES / contract.FEEDBACK / "1" / "model.py", folder / "1" / "model.py")
+        py_compile.compile(str(folder / "1" / "model.py"))
 
     def point(self, served: Served) -> None:
         """Give ``rank`` the steps of a release that has been added."""

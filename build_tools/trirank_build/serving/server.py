@@ -22,6 +22,7 @@ from typing import Any
 
 from trirank import DeadlineExceeded, Overloaded, RankClient, RankError, contract
 from trirank_backend.compiled import need_compiling
+from trirank_backend.surroundings import COUNTS_VARIABLE, SERVED_VARIABLE
 from tritonclient.utils import InferenceServerException
 
 from trirank_build.errors import BadModel, ServeError
@@ -29,6 +30,7 @@ from trirank_build.progress import warn, working
 from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.fitness import unfit
 from trirank_build.serving.live import LiveRepository, Served
+from trirank_build.serving.stores import Stores
 from trirank_build.serving.swapping import CONTROL_HEADER, Control, retire, switch, warm_up
 from trirank_build.serving.tritonserver import find_tritonserver
 
@@ -79,6 +81,7 @@ class TritonServer:
         fallback: str | None = None,
         swappable: bool = False,
         log: Path | None = None,
+        stores: Stores | None = None,
     ) -> None:
         """Start it; ``wait_ready`` tells when it works.
 
@@ -86,12 +89,15 @@ class TritonServer:
             fallback: engine of the runtime ``python`` that scores where the release's own runtime cannot run here.
             swappable: whether ``swap`` shall work. Triton's model control is then open to this object alone.
             log: file that Triton's words go to; None: one that is gone when the server stops.
+            stores: what lies beside the release; None: nothing, so that all users are new.
 
         Raises:
             ServeError: no server is found, a port is in use, shared memory is short, or the release's runtime cannot
                 run here and there is no fallback.
             BadModel: ``release`` is none.
         """
+        stores = stores or Stores()
+        stores.check()
         _sweep()
         _check_shared_memory()
         _compile_kernels()
@@ -112,6 +118,13 @@ class TritonServer:
             self._live = LiveRepository(self._scratch / "models")
             self._live.add(self.served)
             self._live.point(self.served)
+            self._say_served(self.served)
+            if stores.users is not None:
+                self._live.add_feedback()
+            environment = {
+                **os.environ, **binary.environment, **stores.environment(), SERVED_VARIABLE: str(self._said),
+                COUNTS_VARIABLE: str(self._scratch / "counts.npy"),
+            }  # fmt: skip
             ports = ports or Ports()
             numbers = _checked_ports(host, ports)
             self.grpc, self.http, self.metrics = (f"{host}:{number}" for number in numbers)
@@ -119,7 +132,7 @@ class TritonServer:
                 str(binary.path),
                 *binary.arguments,
                 f"--model-repository={self._live.folder}",
-                *self._model_control(swappable),
+                *self._model_control(swappable, stores.users is not None),
                 "--disable-auto-complete-config",
                 *(f"--{name}-address={host}" for name in ("grpc", "http", "metrics")),
                 *(f"--{name}-port={number}" for name, number in zip(("grpc", "http", "metrics"), numbers, strict=True)),
@@ -133,7 +146,7 @@ class TritonServer:
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **binary.environment},
+                    env=environment,
                     start_new_session=True,
                     preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
@@ -194,10 +207,19 @@ class TritonServer:
                 f"{release} cannot be served: {error}; Triton's last words: {self._last_words()}"
             ) from error
         self.served = new
+        self._say_served(new)
         try:
             retire(self._control, self._live, old)
         except ServeError as error:
             warn(f"{new.name} is served, but models of {old.name} are still loaded: {error}")
+
+    def _say_served(self, served: Served) -> None:
+        """Tell the models that belong to no release."""
+        self._said = self._scratch / "served"
+        scratch = self._said.with_name("served.new")
+        scratch.unlink(missing_ok=True)
+        scratch.symlink_to(served.release)
+        scratch.replace(self._said)
 
     def check_alive(self) -> None:
         """Raises ServeError with the reason if the server has ended."""
@@ -294,7 +316,7 @@ class TritonServer:
             warn(f"{'; '.join(problems)}: {self._fallback} in the Python backend scores instead")
         return Served.of(release, self._fallback if problems else None)
 
-    def _model_control(self, swappable: bool) -> list[str]:
+    def _model_control(self, swappable: bool, feedback: bool) -> list[str]:
         if not swappable:
             return ["--model-control-mode=none"]
         # Whoever can load models can run code, so only who knows this word may (it is in the process list, where
@@ -307,6 +329,7 @@ class TritonServer:
             # the old one all the while, and a load balancer drops every replica that follows the link at once.
             "--strict-readiness=false",
             f"--load-model={contract.ENSEMBLE}",
+            *([f"--load-model={contract.FEEDBACK}"] if feedback else []),
             f"--grpc-restricted-protocol=model-repository:{CONTROL_HEADER}={secret}",
             f"--http-restricted-api=model-repository:{CONTROL_HEADER}={secret}",
         ]

@@ -26,12 +26,15 @@ _FROZEN = {"nothing": (), "embeddings": ("embedding",), "encoder": ("embedding",
                                                                    "log_temperature")}  # fmt: skip
 
 RANKING = "ranking"
+LARGEST_WEIGHT = np.float32(10)
+"""Of one choice; inverse propensities have no bound, and a few would be all that is learned from."""
 FIT = 0.8
 """Share of the held-out choices that the ranker learns from; the others say when to stop."""
 
 
 class RankingStep(nn.Module):
-    """The ranker's inputs with labels and valid [B, N], and log_q [B, N] where it is corrected → the loss."""
+    """The ranker's inputs with labels and valid [B, N], log_q [B, N] where it is corrected, and weights [B, N] of what
+    was chosen where positions are → the loss."""
 
     def __init__(self, model: nn.Module, recipe: TrainingRecipe, tasks: dict[str, float]) -> None:
         super().__init__()
@@ -41,13 +44,23 @@ class RankingStep(nn.Module):
         weights = None if given == "learned" else torch.tensor([float(dict(given).get(t, 1.0)) for t in tasks])
         self.weights = TaskWeights(weights, len(tasks))
 
-    def forward(self, labels: Tensor, valid: Tensor, log_q: Tensor | None = None, **inputs: Tensor) -> Tensor:
+    def forward(
+        self,
+        labels: Tensor,
+        valid: Tensor,
+        log_q: Tensor | None = None,
+        propensity_weights: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
         scores = self.model(**inputs).float()
-        return self.judge(scores if log_q is None else scores - log_q[..., None], labels, valid)
+        return self.judge(scores if log_q is None else scores - log_q[..., None], labels, valid, propensity_weights)
 
-    def judge(self, scores: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def judge(self, scores: Tensor, labels: Tensor, valid: Tensor, propensity_weights: Tensor | None = None) -> Tensor:
         """The loss of scores [B, N, T]."""
-        return self.weights(self.loss(scores, targets_of(labels, self.thresholds), valid))
+        targets = targets_of(labels, self.thresholds)
+        if propensity_weights is not None:
+            targets = targets * propensity_weights[..., None]
+        return self.weights(self.loss(scores, targets, valid))
 
 
 class Ranking:
@@ -91,6 +104,10 @@ class Ranking:
             hidden = torch.from_numpy(rng.random(batch.labels.shape) < settings.item_dropout)
             tensors["candidates"][..., 0].masked_fill_(hidden, 0)
         tensors |= {"labels": torch.from_numpy(batch.labels), "valid": torch.from_numpy(batch.valid)}
+        if settings.position_bias:
+            tensors["propensity_weights"] = torch.from_numpy(
+                propensity_weights(batch.positions, settings.position_bias)
+            )
         if settings.log_q and not with_scores and self._sampler is not None:
             # What the list holds was put there; the others are corrected relative to an even draw.
             relative = self._sampler.log_q(batch.rows) + np.float32(np.log(self._sampler.items))
@@ -101,6 +118,12 @@ class Ranking:
     def validate(self) -> float:
         """NDCG@10 over the candidates of validation requests."""
         return valid_ndcg(self._model, self._valid)
+
+
+def propensity_weights(positions: NDArray[np.int32], bias: float) -> NDArray[np.float32]:
+    """One over the chance k^-bias that a position (from 1; 0: not known, taken as looked at) was looked at, clipped."""
+    seen = np.maximum(positions, 1).astype(np.float32) ** np.float32(bias)
+    return np.minimum(seen, LARGEST_WEIGHT).astype(np.float32)
 
 
 def logged(

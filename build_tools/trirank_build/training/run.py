@@ -88,8 +88,8 @@ class TrainedRun:
         events = own["counts"]["events"], given.counts["events"]
         if events[1] < events[0] / 2:
             warn(
-                f"{given.source} has {events[1]:,} events, {self.directory} was trained on {events[0]:,}: histories "
-                "come from the newer log alone, so give one of the same span of time, the newest days included"
+                f"{given.source} has {events[1]:,} events, {self.directory} was trained on {events[0]:,}: popularity "
+                "is counted in the newer log alone, so give one of the same span of time, the newest days included"
             )
         if self.features.spec.folded:
             raise BadData(

@@ -12,7 +12,17 @@ from trirank_build.errors import BadData
 from trirank_build.preparation.cleaning import EARLIEST, Report
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.sources.tables import read_table, read_text, require
-from trirank_build.preparation.values import IdKind, are_numbers, id_text, prices, seconds, to_ids, yes_or_no
+from trirank_build.preparation.values import (
+    IdKind,
+    are_numbers,
+    id_text,
+    prices,
+    seconds,
+    shares,
+    to_ids,
+    words,
+    yes_or_no,
+)
 
 _DEFAULTS: dict[str, pl.Expr] = {
     "title": pl.lit(""),
@@ -23,6 +33,9 @@ _DEFAULTS: dict[str, pl.Expr] = {
     "created_at": pl.lit(0),
     "attributes": pl.lit([], dtype=pl.List(pl.String)),
     "available": pl.lit(True),
+    "seller": pl.lit(""),
+    "margin": pl.lit(float("nan")),
+    "regions": pl.lit([], dtype=pl.List(pl.String)),
 }
 NAMES_OF_ID = ("itemid", "item", "sku", "id")
 
@@ -39,7 +52,8 @@ def complete(items: pl.DataFrame) -> pl.DataFrame:
 
 def open_items(path: Path, options: PrepareOptions, report: Report) -> pl.DataFrame:
     """An item file as it stands there, its ids as text in the column ``item_id``: a table with any of title, brand,
-    category, price, product_id, created_at, available; or JSON that maps item ids to lists of attributes.
+    category, price, product_id, created_at, available, seller, margin, regions; or JSON that maps item ids to lists
+    of attributes.
 
     Raises:
         BadData: it cannot be read, or ``item_id`` is missing.
@@ -87,12 +101,16 @@ def read_items(table: pl.DataFrame, kind: IdKind, report: Report) -> pl.DataFram
     columns = [to_ids(table["item_id"], kind), id_text(table["item_id"]).alias("key")]
     for name in table.columns:
         column = table[name]
-        if name in ("title", "brand", "category"):
+        if name in ("title", "brand", "category", "seller"):
             columns.append(column.cast(pl.String).str.strip_chars())
         elif name == "price":
             columns.append(prices(column, report))
         elif name == "created_at":
             columns.append(_plausible(seconds(column, report), report))
+        elif name == "margin":
+            columns.append(shares(column, report))
+        elif name == "regions":
+            columns.append(words(column))
         elif name == "available":
             columns.append(yes_or_no(column, report))
         elif name == "product_id":

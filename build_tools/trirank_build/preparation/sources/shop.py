@@ -58,6 +58,7 @@ STYLES = (
     "classic", "compact", "premium", "everyday", "outdoor", "slim", "heavy duty", "lightweight", "foldable", "modern",
     "vintage", "kids",
 )  # fmt: skip
+SELLERS = ("Harbour Trade", "Nordlicht", "Quick & Co", "Casa Verde", "Old Mill", "Blue Door")
 COLOURS = ("black", "white", "red", "blue", "green", "grey", "yellow", "brown")
 
 
@@ -301,6 +302,7 @@ def _events_of(requests: pl.DataFrame) -> pl.DataFrame:
 
 def _item_table(world: _World) -> pl.DataFrame:
     items = len(world.product)
+    beside = np.random.default_rng(items)  # what no choice depends on
     names = [
         np.array(words)[index]
         for words, index in (
@@ -322,6 +324,9 @@ def _item_table(world: _World) -> pl.DataFrame:
             "created_at": world.created,
             "attributes": pl.Series([[]] * items, dtype=pl.List(pl.String)),
             "available": np.ones(items, bool),
+            "seller": np.array(SELLERS)[beside.integers(len(SELLERS), size=items)],
+            "margin": np.round(beside.uniform(0.05, 0.5, items), 3),
+            "regions": pl.Series([[]] * items, dtype=pl.List(pl.String)),
         }
     )
 

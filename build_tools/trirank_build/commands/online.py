@@ -1,0 +1,166 @@
+"""`trirank policy`, `trirank catalogue` and `trirank users`: what lies beside a release, and changes more often."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from trirank import contract
+from trirank_backend.errors import InvalidPolicy
+from trirank_backend.stores.store import Store, hide_password, open_store
+from trirank_backend.surroundings import USERS_VARIABLE
+
+from trirank_build.commands.options import Json, check_target
+from trirank_build.errors import BadUsage
+from trirank_build.progress import out, warn, working
+
+policy_app = typer.Typer(help="Check what a scenario wants of its results.", no_args_is_help=True)
+catalogue_app = typer.Typer(help="Change prices, stock and blocks while serving.", no_args_is_help=True)
+users_app = typer.Typer(help="Fill, read and empty a user store.", no_args_is_help=True)
+
+Address = Annotated[
+    str, typer.Option("--users", envvar=USERS_VARIABLE, help="The user store: sqlite:PATH or redis://HOST:PORT.")
+]
+OfRelease = Annotated[Path | None, typer.Option("--release", help="Hold it against this release, too.")]
+
+
+@policy_app.command("check")
+def check_policy(
+    file: Annotated[Path, typer.Argument(help="Policy file; its name is the scenario's.")],
+    release: OfRelease = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether a policy is one, and what its rules are; with --release, whether they fit."""
+    from trirank_backend.policies import load_policy
+
+    policy = load_policy(file)
+    absent: list[str] = []
+    if release is not None:
+        from trirank_backend.release import FEATURES
+        from trirank_backend.rules import load_rules
+
+        from trirank_build.repository.release import load_manifest
+
+        load_manifest(release)
+        rules, _ = load_rules(release / FEATURES)
+        if problems := policy.problems(rules):
+            raise InvalidPolicy(f"policy {file} does not fit {release.resolve().name}: {'; '.join(problems)}")
+        absent = policy.absent(rules)
+    rows = [(number, rule.rule, _settings(rule)) for number, rule in enumerate(policy.rules, 1)]
+    if as_json:
+        said = [{"rule": name, "settings": settings} for _, name, settings in rows]
+        print(json.dumps({"scenario": file.stem, "rules": said, "absent": absent}))
+        return
+    table = Table("", "rule", "settings", title=f"{file.stem}: {policy.description or 'a policy'}")
+    for number, name, settings in rows:
+        table.add_row(str(number), name, settings)
+    out.print(table)
+    for each in absent:
+        warn(f"{each}; it works without")
+
+
+def _settings(rule: object) -> str:
+    chosen = rule.model_dump(exclude={"rule"}, exclude_defaults=True)  # type: ignore[attr-defined]
+    return ", ".join(f"{name} = {value}" for name, value in chosen.items())
+
+
+@policy_app.command("list")
+def list_policies(release: OfRelease = None) -> None:
+    """The policies of a release, or those that are shipped."""
+    from trirank_backend.policies import SHIPPED, load_policies
+    from trirank_backend.release import FEATURES, POLICIES
+
+    folder = SHIPPED if release is None else release / FEATURES / POLICIES
+    table = Table("scenario", "rules", "", title=str(folder))
+    for name, policy in load_policies(folder).items():
+        table.add_row(name, ", ".join(str(rule.rule) for rule in policy.rules), policy.description)
+    out.print(table)
+
+
+@catalogue_app.command("update")
+def update_catalogue(
+    delta: Annotated[Path, typer.Argument(help="CSV or JSON lines of item_id and any of price, stock, blocked.")],
+    release: Annotated[Path, typer.Option(help="The release whose items it tells of.")],
+    catalogue: Annotated[
+        Path | None, typer.Option(help="The file that servers read; catalogue.npy beside the releases by default.")
+    ] = None,
+    skip_unknown: Annotated[
+        bool, typer.Option("--skip-unknown", help="Leave out items that the release does not have.")
+    ] = False,
+) -> None:
+    """Change prices, stock and blocks; servers see it within a second."""
+    from trirank_build.online.catalogue import apply_delta
+    from trirank_build.serving.stores import CATALOGUE
+
+    place = catalogue or release.absolute().parent / CATALOGUE
+    done = apply_delta(delta, place, release, skip_unknown)
+    if done.unknown:
+        warn(f"{done.unknown} of {done.rows} rows tell of items that the release does not have, and were left out")
+    out.print(f"{place} tells of {done.items:,} items now")
+
+
+@users_app.command("import")
+def import_users(
+    data: Annotated[Path, typer.Argument(help="A prepared dataset, whose events are added.")],
+    users: Address,
+) -> None:
+    """Add the histories of a dataset; what is there already is not added twice."""
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.online.users import import_users as add_users
+
+    dataset = Dataset.load(data)
+    if not dataset.description.timed:
+        warn("the dataset's timestamps are places in a sequence, no times: later feedback counts as newer all the same")
+    with _opened(users) as store, working("adding histories"):
+        count = add_users(dataset.events, store)
+    out.print(f"{count:,} users' histories are in {hide_password(users)}")
+
+
+@users_app.command("export")
+def export_users(
+    users: Address,
+    target: Annotated[Path | None, typer.Option("--out", help="File to write all users to, JSON lines.")] = None,
+    user: Annotated[
+        str | None, typer.Option(help="One user: all that is known, log included, to the terminal.")
+    ] = None,
+) -> None:
+    """Write what is known of users."""
+    from trirank_build.online import users as of_users
+
+    if (target is None) == (user is None):
+        raise BadUsage("say --user ID for one user, or --out FILE for all")
+    with _opened(users) as store:
+        if user is not None:
+            print(json.dumps(of_users.export_user(store, _user_id(user)), indent=1))
+        elif target is not None:
+            check_target(target, "an export", file=True)
+            out.print(f"{of_users.export_users(store, target):,} users are in {target}")
+
+
+@users_app.command("erase")
+def erase_user(
+    user: Annotated[str, typer.Argument(help="The user's id, as callers send it.")],
+    users: Address,
+) -> None:
+    """Forget a user everywhere in the store, the log of events included."""
+    with _opened(users) as store:
+        gone = store.erase(_user_id(user))
+    out.print(f"{gone} events of user {user} are gone" if gone else f"nothing was known of user {user}")
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[Store]:
+    store = open_store(address)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _user_id(text: str) -> int:
+    return int(text) if text.lstrip("-").isdigit() else contract.stable_id(text)

@@ -1,0 +1,1 @@
+"""Beside what is served: users, feedback, and what changes of the catalogue."""

@@ -1,0 +1,33 @@
+"""What servers wrote down of requests (trirank_backend.request_log), read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trirank_build.errors import BadData
+
+
+def logged_requests(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of all files of a folder, in order of time. A last line that is not whole, as a killed server leaves
+    it, is left out.
+
+    Raises:
+        BadData: there is no file, or a line in the middle of one is none.
+    """
+    files = sorted(folder.glob("requests-*.jsonl"))
+    if not files:
+        raise BadData(f"{folder} holds no requests-*.jsonl; serve with --log-requests {folder}")
+    for file in files:
+        lines = file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                if number == len(lines):
+                    return
+                raise BadData(f"{file}, line {number} is no JSON ({error}); leave the file out") from error

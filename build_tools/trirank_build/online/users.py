@@ -1,0 +1,98 @@
+"""`trirank users`: a store's users, from a dataset, to a file, and gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trirank import contract
+from trirank.contract import EventKind
+from trirank_backend.histories import Events
+from trirank_backend.stores.store import Store
+
+from trirank_build.artefacts import atomic_file
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_CHUNK = 1_000
+
+
+def import_users(events: pl.DataFrame, store: Store) -> int:
+    """Add the histories of a dataset's events to a store; gives how many users that are. What is there stays, and what
+    is there already is not added twice.
+
+    Raises:
+        StoreFailed: the store does not answer. Users before that are in it, and it can be done again.
+    """
+    count, chunk = 0, []
+    for user, history in histories(events):
+        chunk.append((user, history))
+        if len(chunk) == _CHUNK:
+            store.put(chunk)
+            chunk = []
+        count += 1
+    if chunk:
+        store.put(chunk)
+    return count
+
+
+def histories(events: pl.DataFrame) -> Iterator[tuple[int, Events]]:
+    """Each user's newest events, oldest first."""
+    import polars as pl
+
+    grouped = (
+        events.sort("user_id", "timestamp", maintain_order=True)
+        .group_by("user_id", maintain_order=True)
+        .agg("item_id", pl.col("behaviour").cast(pl.Int32), "timestamp")
+    )
+    for user, items, behaviours, times in zip(*(grouped[column] for column in grouped.columns), strict=True):
+        newest = slice(-contract.MAX_HISTORY, None)
+        yield user, Events(items.to_numpy()[newest], behaviours.to_numpy()[newest], times.to_numpy()[newest])
+
+
+def export_user(store: Store, user: int) -> dict[str, Any]:
+    """All that a store has of a user, as JSON."""
+    past = store.get([user]).get(user)
+    remembered = [] if past is None else [
+        {"item_id": item, "kind": EventKind(behaviour).name.lower(), "timestamp": moment}
+        for item, behaviour, moment in zip(
+            past.events.item_ids.tolist(), past.events.behaviours.tolist(), past.events.timestamps.tolist(), strict=True
+        )
+    ]  # fmt: skip
+    disliked = [] if past is None else past.disliked.tolist()
+    logged = [
+        {**event._asdict(), "kind": EventKind(event.kind).name.lower()}
+        for event in all_events(store)
+        if event.user_id == user
+    ]
+    return {"user_id": user, "remembered": remembered, "disliked": disliked, "events": logged}
+
+
+def all_events(store: Store, after: str = "") -> Iterator[Any]:
+    """The events of a store's log, oldest first."""
+    while part := store.log(after):
+        yield from (stored.event for stored in part)
+        after = part[-1].place
+
+
+def export_users(store: Store, target: Path) -> int:
+    """Write all users' pasts as JSON lines; gives how many. The file is whole or not there."""
+    count = 0
+    with atomic_file(target) as scratch, scratch.open("w") as stream:
+        for user in store.users():
+            past = store.get([user]).get(user)
+            if past is None:
+                continue
+            row = {
+                "user_id": user,
+                "item_ids": past.events.item_ids.tolist(),
+                "behaviours": past.events.behaviours.tolist(),
+                "timestamps": past.events.timestamps.tolist(),
+                "disliked": past.disliked.tolist(),
+            }
+            stream.write(json.dumps(row) + "\n")
+            count += 1
+    return count

@@ -1,0 +1,169 @@
+"""``deduplicate``: of candidates that are alike, only the best stays.
+
+Alike are variants of a product, and items whose titles are nearly the same: MinHash (Broder, 1997) of the titles'
+letter trigrams, 32 hashes of which 8 bits are kept (Li and König, WWW 2010), in bands of four, so that only titles that
+agree in a whole band are compared at all. Identical ids have been dropped before, by preprocess.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from trirank.contract import Reason
+
+from trirank_backend.attributes import SKETCH
+from trirank_backend.compiled import kernel
+from trirank_backend.policies.page import Page
+from trirank_backend.policies.rule import Phase, Release, Rule, Step
+
+BAND = 4
+"""Hashes in a band."""
+_BANDS = SKETCH // BAND
+_BEST = Reason.BEST_VARIANT.value
+
+
+class Deduplicate(Rule):
+    """See the top of this file.
+
+    Attributes:
+        variants: whether one of each product stays.
+        titles: share of trigrams (Jaccard) from which titles count as the same; None: they are not compared.
+    """
+
+    rule: Literal["deduplicate"] = "deduplicate"
+    phase: ClassVar[Phase] = Phase.CHOOSE
+    reason: ClassVar[Reason | None] = Reason.BEST_VARIANT
+    variants: bool = True
+    titles: Annotated[float, Field(ge=0.5, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> Deduplicate:
+        if not self.variants and self.titles is None:
+            raise ValueError("neither variants nor titles are compared; say one of them")
+        return self
+
+    def bind(self, release: Release) -> Step:
+        """The step for a release."""
+        items = release.items
+        least = SKETCH + 1 if self.titles is None else round(self.titles * SKETCH)
+
+        def step(page: Page) -> None:
+            page.sort()
+            held = _NOBODY if page.held is None else page.held
+            page.count = keep_best(
+                page.order, page.count, page.rows, items.products, items.sketches, self.variants, least, held,
+                page.reasons,
+            )  # fmt: skip
+
+        return step
+
+
+_NOBODY = np.zeros(0, np.bool_)
+
+
+@kernel
+def keep_best(
+    order: NDArray[np.int32],
+    count: int,
+    rows: NDArray[np.int32],
+    products: NDArray[np.int32],
+    sketches: NDArray[np.uint8],
+    variants: bool,
+    least: int,
+    held: NDArray[np.bool_],
+    reasons: NDArray[np.int32],
+) -> Any:
+    """Keep the first of each kind, in order; gives how many.
+
+    Args:
+        least: hashes that have to agree for titles to be the same; above SKETCH: they are not compared.
+        held: [N] or [0]; what is held stays, and others like it go whatever their score.
+    """
+    size = 16
+    while size < 2 * count:
+        size *= 2
+    mask = size - 1
+    by_product = np.full(size, -1, np.int32)  # hash sets with open addressing, of places that stay
+    banded = least <= SKETCH
+    by_band = np.full((_BANDS, size), -1, np.int32) if banded else np.empty((_BANDS, 0), np.int32)
+    gone = np.zeros(count, np.bool_)
+    # What is held first: the others give way to it.
+    for turn in range(2 if len(held) else 1):
+        for at in range(count):
+            place = order[at]
+            if len(held) and held[place] != (turn == 0):
+                continue
+            row = rows[place]
+            product = products[row]
+            winner = np.int32(-1)
+            slot = np.int64(product) & mask
+            if variants and product >= 0:
+                while by_product[slot] >= 0 and products[rows[by_product[slot]]] != product:
+                    slot = (slot + 1) & mask
+                winner = by_product[slot]
+            titled = False
+            if banded and winner < 0:
+                for hash_at in range(SKETCH):
+                    titled |= sketches[row, hash_at] != 0
+                if titled:
+                    winner = _same_title(by_band, mask, rows, sketches, row, least)
+            if winner >= 0 and turn == (1 if len(held) else 0):
+                gone[at] = True
+                reasons[winner] |= _BEST
+                continue
+            if variants and product >= 0 and by_product[slot] < 0:
+                by_product[slot] = place
+            if titled:
+                _note_title(by_band, mask, sketches, row, place)
+    kept = 0
+    for at in range(count):
+        if not gone[at]:
+            order[kept] = order[at]
+            kept += 1
+    return kept
+
+
+@kernel
+def _band(sketches: NDArray[np.uint8], row: int, band: int) -> Any:
+    key = np.uint64(0)
+    for at in range(BAND):
+        key = (key << np.uint64(8)) | np.uint64(sketches[row, band * BAND + at])
+    return np.int64((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40))
+
+
+@kernel
+def _same_title(
+    by_band: NDArray[np.int32],
+    mask: int,
+    rows: NDArray[np.int32],
+    sketches: NDArray[np.uint8],
+    row: int,
+    least: int,
+) -> Any:
+    """The first place in any band of this title whose own title is the same; -1: none."""
+    for band in range(_BANDS):
+        slot = _band(sketches, row, band) & mask
+        while by_band[band, slot] >= 0:
+            other = rows[by_band[band, slot]]
+            in_band, agree = 0, 0  # a slot may hold what has another band, whose place was taken
+            for at in range(band * BAND, (band + 1) * BAND):
+                in_band += sketches[other, at] == sketches[row, at]
+            if in_band == BAND:
+                for at in range(SKETCH):
+                    agree += sketches[other, at] == sketches[row, at]
+            if agree >= least:
+                return by_band[band, slot]
+            slot = (slot + 1) & mask
+    return np.int32(-1)
+
+
+@kernel
+def _note_title(by_band: NDArray[np.int32], mask: int, sketches: NDArray[np.uint8], row: int, place: int) -> None:
+    for band in range(_BANDS):
+        slot = _band(sketches, row, band) & mask
+        while by_band[band, slot] >= 0:
+            slot = (slot + 1) & mask
+        by_band[band, slot] = place

@@ -1,0 +1,131 @@
+"""``filter``: leaves out candidates for what they are. What is sold out or blocked is left out without a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from trirank.contract import Signal
+
+from trirank_backend.compiled import kernel
+from trirank_backend.policies.page import Page
+from trirank_backend.policies.rule import (
+    DAY_S,
+    Amount,
+    Chooser,
+    Codes,
+    Phase,
+    Positive,
+    Release,
+    Rule,
+    Selection,
+    Step,
+    check_signals,
+    chosen,
+)
+
+
+class Filter(Rule, Selection):
+    """Drops what the selection chooses, and what is outside the limits; an unknown price or age is outside of any.
+
+    Attributes:
+        bought: what the user has bought; the same as the signal PURCHASED.
+        min_price, max_price: in the catalogue's currency.
+        min_age_days, max_age_days: since the item came into the catalogue.
+        min_stock: pieces; an item of whose stock nothing is known stays.
+    """
+
+    rule: Literal["filter"] = "filter"
+    phase: ClassVar[Phase] = Phase.SCORE
+    bought: bool = False
+    min_price: Amount | None = None
+    max_price: Amount | None = None
+    min_age_days: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    max_age_days: Amount | None = None
+    min_stock: Positive | None = None
+
+    @model_validator(mode="after")
+    def _limits(self) -> Filter:
+        for what in ("price", "age_days"):
+            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"min_{what} is {least:g}, above max_{what} {most:g}: nothing would be left")
+        limits = (self.min_price, self.max_price, self.min_age_days, self.max_age_days, self.min_stock)
+        if self.bought or any(limit is not None for limit in limits):
+            if unknown := self.unknown_signals():
+                raise ValueError(f"signals {unknown} do not exist; they are {list(Signal.__members__)}")
+        else:
+            check_signals(self, self)
+        return self
+
+    def of_signals(self) -> int:
+        """Its signals as bits."""
+        return super().of_signals() | (Signal.PURCHASED.value if self.bought else 0)
+
+    def absent(self, release: Release) -> Iterator[str]:
+        """Names and items that the release does not have."""
+        return self.missing(release)
+
+    def bind(self, release: Release) -> Step:
+        """The step for a release."""
+        chooser, codes = self.chooser(release), Codes.of(release.items)
+        limits = np.array(
+            [
+                -np.inf if self.min_price is None else self.min_price,
+                np.inf if self.max_price is None else self.max_price,
+                -np.inf if self.min_age_days is None else self.min_age_days * DAY_S,
+                np.inf if self.max_age_days is None else self.max_age_days * DAY_S,
+                0 if self.min_stock is None else self.min_stock,
+            ]
+        )
+        limits.flags.writeable = False
+
+        def step(page: Page) -> None:
+            kept = filter_out(
+                page.order, page.count, page.rows, page.signals, page.prices, page.stock, chooser, codes, limits,
+                page.moment,
+            )  # fmt: skip
+            page.filtered += page.count - kept
+            page.count = kept
+
+        return step
+
+
+@kernel
+def filter_out(
+    order: NDArray[np.int32],
+    count: int,
+    rows: NDArray[np.int32],
+    signals: NDArray[np.int32],
+    prices: NDArray[np.float32],
+    stock: NDArray[np.int32],
+    chooser: Chooser,
+    codes: Codes,
+    limits: NDArray[np.float64],
+    moment: int,
+) -> Any:
+    """Keep the others in their order; gives how many.
+
+    Args:
+        limits: least and greatest price, least and greatest age in seconds, least stock.
+    """
+    priced = limits[0] > -np.inf or limits[1] < np.inf
+    aged = limits[2] > -np.inf or limits[3] < np.inf
+    kept = 0
+    for at in range(count):
+        place = order[at]
+        row = rows[place]
+        if chosen(chooser, codes, row, signals[place], moment):
+            continue
+        if priced and not limits[0] <= prices[place] <= limits[1]:
+            continue
+        if aged and not (codes.created_at[row] > 0 and limits[2] <= moment - codes.created_at[row] <= limits[3]):
+            continue
+        if 0 <= stock[place] < limits[4]:
+            continue
+        order[kept] = place
+        kept += 1
+    return kept

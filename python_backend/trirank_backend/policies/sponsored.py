@@ -1,0 +1,97 @@
+"""``sponsored``: positions that are kept for some of the candidates, the best of them first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from trirank.contract import Reason
+
+from trirank_backend.compiled import kernel
+from trirank_backend.policies.page import Page
+from trirank_backend.policies.rule import (
+    Chooser,
+    Codes,
+    Phase,
+    Position,
+    Release,
+    Rule,
+    Selection,
+    Step,
+    check_signals,
+    chosen,
+)
+
+
+class Sponsored(Rule, Selection):
+    """Fills ``slots`` with what the selection chooses; a slot for which there is none is not kept free."""
+
+    rule: Literal["sponsored"] = "sponsored"
+    phase: ClassVar[Phase] = Phase.PLACE
+    reason: ClassVar[Reason | None] = Reason.SPONSORED
+    slots: Annotated[list[Position], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _chooses(self) -> Sponsored:
+        check_signals(self, self)
+        if len(set(self.slots)) < len(self.slots):
+            raise ValueError(f"slots {self.slots} name a position twice")
+        return self
+
+    def positions(self) -> list[int]:
+        """Its slots."""
+        return self.slots
+
+    def absent(self, release: Release) -> Iterator[str]:
+        """Names and items that the release does not have."""
+        return self.missing(release)
+
+    def bind(self, release: Release) -> Step:
+        """The step for a release."""
+        chooser, codes, slots = self.chooser(release), Codes.of(release.items), sorted(self.slots)
+
+        def step(page: Page) -> None:
+            page.sort()
+            fixed = np.zeros(len(page.rows), np.bool_)
+            fixed[list(page.fixed.values())] = True
+            places = np.empty(len(slots), np.int32)
+            found = first_chosen(
+                page.order, page.count, page.rows, page.signals, chooser, codes, page.moment, fixed, page.score, places
+            )
+            for place, slot in zip(places[:found].tolist(), slots, strict=False):
+                page.put(place, slot, Reason.SPONSORED.value)
+
+        return step
+
+
+@kernel
+def first_chosen(
+    order: NDArray[np.int32],
+    count: int,
+    rows: NDArray[np.int32],
+    signals: NDArray[np.int32],
+    chooser: Chooser,
+    codes: Codes,
+    moment: int,
+    fixed: NDArray[np.bool_],
+    score: NDArray[np.float32],
+    places: NDArray[np.int32],
+) -> Any:
+    """Fill in the best places that are chosen and not fixed yet; gives how many."""
+    found = 0
+    while found < len(places):
+        best = -1
+        for at in range(count):
+            place = order[at]
+            better = best < 0 or score[place] > score[best]
+            if better and not fixed[place] and chosen(chooser, codes, rows[place], signals[place], moment):
+                best = place
+        if best < 0:
+            break
+        fixed[best] = True
+        places[found] = best
+        found += 1
+    return found

@@ -1,0 +1,81 @@
+"""What users do: one event as services tell it, and a user's past as the ranker reads it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from trirank.contract import EventKind
+
+from trirank_backend.histories import Events
+
+HISTORY_KINDS = frozenset(kind.value for kind in EventKind if kind not in (EventKind.IMPRESSION, EventKind.DISLIKE))
+"""Those that a history is made of; their codes are those of contract.Behaviour."""
+KEPT_KINDS = HISTORY_KINDS | {EventKind.DISLIKE.value}
+"""Those that a user is remembered by."""
+RECORD = np.dtype([("item_id", "<i8"), ("timestamp", "<i8"), ("kind", "<i4")])
+"""Of one event of a user's past, as stores keep it."""
+
+
+class Event(NamedTuple):
+    """One thing that one user did, or was shown.
+
+    Attributes:
+        event_id: unique; the same again is the same event.
+        kind: contract.EventKind.
+        timestamp: seconds since 1970.
+        request_id: of the request whose answer it was about; empty: unknown.
+        position: where the item stood in it, from 1; 0: unknown.
+    """
+
+    event_id: str
+    user_id: int
+    item_id: int
+    kind: int
+    timestamp: int
+    request_id: str = ""
+    position: int = 0
+
+
+class Stored(NamedTuple):
+    """An event as a store's log has it; ``place`` is where in the log, and what comes later has a greater one."""
+
+    place: str
+    event: Event
+
+
+class Past(NamedTuple):
+    """What is remembered of a user: what they did, oldest first, and the items that they do not want to see."""
+
+    events: Events
+    disliked: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, records: NDArray[np.void]) -> Past:
+        """From RECORDs in any order."""
+        records = records[np.argsort(records["timestamp"], kind="stable")]
+        wanted = records["kind"] != EventKind.DISLIKE
+        did = records if wanted.all() else records[wanted]
+        return cls(
+            Events(
+                np.ascontiguousarray(did["item_id"]),
+                np.ascontiguousarray(did["kind"]),
+                np.ascontiguousarray(did["timestamp"]),
+            ),
+            records["item_id"][~wanted],
+        )
+
+
+def records_of(events: Events) -> NDArray[np.void]:
+    """RECORDs of a history."""
+    records = np.empty(len(events.item_ids), RECORD)
+    records["item_id"], records["kind"] = events.item_ids, events.behaviours
+    records["timestamp"] = events.timestamps
+    return records
+
+
+def merged(kept: NDArray[np.void], new: NDArray[np.void], limit: int) -> NDArray[np.void]:
+    """Both without repeats, the newest ``limit`` in order of time."""
+    both = np.unique(np.concatenate([kept, new]))
+    return both[np.argsort(both["timestamp"], kind="stable")][-limit:]

@@ -1,0 +1,200 @@
+"""Users in Redis or Valkey: the store that several servers share.
+
+``PREFIX user:ID``   records (events.RECORD) of a user one after the other, newest last: MAX_HISTORY or some more
+``PREFIX seen:ID``   that an event is there; expires after SEEN_S, since a retry comes sooner
+``PREFIX events``    stream: the log, which consumer groups read
+``PREFIX shown``, ``PREFIX clicked``   hashes: item id → how often
+
+All of a batch happens in one script: Redis runs it whole, and with ``appendfsync always`` it is on the disk before it
+is answered for. A single primary is needed; keys of one script would lie on several nodes of a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import redis
+from numpy.typing import NDArray
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from trirank import contract
+from trirank.contract import EventKind
+
+from trirank_backend.errors import InvalidStore, StoreFailed
+from trirank_backend.histories import Events
+from trirank_backend.stores.events import KEPT_KINDS, RECORD, Event, Past, Stored, merged, records_of
+
+PREFIX = "trirank:"
+SEEN_S = 8 * 86_400
+_FIELDS = 9
+_KEPT = contract.MAX_HISTORY * RECORD.itemsize
+"""Bytes of a user's past. It may grow to twice that before it is cut, so that it is not cut for every event."""
+_ADD = f"""
+local added = {{}}
+for at = 1, #ARGV, {_FIELDS} do
+  local id, user, item, kind = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
+  if redis.call('SET', '{PREFIX}seen:' .. id, 1, 'NX', 'EX', {SEEN_S}) then
+    table.insert(added, 1)
+    redis.call('XADD', '{PREFIX}events', '*', 'e', id, 'u', user, 'i', item, 'k', kind, 't', ARGV[at + 4],
+               'r', ARGV[at + 5], 'p', ARGV[at + 6])
+    if ARGV[at + 7] == '1' then
+      local key = '{PREFIX}user:' .. user
+      if redis.call('APPEND', key, ARGV[at + 8]) > {2 * _KEPT} then
+        redis.call('SET', key, redis.call('GETRANGE', key, -{_KEPT}, -1))
+      end
+    end
+    if kind == '{EventKind.IMPRESSION.value}' then redis.call('HINCRBY', '{PREFIX}shown', item, 1) end
+    if kind == '{EventKind.CLICK.value}' then redis.call('HINCRBY', '{PREFIX}clicked', item, 1) end
+  else
+    table.insert(added, 0)
+  end
+end
+return added
+"""
+_CHUNK = 500
+"""Events of one script: Redis serves nobody else while it runs."""
+T = TypeVar("T")
+
+
+class RedisStore:
+    """See store.Store.
+
+    Args:
+        timeout_s: of connecting, and of each answer. Nothing is asked for twice: whoever calls knows what a second try
+            is worth.
+    """
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        try:
+            self._redis: Any = redis.Redis.from_url(
+                address, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+            )
+            place = self._redis.connection_pool.connection_kwargs
+        except (ValueError, redis.RedisError) as error:
+            raise InvalidStore(f"the Redis address is none ({error}); write redis://HOST:PORT/DATABASE") from error
+        self._place = str(place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}")
+        self._add = self._redis.register_script(_ADD)
+
+    def get(self, users: list[int]) -> dict[int, Past]:
+        """See store.Store."""
+
+        def ask() -> dict[int, Past]:
+            found = self._redis.mget([f"{PREFIX}user:{user}" for user in users])
+            return {
+                user: Past.of(np.frombuffer(records, RECORD)[-contract.MAX_HISTORY :])
+                for user, records in zip(users, found, strict=True)
+                if records
+            }
+
+        return self._asked(ask)
+
+    def add(self, events: list[Event]) -> list[bool]:
+        """See store.Store. Chunks are taken one after the other; where one fails, what came before it is stored."""
+        fresh: list[bool] = []
+        for start in range(0, len(events), _CHUNK):
+            arguments: list[Any] = []
+            for event in events[start : start + _CHUNK]:
+                kept = event.user_id != contract.ANONYMOUS_USER and event.kind in KEPT_KINDS
+                record = np.array([(event.item_id, event.timestamp, event.kind)], RECORD).tobytes()
+                arguments += [*event, int(kept), record]
+            fresh += self._asked(partial(self._add_part, arguments))
+        return fresh
+
+    def put(self, histories: list[tuple[int, Events]]) -> None:
+        """See store.Store. Each user's change is whole."""
+        for user, events in histories:
+            key = f"{PREFIX}user:{user}"
+
+            def change(pipe: Any, key: str = key, events: Events = events) -> None:
+                kept = np.frombuffer(pipe.get(key) or b"", RECORD)
+                records = merged(kept, records_of(events), contract.MAX_HISTORY)
+                pipe.multi()
+                pipe.set(key, records.tobytes())
+
+            self._asked(partial(self._redis.transaction, change, key))
+
+    def users(self) -> Iterator[int]:
+        """See store.Store."""
+
+        def ask() -> list[int]:
+            keys = self._redis.scan_iter(f"{PREFIX}user:*", count=1_000)
+            return sorted({int(key.rpartition(b":")[2]) for key in keys})
+
+        return iter(self._asked(ask))
+
+    def erase(self, user: int) -> int:
+        """See store.Store. The log is read through for it."""
+        key = f"{PREFIX}user:{user}"
+        remembered = int(self._asked(lambda: self._redis.strlen(key))) // RECORD.itemsize
+        self._asked(lambda: self._redis.delete(key))
+        logged, after = 0, ""
+        while part := self.log(after):
+            after = part[-1].place
+            own = [stored for stored in part if stored.event.user_id == user]
+            if own:
+                places = [stored.place for stored in own]
+                seen = [f"{PREFIX}seen:{stored.event.event_id}" for stored in own]
+                logged += int(self._asked(partial(self._redis.xdel, f"{PREFIX}events", *places)))
+                self._asked(partial(self._redis.delete, *seen))
+        return max(remembered, logged)
+
+    def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
+        """See store.Store."""
+
+        def ask() -> list[Stored]:
+            found = self._redis.xrange(f"{PREFIX}events", min=f"({after}" if after else "-", count=limit)
+            return [stored_of(place, fields) for place, fields in found]
+
+        return self._asked(ask)
+
+    def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+        """See store.Store."""
+
+        def ask() -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+            found = [self._redis.hgetall(f"{PREFIX}{name}") for name in ("shown", "clicked")]
+            ids = np.array(sorted({int(item) for each in found for item in each}), np.int64)
+            shown, clicked = (
+                np.array([int(each.get(b"%d" % item, 0)) for item in ids.tolist()], np.int32) for each in found
+            )
+            return ids, shown, clicked
+
+        return self._asked(ask)
+
+    def is_durable(self) -> bool:
+        """Whether what is answered for is on the disk. Where nobody may ask, it is taken to be."""
+        try:
+            found = self._redis.config_get("append*")
+        except redis.RedisError:
+            return True
+        return found.get("appendonly") == "yes" and found.get("appendfsync") == "always"
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._redis.close()
+
+    def _add_part(self, arguments: list[Any]) -> list[bool]:
+        added = [each == 1 for each in self._add(args=arguments)]
+        if len(added) != len(arguments) // _FIELDS:
+            raise ValueError(f"{len(added)} answers to {len(arguments) // _FIELDS} events")
+        return added
+
+    def _asked(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except (redis.RedisError, OSError, ValueError, TypeError, IndexError, AttributeError) as error:
+            # What is no Redis answers anything, and its client then raises anything.
+            raise StoreFailed(
+                f"user store {self._place} did not answer as Redis does ({type(error).__name__}: {error})"
+            ) from error
+
+
+def stored_of(place: bytes, fields: dict[bytes, bytes]) -> Stored:
+    """An entry of the stream."""
+    event = Event(
+        fields[b"e"].decode(), int(fields[b"u"]), int(fields[b"i"]), int(fields[b"k"]), int(fields[b"t"]),
+        fields[b"r"].decode(), int(fields[b"p"]),
+    )  # fmt: skip
+    return Stored(place.decode(), event)

@@ -1,0 +1,174 @@
+"""Users in one SQLite file: the embedded store, for one machine. In WAL mode readers wait for nobody."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from trirank import contract
+from trirank.contract import EventKind
+
+from trirank_backend.errors import InvalidStore, StoreFailed
+from trirank_backend.histories import Events
+from trirank_backend.stores.events import KEPT_KINDS, RECORD, Event, Past, Stored, merged, records_of
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS users (user_id INTEGER PRIMARY KEY, records BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    place INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, user_id INTEGER NOT NULL,
+    item_id INTEGER NOT NULL, kind INTEGER NOT NULL, timestamp INTEGER NOT NULL, request_id TEXT NOT NULL,
+    position INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS events_of_user ON events (user_id);
+CREATE TABLE IF NOT EXISTS counts (
+    item_id INTEGER PRIMARY KEY, impressions INTEGER NOT NULL, clicks INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_VERSION = 1
+_COUNTED = {EventKind.IMPRESSION.value: (1, 0), EventKind.CLICK.value: (0, 1)}
+
+
+class SqliteStore:
+    """See store.Store.
+
+    Args:
+        path: of the file, which is made if it is not there.
+        timeout_s: how long to wait for another one that writes.
+    """
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            # Every commit reaches the disk before it is answered for.
+            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute("PRAGMA secure_delete = ON")  # an erased user's bytes are overwritten
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _VERSION):
+                raise InvalidStore(f"{path} is of version {version}, this one reads {_VERSION}; name another file")
+            if version == 0:
+                tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
+                if tables:
+                    raise InvalidStore(f"{path} is a SQLite file of something else; name another file")
+                with self._transaction():
+                    for statement in filter(str.strip, _SCHEMA.split(";")):
+                        self._connection.execute(statement)
+                    self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+        except (OSError, sqlite3.Error, StoreFailed) as error:
+            raise InvalidStore(
+                f"user store {path} cannot be opened ({error}); name another file, or put a copy in its place"
+            ) from error
+
+    def get(self, users: list[int]) -> dict[int, Past]:
+        """See store.Store."""
+        found = {}
+        try:
+            for user in users:  # one statement that stays prepared; one of many values would be another for each count
+                row = self._connection.execute("SELECT records FROM users WHERE user_id = ?", (user,)).fetchone()
+                if row is not None:
+                    found[user] = Past.of(np.frombuffer(row[0], RECORD))
+        except (sqlite3.Error, ValueError) as error:
+            raise self._failed(error) from error
+        return found
+
+    def add(self, events: list[Event]) -> list[bool]:
+        """See store.Store. One transaction, whatever the number."""
+        fresh = []
+        with self._transaction():
+            for event in events:
+                done = self._connection.execute(
+                    "INSERT INTO events (event_id, user_id, item_id, kind, timestamp, request_id, position)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
+                    event,
+                )
+                fresh.append(done.rowcount > 0)
+            new = [event for event, is_new in zip(events, fresh, strict=True) if is_new]
+            by_user: dict[int, list[tuple[int, int, int]]] = {}
+            for event in new:
+                if event.user_id != contract.ANONYMOUS_USER and event.kind in KEPT_KINDS:
+                    by_user.setdefault(event.user_id, []).append((event.item_id, event.timestamp, event.kind))
+            for user, records in by_user.items():
+                self._write(user, np.concatenate([self._read(user), np.array(records, RECORD)]))
+            self._connection.executemany(
+                "INSERT INTO counts VALUES (?, ?, ?) ON CONFLICT (item_id) DO UPDATE SET"
+                " impressions = impressions + excluded.impressions, clicks = clicks + excluded.clicks",
+                [(event.item_id, *_COUNTED[event.kind]) for event in new if event.kind in _COUNTED],
+            )
+        return fresh
+
+    def put(self, histories: list[tuple[int, Events]]) -> None:
+        """See store.Store. One transaction."""
+        with self._transaction():
+            for user, events in histories:
+                self._write(user, merged(self._read(user), records_of(events), contract.MAX_HISTORY))
+
+    def users(self) -> Iterator[int]:
+        """See store.Store."""
+        return (user for (user,) in self._rows("SELECT user_id FROM users ORDER BY user_id"))
+
+    def erase(self, user: int) -> int:
+        """See store.Store."""
+        with self._transaction():
+            remembered = len(self._read(user))
+            self._connection.execute("DELETE FROM users WHERE user_id = ?", (user,))
+            logged = self._connection.execute("DELETE FROM events WHERE user_id = ?", (user,)).rowcount
+        try:  # what is in the write-ahead log still holds the old pages
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+        return max(remembered, logged)
+
+    def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
+        """See store.Store."""
+        rows = self._rows(
+            "SELECT place, event_id, user_id, item_id, kind, timestamp, request_id, position FROM events"
+            " WHERE place > ? ORDER BY place LIMIT ?",
+            (int(after or 0), limit),
+        )
+        return [Stored(str(place), Event(*event)) for place, *event in rows]
+
+    def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+        """See store.Store."""
+        rows = self._rows("SELECT item_id, impressions, clicks FROM counts ORDER BY item_id")
+        ids, impressions, clicks = np.array(rows, np.int64).reshape(-1, 3).T
+        return ids, impressions.astype(np.int32), clicks.astype(np.int32)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def _read(self, user: int) -> NDArray[np.void]:
+        row = self._connection.execute("SELECT records FROM users WHERE user_id = ?", (user,)).fetchone()
+        return np.frombuffer(row[0] if row else b"", RECORD)
+
+    def _write(self, user: int, records: NDArray[np.void]) -> None:
+        records = records[np.argsort(records["timestamp"], kind="stable")][-contract.MAX_HISTORY :]
+        self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?)", (user, records.tobytes()))
+
+    def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        try:
+            return self._connection.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+        except (sqlite3.Error, ValueError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> StoreFailed:
+        return StoreFailed(f"user store {self._path} did not answer ({error})")

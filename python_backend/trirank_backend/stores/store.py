@@ -1,0 +1,88 @@
+"""A store of users and of what they did: one interface, and an address for each kind of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trirank_backend.errors import InvalidStore
+from trirank_backend.histories import Events
+from trirank_backend.stores.events import Event, Past, Stored
+
+READ_TIMEOUT_S = 0.02
+"""How long a request waits for a user's past; then it is answered as for a user without one."""
+WRITE_TIMEOUT_S = 5.0
+
+
+class Store(Protocol):
+    """The same tests run on every kind. Every method raises StoreFailed where the store does not answer in time."""
+
+    def get(self, users: list[int]) -> dict[int, Past]:
+        """What is remembered of those users that are known, in one round trip."""
+        ...
+
+    def add(self, events: list[Event]) -> list[bool]:
+        """Take events into the log, the users' pasts and the items' counts; those whose id is there already change
+        nothing. Durable when it returns; where it raises, it may have taken all, some or none, and the same events can
+        be given again. Tells of each whether it was new."""
+        ...
+
+    def put(self, histories: list[tuple[int, Events]]) -> None:
+        """Add users' histories that came from elsewhere; what is there already is not added twice."""
+        ...
+
+    def users(self) -> Iterator[int]:
+        """All users of whom something is remembered."""
+        ...
+
+    def erase(self, user: int) -> int:
+        """Forget a user everywhere, log included; gives how many events and remembered ones are gone. Counts of items
+        stay, which tell of nobody."""
+        ...
+
+    def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
+        """Events of the log behind a place, oldest first."""
+        ...
+
+    def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+        """Items that were shown or clicked, ascending, and how often each was."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        ...
+
+
+def open_store(address: str, timeout_s: float = WRITE_TIMEOUT_S) -> Store:
+    """Open ``sqlite:PATH``, or ``redis://…``, ``rediss://…`` or ``unix://…`` (Redis or Valkey).
+
+    Args:
+        timeout_s: of each call.
+
+    Raises:
+        InvalidStore: the address is none, or the file is no store.
+        StoreFailed: a store does not answer at all. Redis is asked for nothing yet.
+    """
+    kind, colon, rest = address.partition(":")
+    if kind == "sqlite" and colon and rest:
+        from trirank_backend.stores.sqlite import SqliteStore
+
+        return SqliteStore(Path(rest), timeout_s)
+    if kind in ("redis", "rediss", "unix") and rest.startswith("//"):
+        from trirank_backend.stores.redis import RedisStore
+
+        return RedisStore(address, timeout_s)
+    raise InvalidStore(
+        f"store {hide_password(address)!r} is none; write sqlite:PATH, redis://HOST:PORT/DATABASE or rediss://…"
+    )
+
+
+def hide_password(address: str) -> str:
+    """An address for eyes and logs."""
+    scheme, slashes, rest = address.partition("://")
+    secret, at, place = rest.rpartition("@")
+    return f"{scheme}://***@{place}" if slashes and at and secret else address

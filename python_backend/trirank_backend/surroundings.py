@@ -1,0 +1,15 @@
+"""What a server's processes are told beside their models: environment variables, since a store's address may hold a
+password, and configurations are told to whoever asks."""
+
+from __future__ import annotations
+
+USERS_VARIABLE = "TRIRANK_USERS"
+"""Address of the user store (stores.open_store); empty or absent: none, all users are new."""
+CATALOGUE_VARIABLE = "TRIRANK_CATALOGUE"
+"""File of what changed of the catalogue (stores.overlay.STATE)."""
+COUNTS_VARIABLE = "TRIRANK_COUNTS"
+"""File of feedback's counts (stores.overlay.COUNTS), which the model ``feedback`` writes."""
+SERVED_VARIABLE = "TRIRANK_SERVED"
+"""Link to the release that is served now."""
+REQUESTS_VARIABLE = "TRIRANK_REQUEST_LOG"
+"""Folder that requests are logged to, ``FOLDER``, or ``FOLDER?share=0.01&tensors=1``."""

@@ -1,0 +1,355 @@
+"""One suite for every kind of user store, and what each does when it fails."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+import threading
+import time
+
+import numpy as np
+import pytest
+import redis
+from stores import SERVER, running_redis
+from trirank import contract
+from trirank.contract import EventKind
+from trirank_backend.errors import InvalidStore, StoreFailed
+from trirank_backend.histories import Events
+from trirank_backend.stores.events import Event
+from trirank_backend.stores.guarded import GuardedUsers
+from trirank_backend.stores.overlay import COUNTS, STATE, Overlay, read_overlay, write_overlay
+from trirank_backend.stores.store import hide_password, open_store
+
+KINDS = ["sqlite", pytest.param("redis", marks=pytest.mark.skipif(SERVER is None, reason="no redis-server here"))]
+
+
+@pytest.fixture(scope="module")
+def redis_address(tmp_path_factory):
+    with running_redis(tmp_path_factory.mktemp("redis")) as address:
+        yield address
+
+
+@pytest.fixture(params=KINDS)
+def address(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:{tmp_path / 'users.sqlite'}"
+    found = request.getfixturevalue("redis_address")
+    client = redis.Redis.from_url(found)
+    client.flushall()
+    client.close()
+    return found
+
+
+@pytest.fixture
+def store(address):
+    store = open_store(address)
+    yield store
+    store.close()
+
+
+def event(number, user=1, item=10, kind=EventKind.CLICK, timestamp=1_770_000_000, **more):
+    return Event(f"event-{number}", user, item, int(kind), timestamp, **more)
+
+
+def history(*times):
+    return Events(np.array(times) * 10, np.full(len(times), 2, np.int32), np.array(times, np.int64))
+
+
+def test_of_nobody_nothing_is_known(store):
+    assert store.get([1, 2]) == {}
+    assert list(store.users()) == []
+    assert store.log() == []
+    assert [len(column) for column in store.counts()] == [0, 0, 0]
+
+
+def test_what_users_did_is_seen_at_once_in_order_of_time(store, address):
+    assert (
+        store.add([event(1, item=11, timestamp=200), event(2, item=12, timestamp=100), event(3, 2, 13)]) == [True] * 3
+    )
+    reader = open_store(address)  # another process, as far as a store is concerned
+    found = reader.get([1, 2, 3])
+    assert set(found) == {1, 2}
+    assert found[1].events.item_ids.tolist() == [12, 11]
+    assert found[1].events.timestamps.tolist() == [100, 200]
+    assert found[1].events.behaviours.tolist() == [2, 2]
+    assert [found[1].events.item_ids.dtype, found[1].events.behaviours.dtype] == [np.int64, np.int32]
+    store.add([event(4, item=14, timestamp=150)])
+    assert reader.get([1])[1].events.item_ids.tolist() == [12, 14, 11]
+    reader.close()
+
+
+def test_an_event_counts_once(store):
+    assert store.add([event(1)]) == [True]
+    assert store.add([event(1), event(2)]) == [False, True]
+    assert store.add([event(1), event(2)]) == [False, False]
+    assert len(store.get([1])[1].events.item_ids) == 2
+    assert [stored.event.event_id for stored in store.log()] == ["event-1", "event-2"]
+    assert [column.tolist() for column in store.counts()] == [[10], [0], [2]]
+
+
+def test_impressions_are_counted_and_logged_and_no_past(store):
+    shown = [event(at, item=10 + at, kind=EventKind.IMPRESSION, position=at + 1, request_id="r7") for at in range(3)]
+    store.add([*shown, event(9, item=11)])
+    assert store.get([1])[1].events.item_ids.tolist() == [11]
+    assert [column.tolist() for column in store.counts()] == [[10, 11, 12], [1, 1, 1], [0, 1, 0]]
+    assert [stored.event for stored in store.log()] == [*shown, event(9, item=11)]
+
+
+def test_what_is_disliked_is_remembered_apart(store):
+    store.add([event(1, item=5, kind=EventKind.DISLIKE), event(2, item=6, kind=EventKind.PURCHASE)])
+    past = store.get([1])[1]
+    assert past.disliked.tolist() == [5]
+    assert past.events.item_ids.tolist() == [6]
+    assert past.events.behaviours.tolist() == [5]
+
+
+def test_anonymous_events_count_for_items_alone(store):
+    store.add([event(1, user=contract.ANONYMOUS_USER)])
+    assert store.get([contract.ANONYMOUS_USER]) == {}
+    assert store.counts()[2].tolist() == [1]
+    assert len(store.log()) == 1
+
+
+def test_large_ids(store):
+    store.add([event(1, user=2**62, item=2**62 + 1)])
+    assert store.get([2**62])[2**62].events.item_ids.tolist() == [2**62 + 1]
+    assert store.counts()[0].tolist() == [2**62 + 1]
+
+
+def test_histories_from_elsewhere_are_added_once(store):
+    store.add([event(1, item=30, timestamp=3)])
+    for _ in range(2):
+        store.put([(1, history(1, 2)), (2, history(7))])
+    found = store.get([1, 2])
+    assert found[1].events.item_ids.tolist() == [10, 20, 30]
+    assert found[2].events.item_ids.tolist() == [70]
+    assert list(store.users()) == [1, 2]
+
+
+def test_only_the_newest_are_kept(store):
+    count = contract.MAX_HISTORY + 30
+    for start in range(0, 2 * count, 500):
+        store.add([event(at, item=at, timestamp=1000 + at) for at in range(start, min(start + 500, 2 * count))])
+    found = store.get([1])[1].events
+    assert found.item_ids.tolist() == list(range(2 * count - contract.MAX_HISTORY, 2 * count))
+
+
+def test_a_user_is_forgotten(store):
+    store.add([event(1), event(2, item=11, kind=EventKind.IMPRESSION), event(3, user=2)])
+    assert store.erase(1) == 2
+    assert set(store.get([1, 2])) == {2}
+    assert [stored.event.user_id for stored in store.log()] == [2]
+    assert list(store.users()) == [2]
+    assert store.erase(1) == 0
+    assert store.counts()[1].sum() == 1  # counts tell of nobody
+
+
+def test_the_log_is_read_in_parts(store):
+    store.add([event(at) for at in range(25)])
+    found, after = [], ""
+    while part := store.log(after, limit=10):
+        found += [stored.event.event_id for stored in part]
+        after = part[-1].place
+    assert found == [f"event-{at}" for at in range(25)]
+    store.add([event(99)])
+    assert [stored.event.event_id for stored in store.log(after)] == ["event-99"]
+
+
+def test_many_writers_lose_nothing(address):
+    def write(number):
+        own = open_store(address)
+        for batch in range(10):
+            own.add([event(f"{number}-{batch}-{at}", user=7, item=at) for at in range(5)])
+        own.close()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store = open_store(address)
+    assert len(store.log()) == 200
+    assert len(store.get([7])[7].events.item_ids) == 200
+    assert store.counts()[2].sum() == 200
+    store.close()
+
+
+def test_a_batch_is_stored_whole_or_not_at_all(tmp_path):
+    store = open_store(f"sqlite:{tmp_path / 'users.sqlite'}")
+    store.add([event(1)])
+    with pytest.raises(StoreFailed, match="did not answer"):
+        store.add([event(2), Event("event-3", None, 1, 2, 3)])  # no database takes that
+    assert [stored.event.event_id for stored in store.log()] == ["event-1"]
+    store.add([event(2)])
+    store.close()
+
+
+NONE = {
+    "redis:1": "store 'redis:1' is none; write sqlite:PATH",
+    "postgres://x": "is none",
+    "sqlite:": "is none",
+    "redis://user:secret@host:port": "the Redis address is none",
+    "mongo://user:secret@host": r"store 'mongo://\*\*\*@host' is none",
+}
+
+
+@pytest.mark.parametrize("text", NONE)
+def test_what_is_no_address(text):
+    with pytest.raises(InvalidStore, match=NONE[text]) as caught:
+        open_store(text)
+    assert "secret" not in str(caught.value)
+
+
+def test_passwords_are_not_shown():
+    assert hide_password("redis://:secret@host:1/0") == "redis://***@host:1/0"
+    assert hide_password("sqlite:/tmp/a@b") == "sqlite:/tmp/a@b"
+
+
+def test_a_file_that_is_no_store(tmp_path):
+    (tmp_path / "bad.sqlite").write_text("not a database at all, though it has some length, as files do")
+    with pytest.raises(InvalidStore, match="cannot be opened .*; name another file, or put a copy in its place"):
+        open_store(f"sqlite:{tmp_path / 'bad.sqlite'}")
+    other = sqlite3.connect(tmp_path / "other.sqlite")
+    other.execute("CREATE TABLE prices (a)")
+    other.commit()
+    other.close()
+    with pytest.raises(InvalidStore, match="is a SQLite file of something else"):
+        open_store(f"sqlite:{tmp_path / 'other.sqlite'}")
+    with pytest.raises(InvalidStore, match="cannot be opened"):
+        open_store("sqlite:/proc/users.sqlite")
+
+
+def test_a_store_of_a_later_version(tmp_path):
+    open_store(f"sqlite:{tmp_path / 'users.sqlite'}").close()
+    other = sqlite3.connect(tmp_path / "users.sqlite")
+    other.execute("PRAGMA user_version = 9")
+    other.close()
+    with pytest.raises(InvalidStore, match="is of version 9, this one reads 1"):
+        open_store(f"sqlite:{tmp_path / 'users.sqlite'}")
+
+
+class Garbage:
+    """Answers anything to anybody."""
+
+    def __init__(self, words):
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"redis://127.0.0.1:{self._server.getsockname()[1]}/0"
+        self._words = words
+        self._open = []
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self):
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return
+            self._open.append(connection)
+            if self._words is not None:
+                connection.sendall(self._words * 50)
+
+    def close(self):
+        self._server.close()
+        for connection in self._open:
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    "words", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00\xff garbage", b":17\r\n", b"$-7\r\n", None]
+)
+def test_what_is_no_redis(words):
+    """The last one says nothing at all."""
+    server = Garbage(words)
+    store = open_store(server.address, timeout_s=0.1)
+    for ask in (lambda: store.get([1]), lambda: store.add([event(1)]), store.counts, store.log):
+        started = time.monotonic()
+        with pytest.raises(StoreFailed, match="did not answer as Redis does"):
+            ask()
+        assert time.monotonic() - started < 2
+    store.close()
+    server.close()
+
+
+def test_nobody_listens():
+    with pytest.raises(StoreFailed, match=r"127\.0\.0\.1:1 did not answer"):
+        open_store("redis://127.0.0.1:1/0", timeout_s=0.1).get([1])
+
+
+class Scripted:
+    """A store that fails when it is told to."""
+
+    def __init__(self):
+        self.fails, self.asked = False, 0
+
+    def get(self, users):
+        self.asked += 1
+        if self.fails:
+            raise StoreFailed("down")
+        return {}
+
+    def close(self):
+        pass
+
+
+def test_after_some_failures_nobody_asks_for_a_while():
+    store = Scripted()
+    users = GuardedUsers(store, failures=3, reset_s=0.2)
+    assert users.get([1]) == {}
+    store.fails = True
+    assert [users.get([1]) for _ in range(10)] == [None] * 10
+    assert store.asked == 4  # the first, and three that failed
+    time.sleep(0.25)
+    assert users.get([1]) is None
+    assert store.asked == 5  # one tries
+    assert users.get([1]) is None
+    assert store.asked == 5
+    store.fails = False
+    time.sleep(0.25)
+    assert users.get([1]) == {}
+    assert users.get([1]) == {}
+    assert store.asked == 7
+
+
+class TestOverlay:
+    def test_it_is_seen_when_it_was_replaced(self, tmp_path):
+        file = tmp_path / "counts.npy"
+        overlay = Overlay(file, COUNTS)
+        assert len(overlay) == 0
+        write_overlay(file, np.array([(5, 100, 7), (9, 1, 0)], COUNTS))
+        deadline = time.monotonic() + 1
+        while not len(overlay):
+            assert time.monotonic() < deadline
+        impressions, clicks = overlay.counts(np.array([9, 5, 1, 5]))
+        assert impressions.tolist() == [1, 100, 0, 100]
+        assert clicks.tolist() == [0, 7, 0, 7]
+
+    @pytest.mark.parametrize(
+        "records",
+        [
+            np.array([(2, 1, 1), (1, 1, 1)], COUNTS),
+            np.array([(1, 1, 1), (1, 1, 1)], COUNTS),
+            np.zeros(3),
+            np.zeros((2, 2), COUNTS),
+            np.zeros(1, STATE),
+        ],
+    )
+    def test_what_is_none_changes_nothing(self, tmp_path, records, caplog):
+        file = tmp_path / "counts.npy"
+        write_overlay(file, np.array([(5, 100, 7)], COUNTS))
+        overlay = Overlay(file, COUNTS)
+        with file.with_suffix(".new").open("wb") as stream:
+            np.save(stream, records)
+        file.with_suffix(".new").replace(file)
+        overlay._next = 0
+        assert len(overlay) == 1
+        assert overlay.counts(np.array([5]))[0].tolist() == [100]
+        assert "what was known before is gone by" in caplog.text
+        with pytest.raises(InvalidStore, match="holds no ascending records of"):
+            read_overlay(file, COUNTS)
+
+    def test_who_reads_keeps_what_was_replaced_in_the_meantime(self, tmp_path):
+        file = tmp_path / "counts.npy"
+        write_overlay(file, np.array([(5, 100, 7)], COUNTS))
+        overlay = Overlay(file, COUNTS)
+        write_overlay(file, np.array([(6, 1, 1)], COUNTS))
+        assert overlay.counts(np.array([5]))[0].tolist() == [100]
