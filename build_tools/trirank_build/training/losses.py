@@ -20,12 +20,13 @@ def targets_of(labels: Tensor, thresholds: tuple[float, ...]) -> Tensor:
     return torch.where(limit > 0, (graded >= limit).to(labels.dtype), graded)
 
 
-def listwise_softmax(scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+def listwise_softmax(scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None) -> Tensor:
     """Softmax cross-entropy over each request's candidates (ListNet's top-one form, Cao et al. 2007).
 
     Args:
         scores, targets: [B, N, T].
         valid: [B, N]; padding takes no part.
+        weights: [B, N] what each target counts; None: all alike.
 
     Returns:
         [T] means over the requests that have something to learn from; 0 where none has.
@@ -33,21 +34,26 @@ def listwise_softmax(scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     logits = scores.masked_fill(~valid[..., None], EMPTY).log_softmax(1)
     target = targets * valid[..., None]
     total = target.sum(1)  # [B, T]
-    losses = -(target * logits).sum(1) / total.clamp_min(1e-6)
+    # Divided by the targets without weights: with them, what was chosen alone would weigh 1 wherever it stood.
+    counted = target if weights is None else target * weights[..., None]
+    losses = -(counted * logits).sum(1) / total.clamp_min(1e-6)
     return _mean_of(losses, (total > 0).to(scores.dtype))
 
 
-def pointwise(scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+def pointwise(scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None) -> Tensor:
     """Cross-entropy of each candidate by itself; scores are then log-odds. Graded targets are taken as shares of the
-    largest one in the batch. Arguments and result as of listwise_softmax."""
+    largest one in the batch. Arguments and result as of listwise_softmax; it takes no weights, since what was not
+    chosen counts as much."""
+    assert weights is None
     top = targets.amax((0, 1)).clamp_min(1.0)
     losses = F.binary_cross_entropy_with_logits(scores, targets / top, reduction="none") * valid[..., None]
     return losses.sum((0, 1)) / valid.sum().clamp_min(1)
 
 
-def lambda_loss(scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+def lambda_loss(scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None) -> Tensor:
     """Logistic loss of each pair, weighted by what swapping it would change in NDCG (LambdaRank, Burges et al. 2006;
-    LambdaLoss, Wang et al. 2018, the metric-driven weights). Arguments and result as of listwise_softmax."""
+    LambdaLoss, Wang et al. 2018, the metric-driven weights), and by the better one's weight. Arguments and result as
+    of listwise_softmax."""
     parts = []
     for task in range(scores.shape[-1]):
         score = scores[..., task].masked_fill(~valid, EMPTY)
@@ -61,6 +67,8 @@ def lambda_loss(scores: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         better = (gain[:, :, None] > gain[:, None, :]) & valid[:, :, None] & valid[:, None, :]
         change = (gain[:, :, None] - gain[:, None, :]) * (1 / discount[:, :, None] - 1 / discount[:, None, :]).abs()
         weight = torch.where(better, change.abs() / ideal.clamp_min(1e-6)[:, None, None], 0)
+        if weights is not None:
+            weight = weight * weights[:, :, None]
         losses = (weight * F.softplus(-(score[:, :, None] - score[:, None, :]))).sum((1, 2))
         parts.append(_mean_of(losses, (ideal > 0).to(score.dtype)))
     return torch.stack(parts)

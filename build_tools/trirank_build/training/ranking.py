@@ -57,10 +57,7 @@ class RankingStep(nn.Module):
 
     def judge(self, scores: Tensor, labels: Tensor, valid: Tensor, propensity_weights: Tensor | None = None) -> Tensor:
         """The loss of scores [B, N, T]."""
-        targets = targets_of(labels, self.thresholds)
-        if propensity_weights is not None:
-            targets = targets * propensity_weights[..., None]
-        return self.weights(self.loss(scores, targets, valid))
+        return self.weights(self.loss(scores, targets_of(labels, self.thresholds), valid, propensity_weights))
 
 
 class Ranking:

@@ -22,7 +22,7 @@ from trirank_backend.policies.rule import (
     Selection,
     Step,
     check_signals,
-    chosen,
+    choose,
 )
 
 
@@ -53,10 +53,7 @@ def lifting(chooser: Chooser, release: Release, by: np.float32, reason: Reason) 
     codes, bit = Codes.of(release.items), reason.value
 
     def step(page: Page) -> None:
-        lift(
-            page.order, page.count, page.rows, page.signals, chooser, codes, page.moment, by, bit, page.score,
-            page.reasons,
-        )  # fmt: skip
+        lift(page.order, page.count, choose(chooser, codes, page), by, bit, page.score, page.reasons)
         page.sorted = False
 
     return step
@@ -66,11 +63,7 @@ def lifting(chooser: Chooser, release: Release, by: np.float32, reason: Reason) 
 def lift(
     order: NDArray[np.int32],
     count: int,
-    rows: NDArray[np.int32],
-    signals: NDArray[np.int32],
-    chooser: Chooser,
-    codes: Codes,
-    moment: int,
+    mask: NDArray[np.bool_],
     by: np.float32,
     reason: int,
     score: NDArray[np.float32],
@@ -79,6 +72,6 @@ def lift(
     """Add ``by`` to the score of what is chosen, and say so."""
     for at in range(count):
         place = order[at]
-        if chosen(chooser, codes, rows[place], signals[place], moment):
+        if mask[place]:
             score[place] += by
             reasons[place] |= reason

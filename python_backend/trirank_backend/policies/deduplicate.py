@@ -2,7 +2,8 @@
 
 Alike are variants of a product, and items whose titles are nearly the same: MinHash (Broder, 1997) of the titles'
 letter trigrams, 32 hashes of which 8 bits are kept (Li and König, WWW 2010), in bands of four, so that only titles that
-agree in a whole band are compared at all. Identical ids have been dropped before, by preprocess.
+agree in a whole band are compared at all: from 0.78 on none is missed, below that a few. Identical ids have been
+dropped before, by preprocess.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ from trirank_backend.compiled import kernel
 from trirank_backend.policies.page import Page
 from trirank_backend.policies.rule import Phase, Release, Rule, Step
 
-BAND = 4
-"""Hashes in a band."""
-_BANDS = SKETCH // BAND
 _BEST = Reason.BEST_VARIANT.value
 
 
@@ -48,13 +46,14 @@ class Deduplicate(Rule):
     def bind(self, release: Release) -> Step:
         """The step for a release."""
         items = release.items
+        bands = items.sketches.view(np.uint32)
         least = SKETCH + 1 if self.titles is None else round(self.titles * SKETCH)
 
         def step(page: Page) -> None:
             page.sort()
             held = _NOBODY if page.held is None else page.held
             page.count = keep_best(
-                page.order, page.count, page.rows, items.products, items.sketches, self.variants, least, held,
+                page.order, page.count, page.rows, items.products, items.sketches, bands, self.variants, least, held,
                 page.reasons,
             )  # fmt: skip
 
@@ -71,6 +70,7 @@ def keep_best(
     rows: NDArray[np.int32],
     products: NDArray[np.int32],
     sketches: NDArray[np.uint8],
+    bands: NDArray[np.uint32],
     variants: bool,
     least: int,
     held: NDArray[np.bool_],
@@ -79,6 +79,7 @@ def keep_best(
     """Keep the first of each kind, in order; gives how many.
 
     Args:
+        sketches: [M+1, SKETCH]; bands: the same bytes, [M+1, SKETCH / BAND].
         least: hashes that have to agree for titles to be the same; above SKETCH: they are not compared.
         held: [N] or [0]; what is held stays, and others like it go whatever their score.
     """
@@ -87,11 +88,14 @@ def keep_best(
         size *= 2
     mask = size - 1
     by_product = np.full(size, -1, np.int32)  # hash sets with open addressing, of places that stay
-    banded = least <= SKETCH
-    by_band = np.full((_BANDS, size), -1, np.int32) if banded else np.empty((_BANDS, 0), np.int32)
+    # So many hashes may differ, and each spoils one band: one more band than that, and one is whole (pigeonholes).
+    banded = 0 if least > SKETCH else min(bands.shape[1], SKETCH - least + 1)
+    by_band = np.full((banded, size), -1, np.int32)
+    spots = np.zeros(banded, np.int64)
     gone = np.zeros(count, np.bool_)
     # What is held first: the others give way to it.
-    for turn in range(2 if len(held) else 1):
+    turns = 2 if len(held) else 1
+    for turn in range(turns):
         for at in range(count):
             place = order[at]
             if len(held) and held[place] != (turn == 0):
@@ -106,64 +110,34 @@ def keep_best(
                 winner = by_product[slot]
             titled = False
             if banded and winner < 0:
-                for hash_at in range(SKETCH):
-                    titled |= sketches[row, hash_at] != 0
-                if titled:
-                    winner = _same_title(by_band, mask, rows, sketches, row, least)
-            if winner >= 0 and turn == (1 if len(held) else 0):
+                for band in range(bands.shape[1]):
+                    titled |= bands[row, band] != 0
+            for band in range(banded if titled else 0):
+                key = bands[row, band]
+                spot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) & mask
+                while by_band[band, spot] >= 0 and winner < 0:
+                    other = rows[by_band[band, spot]]
+                    if bands[other, band] == key:  # a slot may hold what has another band, whose place was taken
+                        agree = 0
+                        for hash_at in range(SKETCH):
+                            agree += sketches[other, hash_at] == sketches[row, hash_at]
+                        if agree >= least:
+                            winner = by_band[band, spot]
+                    spot = (spot + 1) & mask
+                spots[band] = spot  # where there is room for it, if it stays
+            if winner >= 0 and turn == turns - 1:
                 gone[at] = True
                 reasons[winner] |= _BEST
                 continue
             if variants and product >= 0 and by_product[slot] < 0:
                 by_product[slot] = place
-            if titled:
-                _note_title(by_band, mask, sketches, row, place)
+            for band in range(banded if titled else 0):
+                while by_band[band, spots[band]] >= 0:  # held ones beside another one that is held
+                    spots[band] = (spots[band] + 1) & mask
+                by_band[band, spots[band]] = place
     kept = 0
     for at in range(count):
         if not gone[at]:
             order[kept] = order[at]
             kept += 1
     return kept
-
-
-@kernel
-def _band(sketches: NDArray[np.uint8], row: int, band: int) -> Any:
-    key = np.uint64(0)
-    for at in range(BAND):
-        key = (key << np.uint64(8)) | np.uint64(sketches[row, band * BAND + at])
-    return np.int64((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40))
-
-
-@kernel
-def _same_title(
-    by_band: NDArray[np.int32],
-    mask: int,
-    rows: NDArray[np.int32],
-    sketches: NDArray[np.uint8],
-    row: int,
-    least: int,
-) -> Any:
-    """The first place in any band of this title whose own title is the same; -1: none."""
-    for band in range(_BANDS):
-        slot = _band(sketches, row, band) & mask
-        while by_band[band, slot] >= 0:
-            other = rows[by_band[band, slot]]
-            in_band, agree = 0, 0  # a slot may hold what has another band, whose place was taken
-            for at in range(band * BAND, (band + 1) * BAND):
-                in_band += sketches[other, at] == sketches[row, at]
-            if in_band == BAND:
-                for at in range(SKETCH):
-                    agree += sketches[other, at] == sketches[row, at]
-            if agree >= least:
-                return by_band[band, slot]
-            slot = (slot + 1) & mask
-    return np.int32(-1)
-
-
-@kernel
-def _note_title(by_band: NDArray[np.int32], mask: int, sketches: NDArray[np.uint8], row: int, place: int) -> None:
-    for band in range(_BANDS):
-        slot = _band(sketches, row, band) & mask
-        while by_band[band, slot] >= 0:
-            slot = (slot + 1) & mask
-        by_band[band, slot] = place

@@ -17,7 +17,7 @@ from pydantic import Field
 from trirank.contract import Reason
 
 from trirank_backend.compiled import kernel
-from trirank_backend.policies.mmr import SCALE, gather, take_first
+from trirank_backend.policies.mmr import SCALE, first_of_greatest, gather, padded, similarities, take_first
 from trirank_backend.policies.page import Page
 from trirank_backend.policies.rule import Phase, Position, Release, Rule, Step
 
@@ -68,44 +68,37 @@ def dpp(
     """Reorder the first ``within``."""
     if count < 2:
         return
-    size = vectors.shape[1]
-    relevance = np.empty(count, np.float32)
-    side_by_side = np.empty((size, count), np.float32)
+    width = padded(count)  # see mmr
+    relevance = np.full(width, -np.inf, np.float32)
+    side_by_side = np.zeros((vectors.shape[1], width), np.float32)
     gather(order, count, rows, score, vectors, relevance, side_by_side)
     quality = np.exp(weight * relevance)
     left = quality * quality  # what each would add to the determinant
+    left[count:] = -np.inf
     wanted = min(within, count)
     # Row k of the Cholesky factor belongs to the k-th one taken.
-    factor = np.empty((wanted, count), np.float32)
+    factor = np.empty((wanted, width), np.float32)
     taken = np.empty(wanted, np.int64)
-    gone = np.zeros(count, np.bool_)
-    found, chosen = 0, 0
+    found = 0
     while found < wanted:
-        best = np.float32(-1)
-        for at in range(count):
-            if left[at] > best and not gone[at]:
-                best, chosen = left[at], at
+        chosen = first_of_greatest(left)
+        best = left[chosen]
         if best < _LEAST:
             break
         taken[found] = chosen
-        gone[chosen] = True
         row = factor[found]
-        row[:] = 0
-        for dimension in range(size):
-            share = side_by_side[dimension, chosen] * SCALE * SHARE
-            line = side_by_side[dimension]
-            for at in range(count):
-                row[at] += line[at] * share
-        for at in range(count):
+        similarities(side_by_side, chosen, SCALE * SHARE, row)
+        for at in range(width):
             row[at] *= quality[at] * quality[chosen]
         for before in range(found):
             share = factor[before, chosen]
             line = factor[before]
-            for at in range(count):
+            for at in range(width):
                 row[at] -= line[at] * share
         scale = np.float32(1 / math.sqrt(best))
-        for at in range(count):
+        for at in range(width):
             row[at] *= scale
             left[at] -= row[at] * row[at]
+        left[chosen] = -np.inf
         found += 1
     take_first(order, count, taken, found, reason, reasons)

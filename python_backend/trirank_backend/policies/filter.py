@@ -15,7 +15,6 @@ from trirank_backend.policies.page import Page
 from trirank_backend.policies.rule import (
     DAY_S,
     Amount,
-    Chooser,
     Codes,
     Phase,
     Positive,
@@ -24,7 +23,7 @@ from trirank_backend.policies.rule import (
     Selection,
     Step,
     check_signals,
-    chosen,
+    choose,
 )
 
 
@@ -85,8 +84,8 @@ class Filter(Rule, Selection):
 
         def step(page: Page) -> None:
             kept = filter_out(
-                page.order, page.count, page.rows, page.signals, page.prices, page.stock, chooser, codes, limits,
-                page.moment,
+                page.order, page.count, page.rows, page.prices, page.stock, choose(chooser, codes, page),
+                codes.created_at, limits, page.moment,
             )  # fmt: skip
             page.filtered += page.count - kept
             page.count = kept
@@ -99,11 +98,10 @@ def filter_out(
     order: NDArray[np.int32],
     count: int,
     rows: NDArray[np.int32],
-    signals: NDArray[np.int32],
     prices: NDArray[np.float32],
     stock: NDArray[np.int32],
-    chooser: Chooser,
-    codes: Codes,
+    mask: NDArray[np.bool_],
+    created_at: NDArray[np.int64],
     limits: NDArray[np.float64],
     moment: int,
 ) -> Any:
@@ -118,11 +116,11 @@ def filter_out(
     for at in range(count):
         place = order[at]
         row = rows[place]
-        if chosen(chooser, codes, row, signals[place], moment):
+        if mask[place]:
             continue
         if priced and not limits[0] <= prices[place] <= limits[1]:
             continue
-        if aged and not (codes.created_at[row] > 0 and limits[2] <= moment - codes.created_at[row] <= limits[3]):
+        if aged and not (created_at[row] > 0 and limits[2] <= moment - created_at[row] <= limits[3]):
             continue
         if 0 <= stock[place] < limits[4]:
             continue

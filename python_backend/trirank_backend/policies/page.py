@@ -189,13 +189,37 @@ def admit(
 
 @kernel
 def sort(order: NDArray[np.int32], count: int, score: NDArray[np.float32]) -> None:
-    """Best first, stable."""
+    """Best first; of what is equal that comes first which came first.
+
+    A radix sort of the scores' bits, a byte at a time from the last one: each pass keeps the order of what is equal in
+    its byte, and no two scores are compared.
+    """
     worth = np.empty(count, np.float32)
     for at in range(count):
-        worth[at] = -score[order[at]]
-    before = order[:count].copy()
-    for at, place in enumerate(np.argsort(worth, kind="mergesort")):
-        order[at] = before[place]
+        worth[at] = score[order[at]] + np.float32(0)  # -0 becomes 0
+    keys = worth.view(np.uint32)
+    starts = np.zeros((4, 256), np.int32)
+    for at in range(count):
+        # IEEE 754: numbers above 0 are in the order of their bits, those below in reverse; and the best comes first.
+        bits = keys[at]
+        keys[at] = bits if bits & np.uint32(0x80000000) else ~(bits | np.uint32(0x80000000))
+        for byte in range(4):
+            starts[byte, (keys[at] >> np.uint32(8 * byte)) & np.uint32(255)] += 1
+    other_keys, other_order = np.empty(count, np.uint32), np.empty(count, np.int32)
+    own_order = order[:count]
+    for byte in range(4):
+        shift, total = np.uint32(8 * byte), 0
+        for value in range(256):
+            here = starts[byte, value]
+            starts[byte, value] = total
+            total += here
+        for at in range(count):
+            value = (keys[at] >> shift) & np.uint32(255)
+            other_keys[starts[byte, value]] = keys[at]
+            other_order[starts[byte, value]] = own_order[at]
+            starts[byte, value] += 1
+        keys, other_keys = other_keys, keys
+        own_order, other_order = other_order, own_order  # after four passes each is its own again
 
 
 @kernel

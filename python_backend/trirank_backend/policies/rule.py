@@ -164,21 +164,43 @@ class Codes(NamedTuple):
         return cls(items.brands, items.categories, items.sellers, items.created_at)
 
 
+def choose(chooser: Chooser, codes: Codes, page: Page) -> NDArray[np.bool_]:
+    """[N] by place, which of those that are there a chooser takes."""
+    mask = np.zeros(len(page.rows), np.bool_)
+    mark(chooser, codes, page.order, page.count, page.rows, page.signals, page.moment, mask)
+    return mask
+
+
 @kernel
-def chosen(chooser: Chooser, codes: Codes, row: int, signals: int, moment: int) -> bool:
-    """Whether a candidate is one of them."""
-    if signals & chooser.signals:
-        return True
-    if (
-        chooser.brands[codes.brands[row]]
-        or chooser.categories[codes.categories[row]]
-        or chooser.sellers[codes.sellers[row]]
-    ):
-        return True
-    if chooser.younger_s and codes.created_at[row] > 0 and moment - codes.created_at[row] < chooser.younger_s:
-        return True
-    place = np.searchsorted(chooser.rows, row)
-    return bool(place < len(chooser.rows) and chooser.rows[place] == row)
+def mark(
+    chooser: Chooser,
+    codes: Codes,
+    order: NDArray[np.int32],
+    count: int,
+    rows: NDArray[np.int32],
+    signals: NDArray[np.int32],
+    moment: int,
+    mask: NDArray[np.bool_],
+) -> None:
+    """See ``choose``."""
+    brands, categories, sellers, created_at = codes.brands, codes.categories, codes.sellers, codes.created_at
+    of_brands, of_categories, of_sellers = chooser.brands, chooser.categories, chooser.sellers
+    listed = chooser.rows
+    for at in range(count):
+        place = order[at]
+        row = rows[place]
+        taken = (
+            (signals[place] & chooser.signals) != 0
+            or of_brands[brands[row]]
+            or of_categories[categories[row]]
+            or of_sellers[sellers[row]]
+        )
+        if not taken and chooser.younger_s:
+            taken = created_at[row] > 0 and moment - created_at[row] < chooser.younger_s
+        if not taken and len(listed):
+            spot = np.searchsorted(listed, row)
+            taken = spot < len(listed) and listed[spot] == row
+        mask[place] = taken
 
 
 def query_key(text: str) -> int:

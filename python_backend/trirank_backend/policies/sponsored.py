@@ -13,7 +13,6 @@ from trirank.contract import Reason
 from trirank_backend.compiled import kernel
 from trirank_backend.policies.page import Page
 from trirank_backend.policies.rule import (
-    Chooser,
     Codes,
     Phase,
     Position,
@@ -22,7 +21,7 @@ from trirank_backend.policies.rule import (
     Selection,
     Step,
     check_signals,
-    chosen,
+    choose,
 )
 
 
@@ -55,12 +54,10 @@ class Sponsored(Rule, Selection):
 
         def step(page: Page) -> None:
             page.sort()
-            fixed = np.zeros(len(page.rows), np.bool_)
-            fixed[list(page.fixed.values())] = True
+            mask = choose(chooser, codes, page)
+            mask[list(page.fixed.values())] = False
             places = np.empty(len(slots), np.int32)
-            found = first_chosen(
-                page.order, page.count, page.rows, page.signals, chooser, codes, page.moment, fixed, page.score, places
-            )
+            found = first_chosen(page.order, page.count, mask, page.score, places)
             for place, slot in zip(places[:found].tolist(), slots, strict=False):
                 page.put(place, slot, Reason.SPONSORED.value)
 
@@ -71,27 +68,21 @@ class Sponsored(Rule, Selection):
 def first_chosen(
     order: NDArray[np.int32],
     count: int,
-    rows: NDArray[np.int32],
-    signals: NDArray[np.int32],
-    chooser: Chooser,
-    codes: Codes,
-    moment: int,
-    fixed: NDArray[np.bool_],
+    mask: NDArray[np.bool_],
     score: NDArray[np.float32],
     places: NDArray[np.int32],
 ) -> Any:
-    """Fill in the best places that are chosen and not fixed yet; gives how many."""
+    """Fill in the best places of the mask, which loses them; gives how many."""
     found = 0
     while found < len(places):
         best = -1
         for at in range(count):
             place = order[at]
-            better = best < 0 or score[place] > score[best]
-            if better and not fixed[place] and chosen(chooser, codes, rows[place], signals[place], moment):
+            if mask[place] and (best < 0 or score[place] > score[best]):
                 best = place
         if best < 0:
             break
-        fixed[best] = True
+        mask[best] = False
         places[found] = best
         found += 1
     return found
