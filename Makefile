@@ -53,6 +53,8 @@ loadtest: install
 bench: install
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/tried.py
+	$(BIN)/python benchmarks/rerank.py
+	$(BIN)/python benchmarks/feedback.py
 	$(BIN)/python benchmarks/hops.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/compression.py

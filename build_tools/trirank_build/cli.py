@@ -22,6 +22,7 @@ from trirank_build.commands.options import Data, Engine, Json, Run, Seed, check_
 from trirank_build.commands.release import app as release_app
 from trirank_build.commands.release import promote_checked
 from trirank_build.commands.serving import rank, serve
+from trirank_build.commands.simulate import simulate
 from trirank_build.commands.skew import skew
 from trirank_build.errors import BadUsage, TrirankBuildError
 from trirank_build.progress import console as errors
@@ -48,6 +49,7 @@ app.command()(doctor)
 app.command()(serve)
 app.command()(rank)
 app.command()(skew)
+app.command()(simulate)
 
 
 def _version(asked: bool) -> None:

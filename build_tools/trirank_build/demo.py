@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trirank import RankClient, RankRequest
 from trirank_backend.errors import BackendError
 from trirank_backend.scoring import available_engines
+from trirank_backend.stores.store import open_store
 
 from trirank_build.artefacts import file_digest
 from trirank_build.errors import TrirankBuildError
+from trirank_build.online.users import import_users
 from trirank_build.presentation import ranking_table
 from trirank_build.progress import console, out, working
+from trirank_build.serving.stores import usual_stores
+
+if TYPE_CHECKING:
+    from trirank_build.data.dataset import Dataset
 
 WORK = Path("work") / "demo"
 TOP_K = 10
@@ -69,8 +76,20 @@ def build(work: Path) -> Path:
     with working("assembling the release"):
         release = assemble(run, dataset, onnx_path, work / "releases")
     promote(release)
+    fill_store(release, dataset)
     out.print(f"release {release}, gate's report {gate_path(onnx_path).with_suffix('.html')}")
     return release
+
+
+def fill_store(release: Path, dataset: Dataset) -> None:
+    """Put the histories of the dataset's users where a server of this release looks for them."""
+    stores = usual_stores(release, None, None)
+    assert stores.users is not None
+    with working("adding users' histories"):
+        store = open_store(stores.users)
+        if next(store.users(), None) is None:
+            import_users(dataset.events, store)
+        store.close()
 
 
 def show(release: Path) -> None:
@@ -79,7 +98,7 @@ def show(release: Path) -> None:
     from trirank_build.serving.server import TritonServer
 
     requests = recorded_requests(release)
-    with TritonServer(release) as server:
+    with TritonServer(release, stores=usual_stores(release, None, None)) as server:
         server.wait_ready()
         out.print(f"Triton serves it at {server.grpc} (gRPC), {server.http} (HTTP), {server.metrics} (metrics)\n")
         with RankClient(server.grpc, deadline_s=5) as client:

@@ -106,6 +106,7 @@ class Feedback:
     @classmethod
     def load(cls) -> Feedback:
         """Open what the surroundings name."""
+        os.nice(5)  # whoever waits for a ranking comes first
         address = os.environ[USERS_VARIABLE]
         loaded = cls(open_store(address), Known(Path(os.environ[SERVED_VARIABLE])))
         if place := os.environ.get(COUNTS_VARIABLE):

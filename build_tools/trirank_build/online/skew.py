@@ -35,10 +35,10 @@ class Skew:
     """What was found.
 
     Attributes:
-        compared: requests; differing: tensor \u2192 how many of them differ in it.
-        worst: tensor \u2192 the largest difference of two numbers in it.
+        compared: requests; differing: tensor → how many of them differ in it.
+        worst: tensor → the largest difference of two numbers in it.
         first: request id or number of a request that differs, by tensor.
-        left_out: reason \u2192 requests that training has no form for.
+        left_out: reason → requests that training has no form for.
     """
 
     compared: int = 0

@@ -41,6 +41,8 @@ SLOPE, CLICK_AT, CART_AT, BUY = 1.6, 3.0, 3.4, 0.6
 START = 1_767_225_600  # 2026-01-01
 DAYS = 60
 DAY_S = 86_400
+_CHUNK = 500
+"""Sessions that are drawn at a time."""
 ANONYMOUS_SHARE, SEARCH_SHARE, NEW_ITEM_SHARE = 0.2, 0.45, 0.15
 
 NOUNS = (
@@ -112,8 +114,62 @@ class _Sessions:
 
 def make_shop(size: ShopSize, seed: int) -> Dataset:
     """The shop as a dataset; the same seed gives the same bytes."""
-    rng = np.random.default_rng(seed)
-    world = _make_world(size, rng)
+    return Shop(size, seed).dataset()
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Customers who come and look at what retrieval finds, B of them with N candidates, the earliest first.
+
+    Attributes:
+        when: [B] seconds since 1970; user: [B], ANONYMOUS_USER among them.
+        items, scores: [B, N] ids and retrieval scores, best first.
+        click, cart: [B, N] chances of a click if the item is looked at, and of a cart given a click.
+    """
+
+    when: NDArray[np.int64]
+    user: NDArray[np.int64]
+    query: list[str]
+    items: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    click: NDArray[np.float64]
+    cart: NDArray[np.float64]
+
+
+class Shop:
+    """The world behind a dataset, for whoever wants to go on living in it."""
+
+    def __init__(self, size: ShopSize, seed: int) -> None:
+        self._size, self._seed = size, seed
+        self._rng = np.random.default_rng(seed)
+        self._world = _make_world(size, self._rng)
+
+    def dataset(self) -> Dataset:
+        """What happened in the first DAYS days."""
+        return _dataset(self._world, self._size, self._seed, self._rng)
+
+    def visits(self, count: int, seed: int, first_day: int, days: int) -> Visits:
+        """Customers of later days, the same for the same seed."""
+        rng = np.random.default_rng([self._seed, seed])
+        sessions = _draw_sessions(self._world, self._size, rng, count, first_day, days)
+        parts = []
+        for start in range(0, count, _CHUNK):
+            some = sessions.part(slice(start, min(start + _CHUNK, count)))
+            items, scores = _retrieve(self._world, self._size, rng, some)
+            parts.append((items, scores, _utility(self._world, items, some)))
+        items, scores, utility = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return Visits(
+            when=sessions.when,
+            user=np.where(sessions.anonymous, ANONYMOUS_USER, sessions.user + 1),
+            query=_queries(sessions),
+            items=items + 1,
+            scores=scores.astype(np.float32),
+            click=_sigmoid(SLOPE * (utility - CLICK_AT)),
+            cart=_sigmoid(SLOPE * (utility - CART_AT)),
+        )
+
+
+def _dataset(world: _World, size: ShopSize, seed: int, rng: np.random.Generator) -> Dataset:
     requests = _draw_requests(world, size, rng)
     events = _events_of(requests)
     valid_from, test_from = split_by_time(requests["timestamp"])
@@ -174,27 +230,12 @@ def _of_kinds(drawn: NDArray[np.float64], average: float) -> NDArray[np.float64]
 
 def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> pl.DataFrame:
     n = size.requests
-    activity = rng.zipf(1.8, size.users).clip(max=30).astype(float)
-    user = rng.choice(size.users, n, p=activity / activity.sum())
-    anonymous = rng.random(n) < ANONYMOUS_SHARE
-    day = rng.integers(DAYS, size=n)
-    second = np.clip(rng.normal(17 * 3600, 4 * 3600, n), 0, DAY_S - 1).astype(np.int64)
-    order = np.argsort(when := START + day * DAY_S + second, kind="stable")
-    when, user, anonymous = when[order], user[order], anonymous[order]
-    search = rng.random(n) < SEARCH_SHARE
-    # People search for what they are after, most of the time.
-    after = world.interest[user, (when - START) // (7 * DAY_S)]
-    category = np.where(rng.random(n) < 0.6, after, rng.integers(len(NOUNS), size=n))
-    extra = rng.integers(4, size=n)  # nothing, a colour, a style, a brand
-    word = np.stack([rng.integers(len(w), size=n) for w in (COLOURS, STYLES, BRANDS)], 1)
-
-    sessions = _Sessions(when, user, anonymous, search, category, extra, word)
+    sessions = _draw_sessions(world, size, rng, n, 0, DAYS)
     columns: dict[str, list[Any]] = {name: [] for name in ("item_ids", "retrieval_scores", "labels", OPTIMUM)}
-    chunk = 500
     with progress() as bar:
         task = bar.add_task("drawing sessions", total=n)
-        for start in range(0, n, chunk):
-            part = slice(start, min(start + chunk, n))
+        for start in range(0, n, _CHUNK):
+            part = slice(start, min(start + _CHUNK, n))
             some = sessions.part(part)
             items, scores = _retrieve(world, size, rng, some)
             utility = _utility(world, items, some)
@@ -213,18 +254,51 @@ def _draw_requests(world: _World, size: ShopSize, rng: np.random.Generator) -> p
             ):
                 columns[name].append(pl.Series(name, values).arr.to_list())
             bar.advance(task, items.shape[0])
-    words = np.stack([np.full(n, ""), *(np.array(w)[word[:, at]] for at, w in enumerate((COLOURS, STYLES, BRANDS)))], 1)
-    prefix = words[np.arange(n), extra].astype(object)
-    query = np.where(search, (prefix + " " + np.array(NOUNS, object)[category]), "")
     return pl.DataFrame(
         {
-            "user_id": np.where(anonymous, ANONYMOUS_USER, user + 1),
-            "timestamp": when,
-            "query": pl.Series([str(text).strip().lower() for text in query]),
-            "scenario": np.where(search, "search", "home"),
+            "user_id": np.where(sessions.anonymous, ANONYMOUS_USER, sessions.user + 1),
+            "timestamp": sessions.when,
+            "query": pl.Series(_queries(sessions)),
+            "scenario": np.where(sessions.search, "search", "home"),
             **{name: pl.concat(parts) for name, parts in columns.items()},
         }
     )
+
+
+def _draw_sessions(
+    world: _World, size: ShopSize, rng: np.random.Generator, n: int, first_day: int, days: int
+) -> _Sessions:
+    activity = rng.zipf(1.8, size.users).clip(max=30).astype(float)
+    user = rng.choice(size.users, n, p=activity / activity.sum())
+    anonymous = rng.random(n) < ANONYMOUS_SHARE
+    day = rng.integers(days, size=n)
+    second = np.clip(rng.normal(17 * 3600, 4 * 3600, n), 0, DAY_S - 1).astype(np.int64)
+    order = np.argsort(when := START + (first_day + day) * DAY_S + second, kind="stable")
+    when, user, anonymous = when[order], user[order], anonymous[order]
+    search = rng.random(n) < SEARCH_SHARE
+    # People search for what they are after, most of the time.
+    after = world.interest[user, _week(world, when)]
+    category = np.where(rng.random(n) < 0.6, after, rng.integers(len(NOUNS), size=n))
+    extra = rng.integers(4, size=n)  # nothing, a colour, a style, a brand
+    word = np.stack([rng.integers(len(w), size=n) for w in (COLOURS, STYLES, BRANDS)], 1)
+
+    return _Sessions(when, user, anonymous, search, category, extra, word)
+
+
+def _week(world: _World, when: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Column of ``interest``; after the last week they come round again."""
+    weeks: NDArray[np.int64] = (when - START) // (7 * DAY_S) % world.interest.shape[1]
+    return weeks
+
+
+def _queries(sessions: _Sessions) -> list[str]:
+    """What each customer typed; empty: nothing."""
+    n = len(sessions.when)
+    word, extra = sessions.word, sessions.extra
+    words = np.stack([np.full(n, ""), *(np.array(w)[word[:, at]] for at, w in enumerate((COLOURS, STYLES, BRANDS)))], 1)
+    prefix = words[np.arange(n), extra].astype(object)
+    query = np.where(sessions.search, (prefix + " " + np.array(NOUNS, object)[sessions.category]), "")
+    return [str(text).strip().lower() for text in query]
 
 
 def _retrieve(
@@ -264,7 +338,7 @@ def _matches(world: _World, sessions: _Sessions) -> NDArray[np.bool_]:
 def _utility(world: _World, items: NDArray[np.int64], sessions: _Sessions) -> NDArray[np.float64]:
     """[B, N]; see the top of this file."""
     who = _kinds(world, sessions)[:, None]
-    after = world.interest[sessions.user, (sessions.when - START) // (7 * DAY_S)]
+    after = world.interest[sessions.user, _week(world, sessions.when)]
     fits = np.take_along_axis(_matches(world, sessions), items, 1)
     distance = np.abs(world.log_price[items] - world.budget[who])
     utility: NDArray[np.float64] = (
