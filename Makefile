@@ -55,6 +55,8 @@ bench: install
 	$(BIN)/python benchmarks/tried.py
 	$(BIN)/python benchmarks/rerank.py
 	$(BIN)/python benchmarks/feedback.py
+	$(BIN)/python benchmarks/scenarios.py
+	$(BIN)/python benchmarks/closed_loop.py
 	$(BIN)/python benchmarks/hops.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/compression.py

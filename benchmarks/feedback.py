@@ -3,12 +3,12 @@
     python benchmarks/feedback.py [--kills N] [--store sqlite|redis]
 
 With the demo's release, on SQLite and on Redis with ``appendfsync always``. 1,000 events a second are told in batches
-of 20 while Triton and all its processes are killed outright at random moments (with Redis every second time the store,
-too) and started again; a batch whose answer does not come is told again, with the same ids, until it is acknowledged.
-At the end the store is read: what was acknowledged and is not there is lost, what is there twice is doubled, in the log and in
-what is remembered of users. Rankings come at a fixed rate, in rounds with and without feedback beside them, latency
-counted from the moment that they were due; who tells feedback is a process of its own there, and gives way to who asks,
-since in life neither is on the server's machine.
+of 20 while Triton and all its processes are killed outright at random moments (with Redis every second time the
+store, too) and started again; a batch whose answer does not come is told again, with the same ids, until it is
+acknowledged. At the end the store is read: what was acknowledged and is not there is lost, what is there twice is
+doubled, in the log and in what is remembered of users. Rankings come at a fixed rate, in rounds with and without
+feedback beside them, latency counted from the moment that they were due; who tells feedback is a process of its own
+there, and gives way to who asks, since in life neither is on the server's machine.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/scenarios.py
 
-The demo's ranker scores requests of its test split, whose candidates were all shown in random order, so that every click is
-known; policies then order the same scores. Values are means over requests, intervals from requests drawn anew in pairs.
-How many categories a rule shows for a loss of 1 % of NDCG is read off its settings, tried from weak to strong on the
-validation split and measured on the test split.
+The demo's ranker scores requests of its test split, whose candidates were all shown in random order, so that every
+click is known; policies then order the same scores. Values are means over requests, intervals from requests drawn
+anew in pairs. How many categories a rule shows for a loss of 1 % of NDCG is read off its settings, tried from weak to
+strong on the validation split and measured on the test split.
 """
 
 from __future__ import annotations

@@ -7,12 +7,11 @@ No figure in a document is typed by hand; a test fails when a document and the r
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sys
-from typing import Any
 
+from online_tables import ONLINE
 from results import RESULTS, ROOT, Figure, read
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -453,28 +452,6 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-def policy_rules() -> str:
-    """Every rule of a policy and its keys, as the code says it."""
-    from trirank_backend.policies import RULES
-    from trirank_backend.policies.rule import Selection
-
-    lines = ["| rule | reason | keys |", "|---|---|---|"]
-    for rule in RULES:
-        own = [name for name in rule.model_fields if name not in ("rule", "queries", *Selection.model_fields)]
-        keys = [f"`{name}`{_default(rule.model_fields[name])}" for name in own]
-        if issubclass(rule, Selection):
-            keys.append("a selection")
-        said = (inspect.getdoc(inspect.getmodule(rule)) or "").partition("``: ")[2].split("\n\n")[0]
-        words = " ".join(said.split()).replace("|", "\\|")
-        reason = "" if rule.reason is None else f"`{rule.reason.name}`"
-        lines.append(f"| `{rule.model_fields['rule'].default}`: {words} | {reason} | {', '.join(keys)} |")
-    return "\n".join(lines)
-
-
-def _default(field: Any) -> str:
-    return "" if field.is_required() else f" = {json.dumps(field.default)}"
-
-
 def rules() -> str:
     """What the doctor knows."""
     from trirank_build.doctor import examine
@@ -495,7 +472,6 @@ TABLES = {
     "hot_swap": hot_swap,
     "client": client,
     "rules": rules,
-    "policy_rules": policy_rules,
     "shared_memory": shared_memory,
     "ways": ways,
     "compressed": compressed,
@@ -512,6 +488,7 @@ TABLES = {
     "poison": poison,
     "stages": stages,
     "hops": hops,
+    **ONLINE,
 }
 
 

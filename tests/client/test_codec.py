@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from trirank import (
     Behaviour,
+    EventKind,
+    FeedbackEvent,
     History,
     IncompatibleServer,
     InvalidRequest,
@@ -19,6 +23,7 @@ from trirank import (
     stable_id,
 )
 from trirank._codec import _header, decode
+from trirank._feedback import decode_events, encode_events
 from tritonclient.grpc import service_pb2
 
 DTYPES = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
@@ -297,3 +302,76 @@ def test_a_string_id_is_hashed_once(monkeypatch):
     _, names = encode(RankRequest(item_ids=["a", "b", "c"], user_id="u"), "rank")
     assert sorted(hashed) == ["a", "b", "c", "u"]
     assert names == {stable_id(key): key for key in "abc"}
+
+
+def test_filters_trace_and_id_go_along():
+    request = RankRequest(item_ids=[1, 2], filters={"region": "de", "max_price": 9.5}, trace=True, request_id="page-81")
+    message = encode(request, "rank")[0]
+    assert message.id == "page-81"
+    names = [tensor.name for tensor in message.inputs]
+    assert names[-2:] == ["FILTERS", "TRACE"]
+    assert len(names) == len(message.raw_input_contents)
+    assert json.loads(message.raw_input_contents[-2][4:]) == {"region": "de", "max_price": 9.5}
+    assert message.raw_input_contents[-1] == b"\1\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"filters": {"colour": "red"}}, "filters has 'colour'; filters are region, min_price, max_price, min_stock"),
+        ({"filters": {"max_price": float("nan")}}, "filters cannot be written as JSON"),
+        ({"filters": {"region": b"de"}}, "filters cannot be written as JSON"),
+        ({"request_id": "x" * 129}, "request_id has 129 bytes; the limit is 128"),
+        ({"request_id": 7}, "request_id is 7; it is text"),
+    ],
+)
+def test_what_goes_along_is_checked(change, words):
+    with pytest.raises(InvalidRequest, match=words):
+        encode(RankRequest(item_ids=[1], **change), "rank")
+
+
+def test_a_trace_comes_back_in_the_callers_ids():
+    names = {contract.stable_id("SKU-1"): "SKU-1"}
+    message = reply(ids=[contract.stable_id("SKU-1")])
+    text = json.dumps({"policy": "home", "rules": [], "items": [{"item": contract.stable_id("SKU-1")}]}).encode()
+    message.outputs.add(name="TRACE_JSON", datatype="BYTES")
+    message.raw_output_contents.append(len(text).to_bytes(4, "little") + text)
+    assert decode(message, names).trace["items"] == [{"item": "SKU-1"}]
+    message.raw_output_contents[-1] = b"\2\0\0\0{]"
+    with pytest.raises(IncompatibleServer, match="TRACE_JSON cannot be read"):
+        decode(message, names)
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([], "0 events; a batch has 1 to 1000"),
+        ([FeedbackEvent(item_id=1, kind="view")] * 1001, "1001 events; a batch has 1 to 1000: send several"),
+        ([FeedbackEvent(item_id=1, kind="sale")], "event 0 is of kind 'sale'; kinds are dislike, impression, view"),
+        ([FeedbackEvent(item_id=1, kind=9)], "event 0 is of kind 9"),
+        ([FeedbackEvent(item_id=object(), kind="view")], "the events cannot be written as JSON"),
+    ],
+)
+def test_feedback_is_checked_before_it_is_sent(events, words):
+    with pytest.raises(InvalidRequest, match=words):
+        encode_events(events)
+
+
+def test_feedback_is_one_json_array():
+    events = [
+        FeedbackEvent(item_id=2**62, kind=EventKind.CART, user_id="ann", timestamp=5, event_id="e", position=3),
+        FeedbackEvent(item_id="SKU-1", kind="view"),
+    ]
+    message = service_pb2.ModelInferRequest.FromString(encode_events(events))
+    assert message.model_name == "feedback"
+    first, second = json.loads(message.raw_input_contents[0][4:])
+    assert first == {
+        "event_id": "e", "user_id": "ann", "item_id": 2**62, "kind": "cart", "timestamp": 5, "request_id": "",
+        "position": 3,
+    }  # fmt: skip
+    assert second["event_id"]
+    assert second["user_id"] is None
+    answer = service_pb2.ModelInferResponse(raw_output_contents=[(2).to_bytes(4, "little") + (1).to_bytes(4, "little")])
+    assert (decode_events(answer).stored, decode_events(answer).repeated) == (2, 1)
+    with pytest.raises(IncompatibleServer, match="not of this client's contract"):
+        decode_events(service_pb2.ModelInferResponse())

@@ -7,6 +7,7 @@ import itertools
 import json
 import signal
 import time
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -19,13 +20,15 @@ from trirank import (
     InvalidRequest,
     RankClient,
     RankRequest,
-    Reason,
     Status,
     Unavailable,
 )
 from trirank_backend.stores.store import open_store
 from trirank_build.commands.serving import _filters
 from trirank_build.online.catalogue import apply_delta
+from trirank_build.online.requests import logged_requests
+from trirank_build.online.skew import measure_skew
+from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.server import TritonServer
 from trirank_build.serving.stores import Stores
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -237,12 +240,22 @@ def test_a_store_that_goes_and_comes_back(world, items, user, tmp_path):
         redis.wait(10)
 
 
-def test_a_server_without_a_store_takes_no_feedback(world, items, tmp_path):
-    with TritonServer(world.release) as server:
+def test_a_server_without_a_store_takes_no_feedback_and_logs_what_it_is_asked(world, items, tmp_path):
+    requests = recorded_requests(world.release)
+    with TritonServer(world.release, stores=Stores(requests=f"{tmp_path}?tensors=1")) as server:
         server.wait_ready()
         with RankClient(server.grpc, deadline_s=5) as client:
             assert Status.COLD_USER in client.rank(ask(items, 1)).status
             with pytest.raises(IncompatibleServer, match="takes no feedback; start it with --users"):
                 client.feedback([bought(1, items[0])])
-            new = client.rank(RankRequest(item_ids=items, scenario="new_items", top_k=5, user_id=1))
-            assert all(Reason.NEW in item.reasons or not item.reasons & Reason.BOOSTED for item in new)
+            for at, request in enumerate(requests):
+                client.rank(replace(request, request_id=f"page-{at}"))
+    lines = [line for line in logged_requests(tmp_path) if line["request_id"]]
+    assert [line["request_id"] for line in lines] == [f"page-{at}" for at in range(len(requests))]
+    assert [line["item_ids"][: len(r.item_ids)] for line, r in zip(lines, requests, strict=True)] == [
+        list(request.item_ids) for request in requests
+    ]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.glob("requests-*"))
+    found = measure_skew(world.release, tmp_path)
+    assert found.compared >= len(requests)
+    assert not found.differs

@@ -27,6 +27,7 @@ from trirank.contract import Reason, Signal
 from trirank_backend.errors import BrokenScores, InvalidPolicy, InvalidRelease
 from trirank_backend.policies import RULES, SHIPPED, Asked, Live, Policy, load_policies, load_policy
 from trirank_backend.policies.dpp import SHARE
+from trirank_backend.policies.page import sort
 
 RELEASE = bound_to()
 seeds = st.integers(0, 10_000)

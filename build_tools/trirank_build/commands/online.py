@@ -116,7 +116,7 @@ def import_users(
     dataset = Dataset.load(data)
     if not dataset.description.timed:
         warn("the dataset's timestamps are places in a sequence, no times: later feedback counts as newer all the same")
-    with _opened(users) as store, working("adding histories"):
+    with _opened(users, new=True) as store, working("adding histories"):
         count = add_users(dataset.events, store)
     out.print(f"{count:,} users' histories are in {hide_password(users)}")
 
@@ -154,7 +154,11 @@ def erase_user(
 
 
 @contextmanager
-def _opened(address: str) -> Iterator[Store]:
+def _opened(address: str, new: bool = False) -> Iterator[Store]:
+    """A store; ``new``: whether a file may be made."""
+    kind, _, path = address.partition(":")
+    if kind == "sqlite" and not new and not Path(path).is_file():
+        raise BadUsage(f"--users {address}: there is no such file; `trirank users import` makes one")
     store = open_store(address)
     try:
         yield store

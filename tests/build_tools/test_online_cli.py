@@ -1,0 +1,100 @@
+"""The commands beside a release, as a person types them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_cli import trirank
+from trirank.contract import EventKind
+from trirank_backend.stores.events import Event
+from trirank_backend.stores.overlay import STATE, read_overlay
+from trirank_backend.stores.store import open_store
+from trirank_build.data.dataset import POSITIONS, Dataset
+
+
+@pytest.fixture
+def users(world, tmp_path):
+    address = f"sqlite:{tmp_path / 'users.sqlite'}"
+    assert "users' histories are in" in trirank("users", "import", world.data, "--users", address).stdout
+    return address
+
+
+def test_users_come_and_go(world, users, tmp_path):
+    user = int(Dataset.load(world.data).events["user_id"][0])
+    found = json.loads(trirank("users", "export", "--users", users, "--user", user).stdout)
+    assert found["user_id"] == user
+    assert found["remembered"]
+    assert {event["kind"] for event in found["remembered"]} <= {"click", "cart", "purchase"}
+    assert "users are in" in trirank("users", "export", "--users", users, "--out", tmp_path / "all.jsonl").stdout
+    assert f"events of user {user} are gone" in trirank("users", "erase", user, "--users", users).stdout
+    assert f"nothing was known of user {user}" in trirank("users", "erase", user, "--users", users).stdout
+    assert json.loads(trirank("users", "export", "--users", users, "--user", user).stdout)["remembered"] == []
+
+
+def test_a_password_is_not_repeated(world):
+    done = trirank("users", "import", world.data, "--users", "redis://:secret@127.0.0.1:1/0", code=1)
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_policies_are_listed_and_checked(world, tmp_path):
+    listed = trirank("policy", "list", "--release", world.release).stdout
+    assert all(name in listed for name in ("search", "home", "new_items", "cross_category"))
+    (tmp_path / "home.toml").write_text(
+        'description = "sale"\n[[rules]]\nrule = "boost"\nbrands = ["Nobody"]\nby = 1.0\n[[rules]]\nrule = "mmr"\n'
+    )
+    done = trirank("policy", "check", tmp_path / "home.toml", "--release", world.release)
+    assert "by = 1.0" in done.stdout
+    assert "rule 1 (boost): no item has the brand Nobody; it works without" in done.stderr.replace("\n", " ")
+    told = json.loads(trirank("policy", "check", tmp_path / "home.toml", "--json").stdout)
+    assert [rule["rule"] for rule in told["rules"]] == ["boost", "mmr"]
+    (tmp_path / "home.toml").write_text('[[rules]]\nrule = "mix"\ntasks = { sale = 1.0 }\n')
+    error = trirank("policy", "check", tmp_path / "home.toml", "--release", world.release, code=1).stderr
+    assert "does not fit" in error
+    assert "tasks sale are none of the ranker's" in error
+
+
+def test_a_delta_lands_beside_the_releases(world, tmp_path):
+    (tmp_path / "delta.csv").write_text("item_id,stock\n1,0\n987654,3\n")
+    place = tmp_path / "catalogue.npy"
+    command = ("catalogue", "update", tmp_path / "delta.csv", "--release", world.release, "--catalogue", place)
+    assert "item 987654 is not in the catalogue" in trirank(*command, code=1).stderr
+    assert not place.exists()
+    done = trirank(*command, "--skip-unknown")
+    assert "1 of 2 rows tell of items that the release does not have" in done.stderr.replace("\n", " ")
+    assert read_overlay(place, STATE)["id"].tolist() == [1]
+
+
+def test_feedback_becomes_a_dataset(world, users, tmp_path):
+    store = open_store(users)
+    store.add([
+        Event("a", 7, 3, EventKind.IMPRESSION.value, 1_780_000_000, "r1", 1),
+        Event("b", 7, 3, EventKind.CLICK.value, 1_780_000_009, "r1", 1),
+    ])  # fmt: skip
+    store.close()
+    line = {
+        "request_id": "r1", "moment": 1_780_000_000, "user_id": 7, "query": "", "scenario": "home", "top_k": 3,
+        "item_ids": [3, 5], "retrieval_scores": None, "release": "x",
+    }  # fmt: skip
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "requests-1.jsonl").write_text(json.dumps(line) + "\n")
+    trirank(
+        "data",
+        "prepare",
+        world.data,
+        "--from-events",
+        users,
+        "--requests",
+        tmp_path / "log",
+        "--out",
+        tmp_path / "data",
+    )
+    made = Dataset.load(tmp_path / "data")
+    task = made.requests.collect().filter(made.requests.collect()["timestamp"] == 1_780_000_000).to_dicts()[0]
+    assert task["labels"] == [1.0]
+    assert task[POSITIONS] == [1]
+
+
+def test_skew_without_a_log(world, tmp_path):
+    error = trirank("skew", world.release, "--requests", tmp_path, code=1).stderr
+    assert "holds no requests-*.jsonl; serve with --log-requests" in error
