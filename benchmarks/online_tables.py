@@ -68,7 +68,9 @@ def feedback() -> str:
     lines = ["| | SQLite | Redis |", "|---|---|---|"]
     for name, words, digits in (
         ("lost_events", "acknowledged events that were lost", 0),
-        ("doubled_events", "events that are there twice", 0),
+        ("doubled_events", "events that are there twice in the log", 0),
+        ("wrong_pasts", "events too many or too few in what users are remembered by", 0),
+        ("wrong_counts", "showings too many or too few in items' counts", 0),
         ("events_per_s", "events a second, as fast as they go", 0),
         ("rank_p99_ms", "p99 of rankings without feedback, ms", 1),
         ("rank_p99_beside_ms", "p99 with 1,000 events a second beside them, ms", 1),
@@ -77,7 +79,7 @@ def feedback() -> str:
         cells = []
         for store in ("sqlite", "redis"):
             figure = found[f"{name}_{store}"]
-            cells.append(f"{figure.value:.0f}" if name.endswith("_events") else _cell(figure, digits))
+            cells.append(f"{figure.value:.0f}" if figure.unit == "events" else _cell(figure, digits))
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     notes = [found[f"lost_events_{store}"].note for store in ("sqlite", "redis")]
     return "\n".join([*lines, "", f"{'; '.join(notes).replace('sqlite', 'SQLite').replace('redis', 'Redis')}."])
@@ -110,7 +112,8 @@ def scenarios() -> str:
         f"`new_items` shows {_cell(found['new_items_share_gain'])} times as many new items, and keeps "
         f"{found['new_items_ndcg_kept'].value:.1%} of NDCG; `cross_category` keeps "
         f"{found['cross_category_ndcg_kept'].value:.1%}. For a loss of at most 1 % of NDCG on validation the most "
-        f"categories come from {best.note.partition(':')[0]}: {_cell(best)} on test; {', '.join(others)}, random swaps "
+        f"categories come from {best.note.partition(':')[0]}: {_cell(best)} on test, "
+        f"with {found['ndcg_kept_at_1pct_loss'].value:.1%} of NDCG kept there; {', '.join(others)}, random swaps "
         f"{found['categories_at_1pct_loss_chance'].value:.2f}, no rule {plain.value:.2f}.",
     ])  # fmt: skip
 

@@ -38,6 +38,15 @@ def test_manifests_are_of_the_published_schema(manifest):
     kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
 
 
+def test_every_claim_and_secret_that_is_named_is_there():
+    """A claim that nobody made leaves all replicas pending; secrets are made by hand, and said how."""
+    text = "\n".join(path.read_text() for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")))
+    made = {p.values[0]["metadata"]["name"] for p in MANIFESTS if p.values[0]["kind"] == "PersistentVolumeClaim"}
+    assert set(re.findall(r"claimName: ([\w-]+)", text)) == made == {"trirank-releases", "trirank-state"}
+    named = set(re.findall(r"secretKeyRef: \{name: ([\w-]+)", text))
+    assert named == set(re.findall(r"create secret generic ([\w-]+)", text)) == {"trirank-users", "trirank-redis"}
+
+
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
 def test_compose_is_of_the_published_schema(name):
     command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / name]

@@ -139,7 +139,7 @@ class AsyncRankClient:
             try:
                 stub = self._stub(endpoint.address)
                 metadata = [*self._core.metadata, *self._core.target.credentials_metadata()]
-                reply = await stub.ModelInfer(call.message, timeout=max(call.left_s, 0.001), metadata=metadata)
+                reply = await stub.ModelInfer(call.message, timeout=call.timeout_s, metadata=metadata)
             except grpc.RpcError as error:
                 await asyncio.sleep(call.failed(endpoint, error))
             except BaseException:

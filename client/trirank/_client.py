@@ -166,7 +166,7 @@ class RankClient:
             try:
                 stub = self._stub(endpoint.address)
                 metadata = [*self._core.metadata, *self._core.target.credentials_metadata()]
-                reply = stub.ModelInfer(call.message, timeout=max(call.left_s, 0.001), metadata=metadata)
+                reply = stub.ModelInfer(call.message, timeout=call.timeout_s, metadata=metadata)
             except grpc.RpcError as error:
                 time.sleep(call.failed(endpoint, error))
             except BaseException:

@@ -6,6 +6,7 @@ An event has an id, and a server takes each id once; so a batch whose answer was
 from __future__ import annotations
 
 import json
+import operator
 import random
 import struct
 import time
@@ -80,9 +81,15 @@ def encode_events(events: Sequence[FeedbackEvent]) -> bytes:
         except (KeyError, ValueError):
             names = ", ".join(each.name.lower() for each in EventKind)
             raise InvalidRequest(f"event {number} is of kind {event.kind!r}; kinds are {names}") from None
+        try:
+            user, item = _plain(event.user_id), _plain(event.item_id)
+        except TypeError:
+            raise InvalidRequest(
+                f"event {number} is of user {event.user_id!r} and item {event.item_id!r}; ids are whole numbers or text"
+            ) from None
         rows.append(
             {
-                "event_id": event.event_id, "user_id": event.user_id, "item_id": event.item_id,
+                "event_id": event.event_id, "user_id": user, "item_id": item,
                 "kind": kind.name.lower(), "timestamp": event.timestamp, "request_id": event.request_id,
                 "position": event.position,
             }
@@ -97,6 +104,13 @@ def encode_events(events: Sequence[FeedbackEvent]) -> bytes:
     message.raw_input_contents.append(len(text).to_bytes(4, "little") + text)
     written: bytes = message.SerializeToString()
     return written
+
+
+def _plain(value: Any) -> Any:
+    """Ids as answers have them are numpy's."""
+    if value is None or isinstance(value, str):
+        return str(value) if value is not None else None
+    return operator.index(value)
 
 
 def decode_events(reply: Any) -> FeedbackResult:
@@ -128,6 +142,12 @@ class FeedbackCall:
         """Seconds until the deadline."""
         return self._ends - time.monotonic()
 
+    @property
+    def timeout_s(self) -> float:
+        """For the attempt that was asked for last: half of what is left while there are servers that were not tried."""
+        others = len(self._core.pool) > len(self._tried)
+        return max(0.001, self.left_s / 2 if others else self.left_s)
+
     def attempt(self) -> Endpoint:
         """The server to send it to next."""
         endpoint = self._core.pool.pick(self._tried)
@@ -153,7 +173,7 @@ class FeedbackCall:
             error, address=endpoint.address, elapsed_s=time.monotonic() - self._began, attempts=self._attempts
         )
         # Feedback that is not taken is no reason to rank elsewhere; one that cannot be reached is.
-        unreachable = isinstance(found, Unavailable) and "store" not in str(found)
+        unreachable = isinstance(found, Unavailable) and "user store" not in (error.details() or "")
         self._core.pool.done(endpoint, healthy=False if unreachable else None)
         if isinstance(found, IncompatibleServer) and error.code() is grpc.StatusCode.NOT_FOUND:
             words = f"{endpoint.address} takes no feedback; start it with --users"

@@ -81,6 +81,10 @@ class Attributes:
             names = json.loads((directory / "names.json").read_text())
         except (OSError, ValueError) as error:
             raise InvalidRelease(f"{directory} cannot be read ({error}); assemble again") from error
+        for kind, column in zip(NAMED, ("brands", "categories", "sellers"), strict=True):
+            codes = found[column]  # compiled code looks at neither again
+            if codes.min() < -1 or codes.max() >= len(names.get(kind, ())):
+                raise InvalidRelease(f"{directory / column}.npy holds codes that have no name; assemble again")
         return cls(**found, names=names)
 
     @classmethod

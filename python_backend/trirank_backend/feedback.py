@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 from trirank import contract
 from trirank.contract import EventKind
 
-from trirank_backend.errors import BackendError, InvalidInput, InvalidStore, StoreFailed
+from trirank_backend.errors import BackendError, InvalidInput, StoreFailed
 from trirank_backend.policies import load_policies
 from trirank_backend.release import FEATURES, POLICIES
 from trirank_backend.requests import Tensors
@@ -26,12 +27,22 @@ from trirank_backend.surroundings import COUNTS_VARIABLE, SERVED_VARIABLE, USERS
 
 EARLIEST = 631_152_000
 """1990: an earlier moment is none in seconds since 1970."""
-COUNT_EVERY_S = 2.0
+COUNT_EVERY_S = 3.0
 _FIELDS = ("event_id", "user_id", "item_id", "kind", "timestamp", "request_id", "position")
 _KINDS = {kind.name.lower(): kind.value for kind in EventKind}
 _LIMIT = 2**63
+_NUMBER = re.compile(r"-?[0-9]{1,19}")
 
 _log = logging.getLogger("trirank")
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written; JSON may hold half a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Known:
@@ -68,10 +79,10 @@ class Known:
         Raises:
             InvalidInput: it is neither.
         """
-        if isinstance(value, str):
+        if isinstance(value, str) and _is_text(value):
             if self._kinds.get(what) == "strings":
                 return contract.stable_id(value)
-            if value.lstrip("-").isdigit():
+            if _NUMBER.fullmatch(value):
                 value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not -_LIMIT <= value < _LIMIT:
             kind = "text" if self._kinds.get(what) == "strings" else "a number of at most 64 bits"
@@ -147,7 +158,7 @@ class Feedback:
     def _events(self, text: bytes) -> list[Event]:
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInput(f"EVENTS is no JSON ({error})") from None
         if not isinstance(rows, list) or not 1 <= len(rows) <= contract.MAX_EVENTS:
             what = f"{len(rows)} events" if isinstance(rows, list) else f"{type(rows).__name__}"
@@ -171,11 +182,11 @@ class Feedback:
             raise InvalidInput(f"{where} {what}; an event is an object of {', '.join(_FIELDS)}")
         for name, most in (("event_id", contract.MAX_EVENT_ID_BYTES), ("request_id", contract.MAX_REQUEST_ID_BYTES)):
             value = row.get(name, "")
-            if not isinstance(value, str) or len(value.encode(errors="replace")) > most:
+            if not isinstance(value, str) or not _is_text(value) or len(value.encode()) > most:
                 raise InvalidInput(f"{where}: {name} is {str(value)[:80]!r}; it is text of at most {most} bytes")
         if not row.get("event_id"):
             raise InvalidInput(f"{where} has no event_id; it needs one, so that it can be sent twice and counts once")
-        if row.get("kind") not in _KINDS:
+        if not isinstance(row.get("kind"), str) or row["kind"] not in _KINDS:
             raise InvalidInput(f"{where}: kind is {row.get('kind')!r}; kinds are {', '.join(_KINDS)}")
         timestamp, position = row.get("timestamp"), row.get("position", 0)
         if isinstance(timestamp, bool) or not isinstance(timestamp, int) or not EARLIEST <= timestamp <= latest:
@@ -192,7 +203,7 @@ class Feedback:
             contract.ANONYMOUS_USER if user is None else self._known.own_id("user", user, where),
             self._known.own_id("item", row.get("item_id"), where),
             _KINDS[row["kind"]],
-            timestamp,
+            min(timestamp, latest - contract.FUTURE_S),  # a clock that is ahead hides nothing from the next request
             row.get("request_id", ""),
             position,
         )
@@ -213,7 +224,7 @@ class CountsWriter:
         self._thread.join(2 * COUNT_EVERY_S)
 
     def _work(self) -> None:
-        before: bytes = b""
+        before: bytes | None = None
         store: Store | None = None
         while not self._stopped.wait(COUNT_EVERY_S if store else 0.0):
             try:
@@ -224,7 +235,7 @@ class CountsWriter:
                 if (now := records.tobytes()) != before:
                     write_overlay(self._path, records)
                     before = now
-            except (StoreFailed, InvalidStore, OSError) as error:  # noqa: PERF203  # it goes on
+            except Exception as error:  # noqa: PERF203  # told, and tried again: nobody else writes counts
                 _log.warning("counts of feedback are as old as they are: %s", error)
                 self._stopped.wait(COUNT_EVERY_S)
         if store is not None:

@@ -87,6 +87,12 @@ class Pipeline:
             return self._rerank(scores, prepared.handover)
         except BackendError as error:
             return error
+        except Exception as error:  # the others of its batch have been scored already
+            failure = StageFailed(
+                f"{contract.RERANK} failed ({type(error).__name__}: {error}); the server's log says where"
+            )
+            failure.__cause__ = error
+            return failure
 
     def _count(self, stage: str, started: float) -> float:
         now = time.perf_counter()

@@ -130,12 +130,14 @@ class Preprocess:
         counts = np.zeros((len(widths), 2), np.int32)
         drop_repeats(ids, starts, contract.PAD_ITEM_ID, rows, counts)
 
-        now = int(self._clock())
+        # The end of this second: what was told in it has happened, and all that reads events asks for those before.
+        now = int(self._clock()) + 1
         moments = [moment for request in requests for moment in request.timestamps or [now] * len(request)]
         users = [user for request in requests for user in request.users]
         queries = [query for request in requests for query in request.queries]
         scores = _side_by_side([r.retrieval_scores for r in requests], requests, np.nan, np.float32)
-        pasts, unanswered = self._pasts([events for r in requests for events in r.histories], users)
+        sent = [events for request in requests for events in request.histories]
+        pasts, unanswered = self._pasts(sent, users)
         length = spec.history_length
         history = HistoryBatch.of(
             [past and past.events.before(now, length) for past, now in zip(pasts, moments, strict=True)], length
@@ -172,7 +174,7 @@ class Preprocess:
                 (users[line] != contract.ANONYMOUS_USER and not known[line] and Status.COLD_USER.value)
                 | (unknown > 0 and not kept and Status.UNKNOWN_ITEMS_DROPPED.value)
                 | (repeats > 0 and Status.DUPLICATES_DROPPED.value)
-                | (users[line] in unanswered and Status.DEGRADED.value)
+                | (sent[line] is None and users[line] in unanswered and Status.DEGRADED.value)
             )
         prepared, line = [], 0
         for request in requests:
@@ -193,7 +195,7 @@ class Preprocess:
                 rows=rows[of_places].reshape(shape),
                 signals=packed.signals[of_places].reshape(shape),
                 scores=scores[of_places].reshape(shape)[:, : shape[1] if self._scored & set(request.policies) else 0],
-                unknown=self._unknown(request, own, counts[of_lines, 0]),
+                unknown=self._unknown(request, own, counts[of_lines, 0], pasts[of_lines]),
             )
             self._complete(handover, request, own)
             prepared.append(Prepared(ranker, handover))
@@ -212,7 +214,8 @@ class Preprocess:
             said = {
                 "request_id": request.request_id, "moment": moments[line], "user_id": request.users[row],
                 "query": request.queries[row], "scenario": self._scenarios[request.policies[row]],
-                "top_k": request.top_k[row], "item_ids": request.item_ids[row].copy(),
+                "top_k": request.top_k[row], "sent_history": request.histories[row] is not None,
+                "item_ids": request.item_ids[row].copy(),
                 "retrieval_scores": None if scores is None else scores[row].copy(),
                 "history": {
                     "item_ids": history.item_ids[line, there], "behaviours": history.behaviours[line, there],
@@ -248,7 +251,9 @@ class Preprocess:
                 names = ", ".join(list(self._regions)[:8]) or "none: no item says where it can be had"
                 raise InvalidInput(f"FILTERS: region is {each.region[:64]!r}; this catalogue has {names}")
 
-    def _unknown(self, request: Request, ids: NDArray[np.int64], counts: NDArray[np.int32]) -> NDArray[np.int64]:
+    def _unknown(
+        self, request: Request, ids: NDArray[np.int64], counts: NDArray[np.int32], pasts: list[Past | None]
+    ) -> NDArray[np.int64]:
         """[R, U] what a request's policies keep though the catalogue does not know it.
 
         Args:
@@ -262,6 +267,8 @@ class Preprocess:
             if not kept[line]:
                 continue
             strange = (self._packer.catalogue.rows(ids[line]) < 0) & (ids[line] != contract.PAD_ITEM_ID)
+            if (past := pasts[line]) is not None and len(past.disliked):
+                strange &= ~np.isin(ids[line], past.disliked)
             _, places = np.unique(np.where(strange, ids[line], contract.PAD_ITEM_ID), return_index=True)
             places = np.sort(places[strange[places]])
             if request.retrieval_scores is not None:

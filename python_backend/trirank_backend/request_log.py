@@ -15,6 +15,7 @@ import queue
 import random
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import parse_qs
@@ -97,15 +98,16 @@ class RequestLog:
 
     def close(self) -> None:
         """Write what waits, and end."""
-        self._queue.put(None)
+        with suppress(queue.Full):  # a disk that hangs holds nobody up
+            self._queue.put(None, timeout=1)
         self._thread.join(5)
 
     def _open(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
         name = f"requests-{time.time_ns()}-{os.getpid()}.jsonl"
         file = os.open(self.settings.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._stream = os.fdopen(file, "wb")
+        before, self._stream = self._stream, os.fdopen(file, "wb")
+        if before is not None:
+            before.close()
 
     def _work(self) -> None:
         while (line := self._queue.get()) is not None:
@@ -116,7 +118,7 @@ class RequestLog:
                     self._stream.flush()
                 if self._stream.tell() > _LARGEST:
                     self._open()
-            except OSError as error:  # noqa: PERF203  # a full disk harms the log alone
+            except (OSError, ValueError) as error:  # noqa: PERF203  # a full disk harms the log alone
                 _log.warning("a request was not logged (%s)", error)
         if self._stream is not None:
             self._stream.close()

@@ -121,7 +121,7 @@ def _filter(text: bytes) -> Filters | None:
         return None
     try:
         said = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"FILTERS is no JSON ({error})") from None
     if not isinstance(said, dict) or (unknown := sorted(said.keys() - set(contract.FILTERS))):
         what = f"has the unknown key {unknown[0]!r}" if isinstance(said, dict) else f"is {said!r}"
@@ -140,7 +140,7 @@ def _filter(text: bytes) -> Filters | None:
 
 def _amount(said: Mapping[str, Any], key: str, other: float) -> float:
     value = said.get(key, other)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or (not abs(value) < 1e30 and value != other):
         raise InvalidInput(f"FILTERS: {key} is {value!r}; it is a number")
     return float(value)
 

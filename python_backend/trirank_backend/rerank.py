@@ -118,10 +118,27 @@ class Rerank:
         retrieval = read_only(handover.scores)
         traces: list[bytes] = []
         for line, numbers in enumerate(header.tolist()):
-            bits, unknown, repeats, top_k, policy, _, _, trace, moment, query, seed, region, *limits, _ = numbers
+            (
+                bits,
+                unknown,
+                repeats,
+                top_k,
+                policy,
+                _,
+                _,
+                trace,
+                moment,
+                query,
+                seed,
+                region,
+                min_stock,
+                least,
+                most,
+                _,
+            ) = numbers
             page = Page(rows[line], signals[line], scores[line], retrieval[line], top_k, moment, seed, query)
             steps = self._steps[policy]
-            self._admit(page, policy, Asked(region, *limits))
+            self._admit(page, policy, Asked(region, min_stock, least, most))
             if trace:
                 telling = Trace(page, self._items.ids, self._tasks, self._names[policy])
                 telling.run(steps)
@@ -135,8 +152,11 @@ class Rerank:
                 page.order, found, page.rows, page.signals, page.score, page.reasons, _REASONS, self._items.ids,
                 ids[line], totals[line], reasons[line],
             )  # fmt: skip
-            if handover.unknown.shape[1] and found < top_k:
-                found += _append(handover.unknown[line], ids[line], totals[line], reasons[line], found, top_k)
+            # Nobody knows whether they cost less than 10, or can be had in a region.
+            limited = region or least > -np.inf or most < np.inf
+            if handover.unknown.shape[1] and found < top_k and not limited:
+                kept = self._not_blocked(handover.unknown[line])
+                found += _append(kept, ids[line], totals[line], reasons[line], found, top_k)
             bits |= (page.filtered > 0 and Status.ITEMS_FILTERED.value) | (
                 found < top_k and Status.FEWER_THAN_TOP_K.value
             )
@@ -160,6 +180,12 @@ class Rerank:
             page.rows, live, items.prices, items.signals, items.regions, _UNAVAILABLE, asked,
             self._policies[policy].keep_unavailable, page.prices, page.stock, page.order,
         )  # fmt: skip
+
+    def _not_blocked(self, unknown: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Without what is blocked now, which a newer release may know."""
+        if self._state is None or not len(self._state):
+            return unknown
+        return unknown[self._state.state(read_only(unknown))[2] == 0]
 
     def _ids(self, page: Page) -> NDArray[Any]:
         """[N] ids; of what is not to be ranked some other one's."""

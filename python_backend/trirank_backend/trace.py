@@ -13,12 +13,13 @@ moves an item nor changes its score is left out. Items that are shown come first
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trirank_backend.policies import Page, Rule
+from trirank_backend.policies import Page, Rule, query_key
 from trirank_backend.policies.page import sort
 from trirank_backend.policies.rule import Step
 
@@ -40,7 +41,7 @@ class Trace:
         self._items: dict[int, dict[str, Any]] = {}
         there = set(page.order[: page.count].tolist())
         for place in np.flatnonzero(page.rows >= 0).tolist():
-            scores = {task: round(float(page.tasks[place, at]), 6) for at, task in enumerate(tasks)}
+            scores = {task: _number(page.tasks[place, at]) for at, task in enumerate(tasks)}
             self._items[place] = {
                 "item": int(ids[page.rows[place]]),
                 "position": None,
@@ -57,7 +58,7 @@ class Trace:
         """Apply the rules, and look after each."""
         for rule, step in steps:
             step(self._page)
-            if rule is not None:
+            if rule is not None and (not rule.queries or self._page.query in map(query_key, rule.queries)):
                 self._look(str(rule.rule))  # type: ignore[attr-defined]  # every rule's own
 
     def text(self, top_k: int) -> bytes:
@@ -90,5 +91,6 @@ class Trace:
             self._items[place].setdefault("dropped_by", name)
 
 
-def _number(value: Any) -> float:
-    return round(float(value), 6)
+def _number(value: Any) -> float | None:
+    """None for what is no finite number: JSON has none."""
+    return round(float(value), 6) if math.isfinite(value) else None

@@ -349,7 +349,7 @@ def test_a_trace_comes_back_in_the_callers_ids():
         ([FeedbackEvent(item_id=1, kind="view")] * 1001, "1001 events; a batch has 1 to 1000: send several"),
         ([FeedbackEvent(item_id=1, kind="sale")], "event 0 is of kind 'sale'; kinds are dislike, impression, view"),
         ([FeedbackEvent(item_id=1, kind=9)], "event 0 is of kind 9"),
-        ([FeedbackEvent(item_id=object(), kind="view")], "the events cannot be written as JSON"),
+        ([FeedbackEvent(item_id=object(), kind="view")], "event 0 is of user None and item <object"),
     ],
 )
 def test_feedback_is_checked_before_it_is_sent(events, words):

@@ -241,8 +241,16 @@ def test_a_trace_tells_what_each_rule_did():
             assert tensor.tobytes() == answer[name].tobytes()
 
 
+EVERY_RULE = [
+    BY_CLICK, {"rule": "deduplicate"}, {"rule": "mmr"}, {"rule": "dpp"}, {"rule": "cap", "field": "brand"},
+    {"rule": "quota", "different": 2}, {"rule": "sponsored", "items": [103, 104], "slots": [2, 4]},
+    {"rule": "pin", "item": 101, "position": 3},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_a_trace_changes_nothing(seed):
+def test_a_trace_changes_nothing(seed, monkeypatch):
+    monkeypatch.setitem(POLICIES, "every", Policy.model_validate({"rules": EVERY_RULE}))
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 4, (1, 30, 2)).astype(np.float32)
     rows, signals = [rng.permutation(30)], [rng.integers(0, 256, 30)]

@@ -192,6 +192,15 @@ def test_dpp(seed, count, diversity, within):
         assert found == plain_dpp(RELEASE, page, order, diversity, within, float(SHARE))
 
 
+@settings(deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0]), max_size=60))
+def test_the_best_come_first_and_equals_in_their_order(scores):
+    order = np.arange(len(scores), dtype=np.int32)[::-1].copy()
+    before = order.tolist()
+    sort(order, len(scores), np.array(scores, np.float32))
+    assert order.tolist() == sorted(before, key=lambda place: -scores[place])
+
+
 def test_a_set_may_be_larger_than_vectors_have_dimensions():
     page, order = sorted_page(1, 40, top_k=40)
     assert sorted(apply(RELEASE, page, MIX, {"rule": "dpp"})) == sorted(order)
@@ -206,10 +215,13 @@ def test_cap(seed, count, field, at_most, window, within):
     found = apply(RELEASE, page, MIX, rule)
     codes = {"brand": RELEASE.items.brands, "category": RELEASE.items.categories, "seller": RELEASE.items.sellers}
     assert found == plain_cap(codes[field], page, order, at_most, window, within)
-    for place in found[:within]:
-        was, now = order.index(place), found.index(place)
-        if now > was:
+    for place in order:
+        passed = any(found.index(other) < found.index(place) < within for other in order[order.index(place) + 1 :])
+        if passed:
             assert page.reasons[place] & Reason.HELD_BACK
+        if found.index(place) <= order.index(place) and found.index(place) < within:
+            stood_back = any(found.index(o) < found.index(place) for o in order[order.index(place) + 1 :])
+            assert bool(page.reasons[place] & Reason.HELD_BACK) == stood_back
 
 
 @settings(deadline=None)
@@ -246,9 +258,47 @@ def test_pins(seed, count, pins):
 def test_sponsored(seed, count, selection, slots):
     page, order = sorted_page(seed, count)
     found = apply(RELEASE, page, MIX, {"rule": "sponsored", "slots": slots, **selection})
-    paid = [place for place in order if selects(RELEASE, page, place, **selection)][: len(slots)]
-    assert found == plain_settle(order, dict(zip(sorted(slots), paid, strict=False)))
+    seen = sorted(slot for slot in slots if slot <= page.top_k)
+    paid = [place for place in order if selects(RELEASE, page, place, **selection)][: len(seen)]
+    assert found == plain_settle(order, dict(zip(seen, paid, strict=False)))
     assert {place for place in order if page.reasons[place] & Reason.SPONSORED} == set(paid)
+
+
+@pytest.mark.parametrize("sponsored_first", [True, False])
+def test_an_item_that_two_rules_place_stands_once(sponsored_first):
+    page, order = sorted_page(5, 20)
+    item = int(RELEASE.items.ids[page.rows[order[-1]]])
+    rules = [{"rule": "pin", "item": item, "position": 1}, {"rule": "sponsored", "items": [item], "slots": [2]}]
+    found = apply(RELEASE, page, MIX, *(rules[::-1] if sponsored_first else rules))
+    assert sorted(found) == sorted(order)
+    assert found[0] == order[-1]
+
+
+def test_a_slot_that_nobody_sees_hides_nothing():
+    page, order = sorted_page(5, 20, top_k=5)
+    items = [int(RELEASE.items.ids[page.rows[place]]) for place in order[:2]]
+    found = apply(RELEASE, page, MIX, {"rule": "sponsored", "items": items, "slots": [1, 15]})
+    assert found[:2] == order[:2]
+
+
+@pytest.mark.parametrize("rule", ["mmr", "dpp"])
+@pytest.mark.parametrize("scale", [1e38, 3e38])
+def test_scores_as_large_as_numbers_go_lose_no_item(rule, scale):
+    """Compiled loops check no bounds: an item taken twice would be written behind the end."""
+    page, _ = sorted_page(3, 30, top_k=30)
+    page.tasks[:, 0] *= np.float32(scale) / np.abs(page.tasks[:, 0]).max()
+    order = best_first_of_click(page)
+    assert sorted(apply(RELEASE, page, MIX, {"rule": rule, "within": 30})) == sorted(order)
+
+
+def test_limits_are_as_exact_as_prices_are():
+    """49.9 is 49.90000153 in 32 bits, on both sides."""
+    for price in (49.9, 19.99, 0.1):
+        prices = np.full(20, price, np.float32)
+        live = Live(prices, np.full(20, -1, np.int32), np.zeros(20, np.int32))
+        for limits in ({"max_price": price}, {"min_price": price}):
+            page, order = sorted_page(1, 20, live=live)
+            assert apply(RELEASE, page, MIX, {"rule": "filter", **limits}) == order
 
 
 def test_a_pin_and_a_slot_keep_out_of_each_others_way():
@@ -442,6 +492,9 @@ BAD = {
     "quota that cannot be": ('[[rules]]\nrule = "quota"\nwithin = 3\ndifferent = 5', "5 different ones do not fit"),
     "quota of nothing": ('[[rules]]\nrule = "quota"', "it asks for nothing"),
     "prior": ('[[rules]]\nrule = "explore"\nprior_clicks = 30.0', "prior_clicks is 30, of 20 prior_showings"),
+    "boost by too much": ('[[rules]]\nrule = "boost"\nitems = [1]\nby = 1e39', "by: Input should be less than"),
+    "explore for ever": ('[[rules]]\nrule = "explore"\nuntil = 100000000000000000000', "until: Input should be less"),
+    "an id of 70 bits": ('[[rules]]\nrule = "pin"\nitem = 9223372036854775808\nposition = 1', "item.*: Input should"),
     "dedupe of nothing": ('[[rules]]\nrule = "deduplicate"\nvariants = false', "neither variants nor titles"),
     "no TOML": ("rules = [", "is no valid TOML"),
 }  # fmt: skip

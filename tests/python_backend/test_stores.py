@@ -126,6 +126,14 @@ def test_histories_from_elsewhere_are_added_once(store):
     assert list(store.users()) == [1, 2]
 
 
+def test_events_of_one_moment_keep_their_order_and_number(store):
+    """As training has them: logs of days, and bursts within a second."""
+    past = Events(np.array([9, 4, 7, 4]), np.full(4, 2, np.int32), np.full(4, 100, np.int64))
+    for _ in range(2):
+        store.put([(1, past)])
+        assert store.get([1])[1].events.item_ids.tolist() == [9, 4, 7, 4]
+
+
 def test_only_the_newest_are_kept(store):
     count = contract.MAX_HISTORY + 30
     for start in range(0, 2 * count, 500):
@@ -174,6 +182,39 @@ def test_many_writers_lose_nothing(address):
     store.close()
 
 
+def test_counts_have_an_end(tmp_path):
+    store = open_store(f"sqlite:{tmp_path / 'users.sqlite'}")
+    store._connection.execute("INSERT INTO counts VALUES (5, 3000000000, 4000000000)")
+    assert [column.tolist() for column in store.counts()] == [[5], [2**31 - 1], [2**31 - 1]]
+    store.close()
+
+
+def test_a_forgotten_user_is_gone_from_the_disk(tmp_path):
+    store = open_store(f"sqlite:{tmp_path / 'users.sqlite'}")
+    store.add([event(f"secret-{at}", user=5) for at in range(50)])
+    store.add([event("other", user=6)])
+
+    def disk():
+        return b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+    assert b"secret-7" in disk()
+    store.erase(5)
+    assert b"secret" not in disk()
+    assert b"other" in disk()
+    store.close()
+
+
+def test_many_open_a_new_store_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    for number in range(5):
+        address = f"sqlite:{tmp_path / str(number) / 'users.sqlite'}"
+        with ThreadPoolExecutor(6) as pool:
+            stores = list(pool.map(lambda _, address=address: open_store(address, timeout_s=0.02), range(6)))
+        for store in stores:
+            store.close()
+
+
 def test_a_batch_is_stored_whole_or_not_at_all(tmp_path):
     store = open_store(f"sqlite:{tmp_path / 'users.sqlite'}")
     store.add([event(1)])
@@ -202,6 +243,7 @@ def test_what_is_no_address(text):
 
 def test_passwords_are_not_shown():
     assert hide_password("redis://:secret@host:1/0") == "redis://***@host:1/0"
+    assert hide_password("redis://host:1/0?password=secret") == "redis://host:1/0?***"
     assert hide_password("sqlite:/tmp/a@b") == "sqlite:/tmp/a@b"
 
 

@@ -49,7 +49,9 @@ def request(value, seconds=None):
 
 def asked(value, parameters):
     tensor = SimpleNamespace(name=lambda: "X", as_numpy=lambda: value)
-    return SimpleNamespace(inputs=lambda: [tensor], parameters=lambda: json.dumps(parameters))
+    return SimpleNamespace(
+        inputs=lambda: [tensor], parameters=lambda: json.dumps(parameters), request_id=lambda: "page-1"
+    )
 
 
 def test_an_exception_costs_nobody_but_its_own_request(stage):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 from trirank import contract
 from trirank_backend.errors import InvalidPolicy
 from trirank_backend.stores.store import Store, hide_password, open_store
-from trirank_backend.surroundings import USERS_VARIABLE
+from trirank_backend.surroundings import CATALOGUE_VARIABLE, USERS_VARIABLE
 
 from trirank_build.commands.options import Json, check_target
 from trirank_build.errors import BadUsage
 from trirank_build.progress import out, warn, working
+
+_NUMBER = re.compile(r"-?[1-9][0-9]{0,18}|0")
+"""As numbers are written; with a zero in front it is rather text."""
 
 policy_app = typer.Typer(help="Check what a scenario wants of its results.", no_args_is_help=True)
 catalogue_app = typer.Typer(help="Change prices, stock and blocks while serving.", no_args_is_help=True)
@@ -25,6 +29,9 @@ users_app = typer.Typer(help="Fill, read and empty a user store.", no_args_is_he
 
 Address = Annotated[
     str, typer.Option("--users", envvar=USERS_VARIABLE, help="The user store: sqlite:PATH or redis://HOST:PORT.")
+]
+UserIds = Annotated[
+    Literal["numbers", "strings"] | None, typer.Option("--user-ids", help="Whether users' ids are numbers or text.")
 ]
 OfRelease = Annotated[Path | None, typer.Option("--release", help="Hold it against this release, too.")]
 
@@ -87,8 +94,14 @@ def update_catalogue(
     delta: Annotated[Path, typer.Argument(help="CSV or JSON lines of item_id and any of price, stock, blocked.")],
     release: Annotated[Path, typer.Option(help="The release whose items it tells of.")],
     catalogue: Annotated[
-        Path | None, typer.Option(help="The file that servers read; catalogue.npy beside the releases by default.")
+        Path | None,
+        typer.Option(
+            envvar=CATALOGUE_VARIABLE, help="The file that servers read; catalogue.npy beside the releases by default."
+        ),
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what was changed before: a new release knows it.")
+    ] = False,
     skip_unknown: Annotated[
         bool, typer.Option("--skip-unknown", help="Leave out items that the release does not have.")
     ] = False,
@@ -98,7 +111,7 @@ def update_catalogue(
     from trirank_build.serving.stores import CATALOGUE
 
     place = catalogue or release.absolute().parent / CATALOGUE
-    done = apply_delta(delta, place, release, skip_unknown)
+    done = apply_delta(delta, place, release, skip_unknown, fresh)
     if done.unknown:
         warn(f"{done.unknown} of {done.rows} rows tell of items that the release does not have, and were left out")
     out.print(f"{place} tells of {done.items:,} items now")
@@ -128,6 +141,7 @@ def export_users(
     user: Annotated[
         str | None, typer.Option(help="One user: all that is known, log included, to the terminal.")
     ] = None,
+    user_ids: UserIds = None,
 ) -> None:
     """Write what is known of users."""
     from trirank_build.online import users as of_users
@@ -136,7 +150,7 @@ def export_users(
         raise BadUsage("say --user ID for one user, or --out FILE for all")
     with _opened(users) as store:
         if user is not None:
-            print(json.dumps(of_users.export_user(store, _user_id(user)), indent=1))
+            print(json.dumps(of_users.export_user(store, _user_id(user, user_ids)), indent=1))
         elif target is not None:
             check_target(target, "an export", file=True)
             out.print(f"{of_users.export_users(store, target):,} users are in {target}")
@@ -146,10 +160,11 @@ def export_users(
 def erase_user(
     user: Annotated[str, typer.Argument(help="The user's id, as callers send it.")],
     users: Address,
+    user_ids: UserIds = None,
 ) -> None:
     """Forget a user everywhere in the store, the log of events included."""
     with _opened(users) as store:
-        gone = store.erase(_user_id(user))
+        gone = store.erase(_user_id(user, user_ids))
     out.print(f"{gone} events of user {user} are gone" if gone else f"nothing was known of user {user}")
 
 
@@ -166,5 +181,15 @@ def _opened(address: str, new: bool = False) -> Iterator[Store]:
         store.close()
 
 
-def _user_id(text: str) -> int:
-    return int(text) if text.lstrip("-").isdigit() else contract.stable_id(text)
+def _user_id(text: str, kind: str | None) -> int:
+    """A user's id in the store. Text that is all digits could be either, and forgetting somebody else is no answer."""
+    if kind is None and text.lstrip("-").isdigit():
+        if not _NUMBER.fullmatch(text):
+            raise BadUsage(f"user {text}: is that a number or text? Say --user-ids numbers or --user-ids strings")
+        kind = "numbers"
+    if kind != "numbers":
+        return contract.stable_id(text)
+    number = int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else 2**63
+    if not -(2**63) <= number < 2**63:
+        raise BadUsage(f"user {text} is no number of at most 64 bits; say --user-ids strings if it is text")
+    return number

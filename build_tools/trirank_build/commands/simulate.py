@@ -23,7 +23,7 @@ def simulate(
     seed: Seed = 0,
 ) -> None:
     """Let customers of the synthetic shop use a live service, and train on what they do."""
-    check_target(target, "a simulation", replaces="closed_loop.json")
+    check_target(target, "a simulation", replaces="settings.json")
     from trirank_build.online.simulate import ARMS, Settings, write_outcome
     from trirank_build.online.simulate import simulate as run
     from trirank_build.recipe import load_recipe

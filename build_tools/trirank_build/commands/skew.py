@@ -24,7 +24,7 @@ def skew(
     limit: Annotated[int, typer.Option(min=1, help="Requests to compare, at most.")] = 10_000,
     as_json: Json = False,
 ) -> None:
-    """Replay logged requests through training's features and compare bit by bit; exit status 1 if any differs."""
+    """Replay logged requests through training's features and compare bit by bit; exit status 3 if any differs."""
     from trirank_build.data.dataset import Dataset
     from trirank_build.online.skew import measure_skew
 
@@ -40,4 +40,4 @@ def skew(
         for reason, count in found.left_out.items():
             out.print(f"{count:,} requests left out: {reason}")
     if found.differs:
-        sys.exit(1)
+        sys.exit(3)

@@ -10,7 +10,7 @@ import csv
 import fcntl
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from trirank_build.repository.release import load_manifest
 COLUMNS = ("price", "stock", "blocked")
 _YES, _NO = ("1", "true", "yes"), ("0", "false", "no")
 _MOST_STOCK = 2**31 - 1
+_MOST_PRICE = 1e30
+"""Above the largest number of 32 bits a price would be infinite."""
 
 
 class Update(NamedTuple):
@@ -36,7 +38,7 @@ class Update(NamedTuple):
     unknown: int
 
 
-def apply_delta(delta: Path, catalogue: Path, release: Path, skip_unknown: bool = False) -> Update:
+def apply_delta(delta: Path, catalogue: Path, release: Path, skip_unknown: bool = False, fresh: bool = False) -> Update:
     """Add a delta to a file of changes.
 
     Args:
@@ -44,6 +46,7 @@ def apply_delta(delta: Path, catalogue: Path, release: Path, skip_unknown: bool 
         catalogue: the file that servers read; made if it is not there.
         release: whose items the delta may tell of.
         skip_unknown: leave out rows of other items, rather than refuse the delta.
+        fresh: forget what was changed before.
 
     Raises:
         BadData: the delta cannot be read or has a wrong value; nothing was changed.
@@ -73,10 +76,10 @@ def apply_delta(delta: Path, catalogue: Path, release: Path, skip_unknown: bool 
         )
     changes = np.array([(*found[item], 0) for item in sorted(found)], STATE)
     with _alone(catalogue):
-        try:
-            before = read_overlay(catalogue, STATE)
-        except FileNotFoundError:
-            before = np.zeros(0, STATE)
+        before = np.zeros(0, STATE)
+        if not fresh:
+            with suppress(FileNotFoundError):
+                before = read_overlay(catalogue, STATE)
         now = _merged(before, changes)
         write_overlay(catalogue, now)
     return Update(rows, len(now), unknown)
@@ -108,6 +111,8 @@ def _rows(delta: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for number, line in enumerate(stream, 1):
                     if line.strip():
                         row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise BadData(f"{delta}, line {number} is {line.strip()[:40]}; each line is a JSON object")
                         _check_columns(delta, list(row))
                         yield f"{delta}, line {number}", row
                 return
@@ -160,7 +165,7 @@ def _price(text: str) -> float:
         price = float(text)
     except ValueError:
         price = float("nan")
-    if not 0 <= price < float("inf"):
+    if not 0 <= price < _MOST_PRICE:
         raise ValueError("it is a number of 0 or more, with a point")
     return price
 

@@ -13,6 +13,7 @@ from trirank_backend.stores.events import HISTORY_KINDS, Event
 from trirank_build.data.dataset import GAINS, OPTIMUM, POSITIONS, REQUESTS, Dataset
 from trirank_build.errors import BadData
 from trirank_build.preparation.splitting import split_by_time, time_split
+from trirank_build.progress import warn
 
 _GAIN_OF = {EventKind[name].value: gain for name, gain in GAINS.items()}
 
@@ -33,23 +34,30 @@ def with_feedback(base: Dataset, events: Iterable[Event], requests: Iterable[dic
     """
     if not base.description.timed:
         raise BadData(f"{base.description.source} has no timestamps, and feedback does; prepare a log that has them")
-    done = list(events)
+    done, lines = list(events), list(requests)
     known = set(base.items["item_id"].to_list())
     kept = [event for event in done if event.item_id in known]
-    new_events = _events(kept)
-    tasks = _tasks(kept, requests, known)
+    new_events = _events(kept, {line["request_id"]: line["moment"] for line in lines if line["request_id"]})
+    tasks = _tasks(kept, lines, known)
     if not new_events.height and not tasks.height:
         raise BadData("the store's log has no event of an item of this dataset; is it the same shop's?")
     old = base.requests.collect().drop([name for name in (OPTIMUM, "split") if name in base.requests.collect_schema()])
     if POSITIONS not in old.columns:
         old = old.with_columns(pl.col("item_ids").list.eval(pl.lit(0, pl.Int32)).alias(POSITIONS))
+    # What an earlier dataset of feedback had already is no second task.
+    same = (pl.col("user_id"), pl.col("timestamp"), pl.col("query"), pl.col("item_ids").list.eval(
+        pl.element().cast(pl.String)).list.join(" ").alias("items"))  # fmt: skip
+    there = old.select(same).unique()
+    tasks = tasks.with_columns(same[3]).join(there, on=["user_id", "timestamp", "query", "items"], how="anti")
     every = pl.concat([old, tasks.select(old.columns)]).sort("timestamp", maintain_order=True)
     valid_from, test_from = split_by_time(every["timestamp"])
     split = time_split(valid_from, test_from)
-    happened = pl.concat([base.events.drop("split"), new_events]).sort("timestamp", "user_id", maintain_order=True)
+    before = base.events.drop("split")
+    fresh = new_events.join(before, on=new_events.columns, how="anti")
+    happened = pl.concat([before, fresh]).sort("timestamp", "user_id", maintain_order=True)
     found = Dataset(
         base.items,
-        happened.unique(maintain_order=True).with_columns(split),
+        happened.with_columns(split),
         every.with_columns(split).lazy(),
         replace(
             base.description,
@@ -60,13 +68,24 @@ def with_feedback(base: Dataset, events: Iterable[Event], requests: Iterable[dic
         ),
     )
     found.check_ids()
+    if tasks.height and not (tasks["timestamp"] < valid_from).any():
+        warn(
+            f"all {tasks.height:,} new tasks are among the newest fifth of the requests, which validation and "
+            "test take: there is nothing new to train on yet. Give an earlier dataset of fewer requests, or wait for "
+            "more feedback"
+        )
     return found
 
 
-def _events(events: list[Event]) -> pl.DataFrame:
-    """What users did, as a dataset's events."""
+def _events(events: list[Event], moments: dict[str, int]) -> pl.DataFrame:
+    """What users did, as a dataset's events.
+
+    Args:
+        moments: of the logged requests, by their id. What came of one came after it, whatever a caller's clock says:
+            else an answer would be part of the history that it is to be told from.
+    """
     rows = [
-        (event.user_id, event.item_id, event.kind, event.timestamp)
+        (event.user_id, event.item_id, event.kind, max(event.timestamp, moments.get(event.request_id, 0)))
         for event in events
         if event.kind in HISTORY_KINDS and event.user_id != ANONYMOUS_USER
     ]

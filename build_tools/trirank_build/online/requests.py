@@ -29,5 +29,5 @@ def logged_requests(folder: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError as error:
                 if number == len(lines):
-                    return
+                    break
                 raise BadData(f"{file}, line {number} is no JSON ({error}); leave the file out") from error

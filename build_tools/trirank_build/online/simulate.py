@@ -1,17 +1,19 @@
 """`trirank simulate`: customers of the synthetic shop use a live service, and what they do is trained on.
 
-In each round customers come to two servers and to retrieval's plain order, the same customers with the same luck in all
-three. What they do goes to their server as feedback. After a round the loop's server gets a release that was trained on
-its own log (requests that it wrote down, and what came of them) and all data before; through the gate, promoted while
-customers come. The first control is the first release, never trained again, though its users' histories go on; the
-second is retrieval's order. A customer looks at position k with probability k^-bias, and chooses of what was looked at
-as the shop's own model says (preparation.sources.shop).
+In each round customers come to two servers and to retrieval's plain order, the same customers with the same luck in
+all three. What they do goes to their server as feedback. After a round the loop's server gets a release that was
+trained on its own log (requests that it wrote down, and what came of them) and all data before; through the gate,
+promoted while customers come. The first control is the first release, never trained again, though its users'
+histories go on; the second is retrieval's first ten as they come, without a policy. A customer looks at position k
+with probability k^-bias, and chooses of what was looked at as the shop's own model says (preparation.sources.shop).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,14 +30,14 @@ from trirank_backend.stores.store import open_store
 from trirank_build.artefacts import atomic_file
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import chosen_engine
-from trirank_build.errors import TrirankBuildError
+from trirank_build.errors import BadUsage, TrirankBuildError
 from trirank_build.export.onnx import export
 from trirank_build.gate.report import write_report
 from trirank_build.gate.verdict import run_gate
 from trirank_build.online.datasets import with_feedback
 from trirank_build.online.requests import logged_requests
 from trirank_build.online.users import all_events, import_users
-from trirank_build.preparation.sources.shop import BUY, DAYS, Shop, ShopSize, Visits
+from trirank_build.preparation.sources.shop import BUY, DAY_S, DAYS, START, Shop, ShopSize, Visits
 from trirank_build.progress import out, working
 from trirank_build.recipe import Recipe
 from trirank_build.repository.assemble import assemble
@@ -46,6 +48,8 @@ from trirank_build.training.trainer import train
 
 LOOP, NEVER, RETRIEVAL = ARMS = ("retrained", "never retrained", "retrieval's order")
 PAGE = 10
+SETTINGS = "settings.json"
+"""Stands in every folder of a simulation."""
 ROUND_DAYS = 7
 _BATCH = 50
 """Customers that come at a time: their feedback is told before the next ones come."""
@@ -141,9 +145,23 @@ def simulate(recipe: Recipe, folder: Path, settings: Settings, told: Callable[[s
     Raises:
         TrirankBuildError: a release did not pass its gate, or a server failed.
     """
+    last = START + (DAYS + (settings.rounds + 1) * ROUND_DAYS) * DAY_S
+    if last > time.time():
+        raise BadUsage(
+            f"{settings.rounds} rounds would end in the future, and feedback from there is refused; this clock allows "
+            f"{max(0, int((time.time() - START) / DAY_S - DAYS) // ROUND_DAYS - 1)}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in (
+        *folder.glob("data-*"),
+        *folder.glob("run-*"),
+        *(folder / name for name in ("loop", "never", "releases")),
+    ):
+        shutil.rmtree(left, ignore_errors=True)  # of a simulation before, whose events have the same ids
+    (folder / SETTINGS).write_text(json.dumps(vars(settings), indent=1) + "\n")
     size = ShopSize(settings.products, settings.users, settings.log, 50)
     shop = Shop(size, settings.seed)
-    dataset = Dataset.load(shop.dataset().save(folder / "data-0"))
+    first = dataset = Dataset.load(shop.dataset().save(folder / "data-0"))
     recipe = recipe.changed({"training.position_bias": settings.bias})
     release = _release(recipe, dataset, folder, 0)
     shape = (settings.rounds + 1, settings.sessions)
@@ -155,15 +173,15 @@ def simulate(recipe: Recipe, folder: Path, settings: Settings, told: Callable[[s
         stack.callback(never.close)
         for number in range(settings.rounds + 1):
             visits = shop.visits(settings.sessions, number, DAYS + number * ROUND_DAYS, ROUND_DAYS)
-            luck = np.random.default_rng([settings.seed, number])
+            luck = np.random.default_rng([settings.seed, number, 1])  # another stream than the customers'
             _round(found, [loop, never], visits, number, settings, luck)
             told(f"round {number}: " + ", ".join(f"{arm} {rate[number]:.4f}" for arm, rate in found.rates().items()))
             if number == settings.rounds:
                 break
             store = open_store(loop.users)
-            dataset = with_feedback(dataset, all_events(store), logged_requests(loop.requests))
+            grown = with_feedback(first, all_events(store), logged_requests(loop.requests))
             store.close()
-            dataset = Dataset.load(dataset.save(folder / f"data-{number + 1}"))
+            dataset = Dataset.load(grown.save(folder / f"data-{number + 1}"))
             release = _release(recipe, dataset, folder, number + 1)
             _promote_under_load(loop, release, shop, settings, number)
             found.releases.append(release.name)

@@ -112,7 +112,7 @@ def _kept(item_ids: list[int]) -> NDArray[np.int64]:
 def _not_of_training(line: dict[str, Any], own_events: bool) -> str:
     """Why training has no such request; empty: it has."""
     if own_events:
-        return ""
+        return "a history of the caller's own" if line["sent_history"] else ""
     times = line["history"]["timestamps"]
     if UNKNOWN_TIME in times:
         return "a history without times"

@@ -82,6 +82,7 @@ def export_users(store: Store, target: Path) -> int:
     """Write all users' pasts as JSON lines; gives how many. The file is whole or not there."""
     count = 0
     with atomic_file(target) as scratch, scratch.open("w") as stream:
+        scratch.chmod(0o600)
         for user in store.users():
             past = store.get([user]).get(user)
             if past is None:

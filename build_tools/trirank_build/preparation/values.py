@@ -167,7 +167,7 @@ def shares(column: pl.Series, report: Report) -> pl.Series:
 def words(column: pl.Series) -> pl.Series:
     """List(String): of lists, or of text with commas, semicolons or bars between the words."""
     if column.dtype == pl.List(pl.String):
-        return column
+        return column.list.drop_nulls()
     split = known(column).str.replace_all(r"[;|]", ",").str.split(",")
     return split.list.eval(pl.element().str.strip_chars()).list.eval(pl.element().filter(pl.element() != ""))
 

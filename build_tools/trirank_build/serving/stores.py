@@ -74,8 +74,7 @@ def usual_stores(release: Path, users: str | None, catalogue: Path | None, reque
     """
     folder = release.absolute().parent
     if users is None:
-        writable = os.access(folder, os.W_OK)
-        users = f"sqlite:{folder / USERS}" if writable or (folder / USERS).is_file() else NONE
+        users = f"sqlite:{folder / USERS}" if os.access(folder, os.W_OK) else NONE  # readers, too, write beside it
         if users == NONE:
             warn(f"{folder} cannot be written to, so there is no user store; say --users, or --users none")
     if users.startswith("sqlite:"):  # the stubs' working folder is another one

@@ -83,7 +83,7 @@ def dpp(
     while found < wanted:
         chosen = first_of_greatest(left)
         best = left[chosen]
-        if best < _LEAST:
+        if not best >= _LEAST:  # NaN is neither
             break
         taken[found] = chosen
         row = factor[found]

@@ -73,8 +73,8 @@ class Filter(Rule, Selection):
         chooser, codes = self.chooser(release), Codes.of(release.items)
         limits = np.array(
             [
-                -np.inf if self.min_price is None else self.min_price,
-                np.inf if self.max_price is None else self.max_price,
+                -np.inf if self.min_price is None else np.float32(self.min_price),  # as prices are
+                np.inf if self.max_price is None else np.float32(self.max_price),
                 -np.inf if self.min_age_days is None else self.min_age_days * DAY_S,
                 np.inf if self.max_age_days is None else self.max_age_days * DAY_S,
                 0 if self.min_stock is None else self.min_stock,

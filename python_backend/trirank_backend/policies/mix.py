@@ -21,9 +21,9 @@ from pydantic import Field, model_validator
 from trirank_backend.compiled import kernel
 from trirank_backend.errors import BrokenScores
 from trirank_backend.policies.page import Page
-from trirank_backend.policies.rule import DAY_S, Amount, Phase, Release, Rule, Step
+from trirank_backend.policies.rule import DAY_S, LARGEST, Amount, Phase, Release, Rule, Step
 
-Weight = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
 
 
 class Mix(Rule):

@@ -66,9 +66,9 @@ def gather(
     for at in range(count):
         one = score[order[at]]
         least, most = min(least, one), max(most, one)
-    spread = most - least
+    spread = np.float64(most) - np.float64(least)  # of two finite numbers it may be none in float32
     for at in range(count):
-        relevance[at] = (score[order[at]] - least) / spread if spread > 0 else np.float32(0)
+        relevance[at] = np.float32((np.float64(score[order[at]]) - least) / spread) if spread > 0 else np.float32(0)
         row = rows[order[at]]
         for dimension in range(vectors.shape[1]):
             side_by_side[dimension, at] = vectors[row, dimension]
@@ -76,7 +76,7 @@ def gather(
 
 @kernel
 def padded(count: int) -> int:
-    """The next odd multiple of 16: lines of so many numbers, one after the other, do not fall on the same cache sets."""
+    """The next odd multiple of 16: lines of so many numbers do not fall on the same cache sets."""
     return ((count + 15) // 32) * 32 + 16
 
 
@@ -131,13 +131,15 @@ def take_first(
     reason."""
     before = order[:count].copy()
     front = np.zeros(count, np.bool_)
-    for position in range(found):
-        at = taken[position]
+    position = 0
+    for at in taken[:found]:
+        if front[at]:  # nothing checks bounds here, so each is put in one place whatever was taken
+            continue
         front[at] = True
         order[position] = before[at]
         if at > position:
             reasons[before[at]] |= reason
-    position = found
+        position += 1
     for at in range(count):
         if not front[at]:
             order[position] = before[at]

@@ -94,10 +94,10 @@ class Page:
             self.sorted = True
 
     def put(self, place: int, position: int, reason: int) -> None:
-        """Fix a place at a position, 1 being the first; what is fixed already stays where it is."""
+        """Fix a place at a position, 1 being the first; what else is fixed stays where it is."""
         if self.base is None:
             self.base = self.order.copy()
-        self.fixed[position] = place
+        self.fixed = {at: other for at, other in self.fixed.items() if other != place} | {position: place}
         self.reasons[place] |= reason
         positions = np.array(sorted(self.fixed), np.int32)
         settle(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trirank_backend.errors import InvalidPolicy, InvalidRelease
@@ -23,7 +24,7 @@ from trirank_backend.policies.mmr import Mmr
 from trirank_backend.policies.page import Page
 from trirank_backend.policies.pin import Pin
 from trirank_backend.policies.quota import Quota
-from trirank_backend.policies.rule import Phase, Release, Rule, Step, query_key
+from trirank_backend.policies.rule import Phase, Release, Rule, Step, item_id, query_key
 from trirank_backend.policies.sponsored import Sponsored
 
 if sys.version_info >= (3, 11):
@@ -86,16 +87,17 @@ class Policy(BaseModel):
                 taken.append((number, position, rule))
 
     def _pins(self) -> Iterator[str]:
-        pinned: dict[Any, list[Pin]] = {}
+        pinned: dict[int, list[Pin]] = {}
         for number, rule in enumerate(self.rules, 1):
             if isinstance(rule, Pin):
-                if any(_meet(rule, other) for other in pinned.get(rule.item, ())):
+                same = pinned.setdefault(item_id(rule.item), [])
+                if any(_meet(rule, other) for other in same):
                     yield f"rule {number} pins item {rule.item}, which another rule pins already; leave one out"
-                pinned.setdefault(rule.item, []).append(rule)
+                same.append(rule)
         for number, rule in enumerate(self.rules, 1):
             if isinstance(rule, Filter):
                 for item in rule.items:
-                    if any(_meet(rule, pin) for pin in pinned.get(item, ())):
+                    if any(_meet(rule, pin) for pin in pinned.get(item_id(item), ())):
                         yield f"rule {number} filters item {item} out, which another rule pins; leave one of them out"
 
     def text(self) -> str:
@@ -237,9 +239,9 @@ def _drops(rule: Filter, release: Release, row: int) -> bool:
         code = int(codes[row])
         if code >= 0 and release.attributes.names[kind][code] in names:
             return True
-    price = float(of_item.prices[row])
-    too_cheap = rule.min_price is not None and not price >= rule.min_price
-    return too_cheap or (rule.max_price is not None and not price <= rule.max_price)
+    price = of_item.prices[row]
+    too_cheap = rule.min_price is not None and not price >= np.float32(rule.min_price)
+    return too_cheap or (rule.max_price is not None and not price <= np.float32(rule.max_price))
 
 
 def _for_queries(rule: Rule, step: Step) -> Step:

@@ -22,9 +22,11 @@ from trirank_backend.policies.page import Items, Page
 
 Step = Callable[[Page], None]
 Position = Annotated[int, Field(ge=1, le=contract.MAX_TOP_K)]
-Positive = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(allow_inf_nan=False, gt=0)]
-ItemId = int | str
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+LARGEST = 1e6
+"""Of weights and amounts: sums of some such stay finite in float32, with room for squares."""
+Amount = Annotated[float, Field(allow_inf_nan=False, gt=0, le=LARGEST)]
+ItemId = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[str, Field(min_length=1)]
 DAY_S = 86_400
 
 
@@ -46,11 +48,16 @@ class Release(NamedTuple):
 
     def rows(self, items: list[ItemId]) -> NDArray[np.int32]:
         """Ascending rows of the items that the catalogue has."""
-        ids = np.array([contract.stable_id(i) if isinstance(i, str) else i for i in items], np.int64)
+        ids = np.array([item_id(item) for item in items], np.int64)
         places = np.searchsorted(self.items.ids, ids)
         places[places == len(self.items.ids)] = 0
         there = self.items.ids[places] == ids if len(self.items.ids) else np.zeros(len(ids), bool)
         return np.unique(places[there]).astype(np.int32)
+
+
+def item_id(item: ItemId) -> int:
+    """Of an item as a policy names it."""
+    return contract.stable_id(item) if isinstance(item, str) else item
 
 
 class Rule(BaseModel):

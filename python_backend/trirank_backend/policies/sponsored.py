@@ -58,7 +58,9 @@ class Sponsored(Rule, Selection):
             mask[list(page.fixed.values())] = False
             places = np.empty(len(slots), np.int32)
             found = first_chosen(page.order, page.count, mask, page.score, places)
-            for place, slot in zip(places[:found].tolist(), slots, strict=False):
+            # A slot that nobody sees would hide what stands further up by itself.
+            seen = [slot for slot in slots if slot <= page.top_k]
+            for place, slot in zip(places[:found].tolist(), seen, strict=False):
                 page.put(place, slot, Reason.SPONSORED.value)
 
         return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ KEPT_KINDS = HISTORY_KINDS | {EventKind.DISLIKE.value}
 """Those that a user is remembered by."""
 RECORD = np.dtype([("item_id", "<i8"), ("timestamp", "<i8"), ("kind", "<i4")])
 """Of one event of a user's past, as stores keep it."""
+MOST = 2**31 - 1
+"""Of a count."""
 
 
 class Event(NamedTuple):
@@ -52,9 +55,11 @@ class Past(NamedTuple):
     disliked: NDArray[np.int64]
 
     @classmethod
-    def of(cls, records: NDArray[np.void]) -> Past:
-        """From RECORDs in any order."""
+    def of(cls, records: NDArray[np.void], limit: int | None = None) -> Past:
+        """From RECORDs in any order; the newest ``limit`` of them."""
         records = records[np.argsort(records["timestamp"], kind="stable")]
+        if limit is not None:
+            records = records[-limit:]
         wanted = records["kind"] != EventKind.DISLIKE
         did = records if wanted.all() else records[wanted]
         return cls(
@@ -76,6 +81,13 @@ def records_of(events: Events) -> NDArray[np.void]:
 
 
 def merged(kept: NDArray[np.void], new: NDArray[np.void], limit: int) -> NDArray[np.void]:
-    """Both without repeats, the newest ``limit`` in order of time."""
-    both = np.unique(np.concatenate([kept, new]))
+    """What is kept, and of ``new`` what is not there as often; the newest ``limit`` in order of time, and of one moment
+    in the order in which they came."""
+    there = Counter(kept.tolist())
+    added = np.ones(len(new), bool)
+    for at, record in enumerate(new.tolist()):
+        if there[record] > 0:
+            there[record] -= 1
+            added[at] = False
+    both = np.concatenate([kept, new[added]])
     return both[np.argsort(both["timestamp"], kind="stable")][-limit:]

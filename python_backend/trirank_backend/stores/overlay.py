@@ -43,7 +43,12 @@ def read_overlay(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise InvalidStore(f"{path} cannot be read ({error}); write it again, or remove it") from error
-    if records.dtype != dtype or records.ndim != 1 or not ascending(read_only(records.view(np.ndarray)["id"])):
+    if (
+        not isinstance(records, np.ndarray)
+        or records.dtype != dtype
+        or records.ndim != 1
+        or not ascending(read_only(records.view(np.ndarray)["id"]))
+    ):
         raise InvalidStore(f"{path} holds no ascending records of {list(dtype.names or ())}; write it again")
     return records.view(np.ndarray)
 
@@ -73,6 +78,7 @@ class Overlay:
         self._path, self._dtype = path, dtype
         self._next = 0.0
         self._seen: tuple[int, ...] = ()
+        self._refused: tuple[int, ...] = ()
         self._columns: tuple[NDArray[Any], ...] = ()
         self._refresh()
 
@@ -103,17 +109,20 @@ class Overlay:
         return impressions, clicks
 
     def _refresh(self) -> None:
+        seen: tuple[int, ...] = ()
         try:
             status = os.stat(self._path)
             seen = (status.st_ino, status.st_mtime_ns, status.st_size)
             if seen == self._seen:
                 return
-            self._seen = seen
             records = read_overlay(self._path, self._dtype)
         except FileNotFoundError:
             self._seen, self._columns = (), ()
         except (InvalidStore, OSError) as error:
-            _log.warning("%s; what was known before is gone by", error)
+            if seen != self._refused:
+                _log.warning("%s; what was known before is gone by", error)
+            self._refused = seen
         else:
+            self._seen = seen
             names = [name for name in self._dtype.names or () if name != PADDING]
             self._columns = tuple(read_only(records[name]) for name in names)

@@ -25,7 +25,7 @@ from trirank.contract import EventKind
 
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
-from trirank_backend.stores.events import KEPT_KINDS, RECORD, Event, Past, Stored, merged, records_of
+from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, records_of
 
 PREFIX = "trirank:"
 SEEN_S = 8 * 86_400
@@ -84,7 +84,7 @@ class RedisStore:
         def ask() -> dict[int, Past]:
             found = self._redis.mget([f"{PREFIX}user:{user}" for user in users])
             return {
-                user: Past.of(np.frombuffer(records, RECORD)[-contract.MAX_HISTORY :])
+                user: Past.of(np.frombuffer(records, RECORD), contract.MAX_HISTORY)
                 for user, records in zip(users, found, strict=True)
                 if records
             }
@@ -154,10 +154,12 @@ class RedisStore:
         """See store.Store."""
 
         def ask() -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
-            found = [self._redis.hgetall(f"{PREFIX}{name}") for name in ("shown", "clicked")]
+            # In parts: while Redis gives a whole hash, nobody else is answered.
+            found = [dict(self._redis.hscan_iter(f"{PREFIX}{name}", count=1_000)) for name in ("shown", "clicked")]
             ids = np.array(sorted({int(item) for each in found for item in each}), np.int64)
             shown, clicked = (
-                np.array([int(each.get(b"%d" % item, 0)) for item in ids.tolist()], np.int32) for each in found
+                np.array([min(int(each.get(b"%d" % item, 0)), MOST) for item in ids.tolist()], np.int32)
+                for each in found
             )
             return ids, shown, clicked
 

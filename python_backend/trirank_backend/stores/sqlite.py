@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from trirank.contract import EventKind
 
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
-from trirank_backend.stores.events import KEPT_KINDS, RECORD, Event, Past, Stored, merged, records_of
+from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, records_of
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS users (user_id INTEGER PRIMARY KEY, records BLOB NOT NULL);
@@ -28,6 +29,8 @@ CREATE TABLE IF NOT EXISTS counts (
     item_id INTEGER PRIMARY KEY, impressions INTEGER NOT NULL, clicks INTEGER NOT NULL) WITHOUT ROWID;
 """
 _VERSION = 1
+_CHECKPOINTS = 30
+_OPENING_S = 5.0
 _COUNTED = {EventKind.IMPRESSION.value: (1, 0), EventKind.CLICK.value: (0, 1)}
 
 
@@ -43,22 +46,24 @@ class SqliteStore:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+            # Whoever opens it first makes it, and others wait for that, however little they wait later.
+            opening_s = max(timeout_s, _OPENING_S)
+            self._connection = sqlite3.connect(path, timeout=opening_s, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode = WAL")
             # Every commit reaches the disk before it is answered for.
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute("PRAGMA secure_delete = ON")  # an erased user's bytes are overwritten
-            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, _VERSION):
-                raise InvalidStore(f"{path} is of version {version}, this one reads {_VERSION}; name another file")
-            if version == 0:
-                tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
-                if tables:
-                    raise InvalidStore(f"{path} is a SQLite file of something else; name another file")
-                with self._transaction():
+            with self._transaction():
+                version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+                if version not in (0, _VERSION):
+                    raise InvalidStore(f"{path} is of version {version}, this one reads {_VERSION}; name another file")
+                if version == 0:
+                    if self._connection.execute("SELECT name FROM sqlite_master").fetchone():
+                        raise InvalidStore(f"{path} is a SQLite file of something else; name another file")
                     for statement in filter(str.strip, _SCHEMA.split(";")):
                         self._connection.execute(statement)
                     self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+            self._connection.execute(f"PRAGMA busy_timeout = {int(timeout_s * 1_000)}")
         except (OSError, sqlite3.Error, StoreFailed) as error:
             raise InvalidStore(
                 f"user store {path} cannot be opened ({error}); name another file, or put a copy in its place"
@@ -117,10 +122,16 @@ class SqliteStore:
             remembered = len(self._read(user))
             self._connection.execute("DELETE FROM users WHERE user_id = ?", (user,))
             logged = self._connection.execute("DELETE FROM events WHERE user_id = ?", (user,)).rowcount
-        try:  # what is in the write-ahead log still holds the old pages
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.Error as error:
-            raise self._failed(error) from error
+        for _ in range(_CHECKPOINTS):  # what is in the write-ahead log still holds the old pages
+            busy = self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
+            if not busy:
+                break
+            time.sleep(0.1)
+        else:
+            raise StoreFailed(
+                f"user {user} is forgotten, but others are reading {self._path}, and its write-ahead log still holds "
+                "the bytes; say it again"
+            )
         return max(remembered, logged)
 
     def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
@@ -136,7 +147,7 @@ class SqliteStore:
         """See store.Store."""
         rows = self._rows("SELECT item_id, impressions, clicks FROM counts ORDER BY item_id")
         ids, impressions, clicks = np.array(rows, np.int64).reshape(-1, 3).T
-        return ids, impressions.astype(np.int32), clicks.astype(np.int32)
+        return ids, np.minimum(impressions, MOST).astype(np.int32), np.minimum(clicks, MOST).astype(np.int32)
 
     def close(self) -> None:
         """Close the file."""

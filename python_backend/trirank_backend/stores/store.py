@@ -84,5 +84,8 @@ def open_store(address: str, timeout_s: float = WRITE_TIMEOUT_S) -> Store:
 def hide_password(address: str) -> str:
     """An address for eyes and logs."""
     scheme, slashes, rest = address.partition("://")
+    if not slashes:
+        return address
+    rest, question, _ = rest.partition("?")  # which may hold a password as well
     secret, at, place = rest.rpartition("@")
-    return f"{scheme}://***@{place}" if slashes and at and secret else address
+    return f"{scheme}://{'***@' if at and secret else ''}{place}{'?***' if question else ''}"
