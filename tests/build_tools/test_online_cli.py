@@ -90,6 +90,13 @@ def test_feedback_becomes_a_dataset(world, users, tmp_path):
         tmp_path / "data",
     )
     made = Dataset.load(tmp_path / "data")
+    assert "2 events more are in" in trirank("users", "log", "--users", users, "--out", tmp_path / "events").stdout
+    assert "0 events more are in" in trirank("users", "log", "--users", users, "--out", tmp_path / "events").stdout
+    trirank(
+        "data", "prepare", world.data, "--from-events", tmp_path / "events", "--requests", tmp_path / "log",
+        "--out", tmp_path / "again",
+    )  # fmt: skip
+    assert Dataset.load(tmp_path / "again").description.digest == made.description.digest
     task = made.requests.collect().filter(made.requests.collect()["timestamp"] == 1_780_000_000).to_dicts()[0]
     assert task["labels"] == [1.0]
     assert task[POSITIONS] == [1]

@@ -163,6 +163,23 @@ def test_the_log_is_read_in_parts(store):
     assert [stored.event.event_id for stored in store.log(after)] == ["event-99"]
 
 
+def test_each_group_of_consumers_gets_each_event_once(store):
+    store.add([event(at) for at in range(25)])
+    ids = lambda read: [stored.event.event_id for stored in read]  # noqa: E731
+    first = store.unread("train", limit=10)
+    assert ids(first) == [f"event-{at}" for at in range(10)]
+    assert ids(store.unread("train", limit=10)) == ids(first)  # it may have failed in between
+    store.acknowledge("train", first)
+    rest = store.unread("train", limit=100)
+    assert ids(rest) == [f"event-{at}" for at in range(10, 25)]
+    store.acknowledge("train", rest)
+    assert store.unread("train") == []
+    store.add([event(99)])
+    assert ids(store.unread("train")) == ["event-99"]
+    assert len(store.unread("watch", limit=100)) == 26
+    store.acknowledge("train", [])
+
+
 def test_many_writers_lose_nothing(address):
     def write(number):
         own = open_store(address)

@@ -62,7 +62,8 @@ def prepare(
     items: Annotated[Path | None, typer.Option(help="Item file: item_id and title, brand, category, price, …")] = None,
     queries: Annotated[Path | None, typer.Option(help="Query file: user_id, query, timestamp.")] = None,
     from_events: Annotated[
-        str | None, typer.Option(help="User store whose feedback is added: sqlite:PATH or redis://HOST:PORT.")
+        str | None,
+        typer.Option(help="Feedback to add: a user store (sqlite:PATH, redis://HOST:PORT) or a folder of `users log`."),
     ] = None,
     requests: Annotated[
         Path | None, typer.Option(help="With --from-events: folder that servers logged requests to.")
@@ -107,13 +108,17 @@ def _from_events(source: str, address: str, requests: Path | None) -> Any:
 
     from trirank_build.data.dataset import Dataset
     from trirank_build.online.datasets import with_feedback
+    from trirank_build.online.events import events_of
     from trirank_build.online.requests import logged_requests
     from trirank_build.online.users import all_events
 
     base = Dataset.load(Path(source))
+    lines = [] if requests is None else logged_requests(requests)
+    if Path(address).is_dir():
+        return with_feedback(base, events_of(Path(address)), lines)
     store = open_store(address)
     try:
-        return with_feedback(base, all_events(store), [] if requests is None else logged_requests(requests))
+        return with_feedback(base, all_events(store), lines)
     finally:
         store.close()
 

@@ -156,6 +156,20 @@ def export_users(
             out.print(f"{of_users.export_users(store, target):,} users are in {target}")
 
 
+@users_app.command("log")
+def take_log(
+    users: Address,
+    target: Annotated[Path, typer.Option("--out", help="Folder; files are added to it.")],
+    group: Annotated[str, typer.Option(help="Who reads: each group gets every event once.")] = "trirank",
+) -> None:
+    """Take events that came since the last time out of the store's log, to files that `data prepare` reads."""
+    from trirank_build.online.events import take_out
+
+    check_target(target, "a log of events")
+    with _opened(users) as store:
+        out.print(f"{take_out(store, target, group):,} events more are in {target}")
+
+
 @users_app.command("erase")
 def erase_user(
     user: Annotated[str, typer.Argument(help="The user's id, as callers send it.")],

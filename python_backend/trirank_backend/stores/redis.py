@@ -28,6 +28,8 @@ from trirank_backend.histories import Events
 from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, records_of
 
 PREFIX = "trirank:"
+CONSUMER = "export"
+"""Of a group, when it is we who read."""
 SEEN_S = 8 * 86_400
 _FIELDS = 9
 _KEPT = contract.MAX_HISTORY * RECORD.itemsize
@@ -149,6 +151,31 @@ class RedisStore:
             return [stored_of(place, fields) for place, fields in found]
 
         return self._asked(ask)
+
+    def unread(self, group: str, limit: int = 10_000) -> list[Stored]:
+        """See store.Store. A consumer group of the stream; what it was given and has not acknowledged comes first."""
+
+        def ask() -> list[Stored]:
+            key = f"{PREFIX}events"
+            try:
+                self._redis.xgroup_create(key, group, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):  # it is there
+                    raise
+            for start in ("0", ">"):
+                found = self._redis.xreadgroup(group, CONSUMER, {key: start}, count=limit)
+                entries = [entry for _, part in found for entry in part if entry[1]]
+                if entries:
+                    return [stored_of(place, fields) for place, fields in entries]
+            return []
+
+        return self._asked(ask)
+
+    def acknowledge(self, group: str, read: list[Stored]) -> None:
+        """See store.Store."""
+        if read:
+            places = [stored.place for stored in read]
+            self._asked(partial(self._redis.xack, f"{PREFIX}events", group, *places))
 
     def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
         """See store.Store."""

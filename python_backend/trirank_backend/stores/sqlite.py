@@ -27,6 +27,7 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE INDEX IF NOT EXISTS events_of_user ON events (user_id);
 CREATE TABLE IF NOT EXISTS counts (
     item_id INTEGER PRIMARY KEY, impressions INTEGER NOT NULL, clicks INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS consumers (name TEXT PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID;
 """
 _VERSION = 1
 _CHECKPOINTS = 30
@@ -142,6 +143,21 @@ class SqliteStore:
             (int(after or 0), limit),
         )
         return [Stored(str(place), Event(*event)) for place, *event in rows]
+
+    def unread(self, group: str, limit: int = 10_000) -> list[Stored]:
+        """See store.Store."""
+        found = self._rows("SELECT place FROM consumers WHERE name = ?", (group,))
+        return self.log(str(found[0][0]) if found else "", limit)
+
+    def acknowledge(self, group: str, read: list[Stored]) -> None:
+        """See store.Store."""
+        if read:
+            with self._transaction():
+                self._connection.execute(
+                    "INSERT INTO consumers VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET"
+                    " place = max(place, excluded.place)",
+                    (group, max(int(stored.place) for stored in read)),
+                )
 
     def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
         """See store.Store."""

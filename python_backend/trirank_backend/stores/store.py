@@ -48,6 +48,14 @@ class Store(Protocol):
         """Events of the log behind a place, oldest first."""
         ...
 
+    def unread(self, group: str, limit: int = 10_000) -> list[Stored]:
+        """Events that a group of consumers has not acknowledged, oldest first: the same again until it does."""
+        ...
+
+    def acknowledge(self, group: str, read: list[Stored]) -> None:
+        """A group has what it read where it wants it."""
+        ...
+
     def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
         """Items that were shown or clicked, ascending, and how often each was."""
         ...

@@ -1,0 +1,54 @@
+"""A store's log of events as files: taken out once, in parts, and read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from trirank_backend.stores.events import Event
+from trirank_backend.stores.store import Store
+
+from trirank_build.artefacts import atomic_file
+from trirank_build.errors import BadData
+
+GROUP = "trirank"
+
+
+def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
+    """Write what a group has not read yet to a folder, a file a part; gives how many events. Each part is on the disk
+    before it is acknowledged: a part that was written and not acknowledged comes again, in the same file.
+
+    Raises:
+        StoreFailed: the store does not answer; what is written stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    while part := store.unread(group):
+        with atomic_file(folder / f"events-{part[0].place.replace('-', '_'):0>24}.jsonl") as scratch:
+            scratch.write_text("".join(json.dumps(stored.event) + "\n" for stored in part))
+            scratch.chmod(0o600)
+        store.acknowledge(group, part)
+        count += len(part)
+    return count
+
+
+def events_of(folder: Path) -> Iterator[Event]:
+    """Events of a folder, each once, in their order.
+
+    Raises:
+        BadData: there is no file, or one is damaged.
+    """
+    files = sorted(folder.glob("events-*.jsonl"))
+    if not files:
+        raise BadData(f"{folder} holds no events-*.jsonl; write some with `trirank users log --out {folder}`")
+    seen: set[str] = set()
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                event = Event(*json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise BadData(f"{file}, line {number} is no event ({error}); take it out again") from error
+            if event.event_id not in seen:
+                seen.add(event.event_id)
+                yield event
