@@ -1,33 +1,38 @@
 """Does training on feedback sell more, and does correcting for positions help?
 
-    python benchmarks/closed_loop.py
+    python benchmarks/closed_loop.py [bias]
 
 `trirank simulate` three times with other seeds (other shops, customers and luck): a young shop, whose first release
 is trained on 1,000 logged requests, and an older one with 4,000. Gains are of the last round, after three trainings,
 against the first release on the same customers with the same luck; intervals from shops drawn anew, and customers
-within each, in pairs. Then the young shop's last dataset is trained on again with and without weights for positions,
-and both rankers are judged on customers who looked at everything.
+within each, in pairs. Then rankers are trained on clicks of pages in retrieval's order, or the dearest first, with
+and without weights for positions, and judged on customers who look at everything.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from results import ROOT, WORK, Figure, write
+from trirank.contract import EventKind
+from trirank_backend.stores.events import Event
 from trirank_build.data.dataset import GAINS, TASKS, Dataset, Description
 from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.examples import Examples
+from trirank_build.online.datasets import with_feedback
 from trirank_build.online.simulate import ARMS, LOOP, NEVER, RETRIEVAL, Outcome, Settings, simulate, write_outcome
-from trirank_build.preparation.sources.shop import BUY, DAYS, Shop, ShopSize
+from trirank_build.preparation.sources.shop import BUY, DAYS, Shop, ShopSize, Visits
 from trirank_build.recipe import load_recipe
 from trirank_build.training.trainer import train
 
 SEEDS, SESSIONS, ROUNDS, BIAS = (0, 1, 2), 3_000, 3, 1.0
 YOUNG, OLDER = 1_000, 4_000
-JUDGES = 3_000
+JUDGES, BIASED, SHOWN = 3_000, 15_000, 20
 FOLDER = WORK / "closed_loop"
 
 
@@ -68,34 +73,87 @@ def gains(name: str, outcomes: list[Outcome], log: int) -> list[Figure]:
     ]
 
 
-def judged(folder: Path, settings: Settings, seed: int) -> dict[float, float]:
-    """NDCG@10 among customers who look at everything, by the exponent that training corrected with."""
-    shop = Shop(ShopSize(settings.products, settings.users, settings.log, 50), settings.seed)
-    visits = shop.visits(JUDGES, 99, DAYS + (ROUNDS + 1) * 7, 7)
-    rng = np.random.default_rng(seed)
-    click = rng.random(visits.items.shape) < visits.click
-    cart = click & (rng.random(visits.items.shape) < visits.cart)
-    buys = cart & (rng.random(visits.items.shape) < BUY)
-    labels = np.select([buys, cart, click], [GAINS["PURCHASE"], GAINS["CART"], GAINS["CLICK"]], 0.0).astype(np.float32)
-    dataset = Dataset.load(folder / f"data-{ROUNDS}")
+def corrected(seed: int, by_price: bool) -> dict[float, float]:
+    """NDCG@10 among customers who look at everything, by the exponent that training corrected with.
+
+    Args:
+        by_price: whether the shop shows the dearest first, rather than retrieval's order.
+
+    The log is of a shop whose order has little to do with what customers like: what stands first is looked at most.
+    """
+    shop = Shop(ShopSize(users=1_000, requests=500), seed)
+    folder = FOLDER / f"bias-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    biased, base = shop.visits(BIASED, 1, DAYS, 30), shop.dataset()
+    if by_price:
+        prices = base.items["price"].to_numpy()[biased.items - 1]  # ids count from 1
+        prices[:, SHOWN:] = -1
+        biased = biased.reordered(np.argsort(-prices, axis=1, kind="stable"))
+    rng = np.random.default_rng([seed, 2])
+    looked = rng.random((BIASED, SHOWN)) < np.arange(1, SHOWN + 1) ** -BIAS
+    labels = choices(biased, rng) * looked
+    lines, events = [], []
+    kinds = {gain: EventKind[name] for name, gain in GAINS.items() if name in ("CLICK", "CART", "PURCHASE")}
+    for at in range(BIASED):
+        items, user, moment = biased.items[at, :SHOWN].tolist(), int(biased.user[at]), int(biased.when[at])
+        lines.append({
+            "request_id": str(at), "moment": moment, "user_id": user, "query": biased.query[at], "scenario": "home",
+            "item_ids": items, "retrieval_scores": biased.scores[at, :SHOWN].tolist(),
+        })  # fmt: skip
+        for place, item in enumerate(items):
+            events.append(Event(f"{at}-{place}", user, item, 0, moment, str(at), place + 1))
+            if gain := float(labels[at, place]):
+                events.append(Event(f"{at}-{place}-c", user, item, kinds[gain], moment + 9, str(at), place + 1))
+    dataset = Dataset.load(with_feedback(base, events, lines).save(folder / "data"))
+    judges = judges_of(shop, dataset, seed)
+    found = {}
+    for bias in (0.0, BIAS):
+        recipe = load_recipe("shop").changed({"training.position_bias": bias, "seed": seed})
+        trained = train(recipe, dataset, folder / f"run-{bias}")
+        found[bias] = valid_ndcg(trained.model(), Examples.read(judges, "test", trained.features))
+    return found
+
+
+def judges_of(shop: Shop, dataset: Dataset, seed: int) -> Dataset:
+    """Later customers, who look at all that is shown."""
+    visits = shop.visits(JUDGES, 99, DAYS + 40, 7)
+    labels = choices(visits, np.random.default_rng([seed, 3]))
+    items, scores = visits.items[:, :SHOWN], visits.scores[:, :SHOWN]
     frame = pl.DataFrame(
         {
             "user_id": visits.user, "timestamp": visits.when, "query": visits.query, "scenario": "home",
-            "item_ids": pl.Series(visits.items).arr.to_list(),
-            "retrieval_scores": pl.Series(visits.scores).arr.to_list(),
+            "item_ids": pl.Series(items).arr.to_list(), "retrieval_scores": pl.Series(scores).arr.to_list(),
             "labels": pl.Series(labels).arr.to_list(), "missed": pl.Series([[]] * JUDGES, dtype=pl.List(pl.Float32)),
             "split": "test",
         }
     )  # fmt: skip
     description = Description("judges", timed=True, tasks=TASKS, counts={}, cleaning=[])
-    judges = Dataset(dataset.items, dataset.events, frame.lazy(), description)
-    found = {}
-    for bias in (0.0, settings.bias):
-        target = folder / f"judged-{seed}-{bias}"
-        recipe = load_recipe("shop").changed({"training.position_bias": bias, "seed": seed})
-        trained = train(recipe, dataset, target, fresh=True)
-        found[bias] = valid_ndcg(trained.model(), Examples.read(judges, "test", trained.features))
-    return found
+    return Dataset(dataset.items, dataset.events, frame.lazy(), description)
+
+
+def choices(visits: Visits, rng: np.random.Generator) -> NDArray[np.float32]:
+    """[B, SHOWN] gains of what is chosen of all that is looked at."""
+    shape = (len(visits.when), SHOWN)
+    click = rng.random(shape) < visits.click[:, :SHOWN]
+    cart = click & (rng.random(shape) < visits.cart[:, :SHOWN])
+    buys = cart & (rng.random(shape) < BUY)
+    gains = [GAINS["PURCHASE"], GAINS["CART"], GAINS["CLICK"]]
+    return np.select([buys, cart, click], gains, 0.0).astype(np.float32)
+
+
+def bias_figures() -> list[Figure]:
+    """With weights for positions, and without."""
+    figures = []
+    for kind, order in (("", "retrieval's order"), ("_by_price", "the order of their prices")):
+        found = [corrected(seed, bool(kind)) for seed in SEEDS]
+        note = f"{len(SEEDS)} shops and seeds; {BIASED:,} pages of {SHOWN} in {order}, {JUDGES:,} judges"
+        values = {"plain": [one[0.0] for one in found], "corrected": [one[BIAS] for one in found]}
+        values["difference"] = [one[BIAS] - one[0.0] for one in found]
+        figures += [
+            Figure(f"position_bias{kind}_ndcg10_{name}", float(np.mean(each)), min(each), max(each), "", note)
+            for name, each in values.items()
+        ]
+    return figures
 
 
 def main() -> None:
@@ -104,24 +162,20 @@ def main() -> None:
     _, plot = write_outcome(*young[0])
     shutil.copyfile(plot, ROOT / "docs" / "closed_loop.svg")
     figures = gains("purchase_rate", [outcome for outcome, _, _ in young], YOUNG)
-    corrected, plain = [], []
-    for (_, settings, folder), seed in zip(young, SEEDS, strict=True):
-        found = judged(folder, settings, seed)
-        plain.append(found[0.0])
-        corrected.append(found[BIAS])
-    differences = [one - other for one, other in zip(corrected, plain, strict=True)]
-    for name, values in (("plain", plain), ("corrected", corrected), ("difference", differences)):
-        note = f"{len(SEEDS)} shops and seeds, {JUDGES:,} customers who look at everything"
-        figures.append(
-            Figure(f"position_bias_ndcg10_{name}", float(np.mean(values)), min(values), max(values), "", note)
-        )
+    figures += bias_figures()
     figures += gains("older_shop", [run(OLDER, seed)[0] for seed in SEEDS], OLDER)
-    for figure in figures:
-        print(
-            f"{figure.name:40} {figure.value:8.4f} [{figure.low:.4f}, {figure.high:.4f}] {figure.unit}  {figure.note}"
-        )
-    write("closed_loop", figures)
+    report(figures)
+
+
+def report(figures: list[Figure], keep: bool = False) -> None:
+    """Print and write; ``keep``: beside figures of other names."""
+    for one in figures:
+        print(f"{one.name:40} {one.value:8.4f} [{one.low:.4f}, {one.high:.4f}] {one.unit}  {one.note}")
+    write("closed_loop", figures, keep)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["bias"]:
+        report(bias_figures(), keep=True)
+    else:
+        main()

@@ -133,16 +133,22 @@ def closed_loop() -> str:
             lines.append(f"| {words}, {told} | " + " | ".join(cells) + " |")
     gains = [found[f"{shop}_gain"] for shop in ("purchase_rate", "older_shop")]
     told = [f"{gain.value:+.0%} ({gain.low:+.0%} to {gain.high:+.0%}; {gain.note})" for gain in gains]
-    plain, corrected, difference = (
-        found[f"position_bias_ndcg10_{name}"] for name in ("plain", "corrected", "difference")
-    )
+    words = []
+    for kind in ("", "_by_price"):
+        plain, corrected, difference = (
+            found[f"position_bias{kind}_ndcg10_{name}"] for name in ("plain", "corrected", "difference")
+        )
+        words.append(
+            f"from {plain.value:.4f} to {corrected.value:.4f} ({difference.value:+.4f}; {difference.low:+.4f} to "
+            f"{difference.high:+.4f} in {difference.note})"
+        )
     return "\n".join([
         *lines,
         "",
-        f"After three rounds the loop sells {told[0]} more than the first release, in the older shop {told[1]}. "
-        "Weights for positions change NDCG@10 among customers who look at everything from "
-        f"{plain.value:.4f} to {corrected.value:.4f} ({difference.value:+.4f}; {difference.low:+.4f} to "
-        f"{difference.high:+.4f} in {difference.note}).",
+        f"After three rounds the loop sells {told[0]} more than the first release, in the older shop {told[1]}.",
+        "",
+        "Weights for positions change NDCG@10 among customers who look at everything "
+        f"{', and '.join(words)}.",
     ])  # fmt: skip
 
 

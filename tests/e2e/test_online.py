@@ -23,6 +23,7 @@ from trirank import (
     Status,
     Unavailable,
 )
+from trirank_backend.stores.overlay import COUNTS, read_overlay
 from trirank_backend.stores.store import open_store
 from trirank_build.commands.serving import _filters
 from trirank_build.online.catalogue import apply_delta
@@ -150,6 +151,26 @@ def test_feedback_of_strangers_is_checked(server, text, words):
         service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(message, timeout=10)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert caught.match(words)
+
+
+def test_showings_and_clicks_reach_what_explores(client, server, items, user):
+    """Within some seconds, by a file that rerank reads again when it is replaced."""
+
+    def counted():
+        try:
+            records = read_overlay(server._scratch / "counts.npy", COUNTS)
+        except FileNotFoundError:
+            return 0, 0
+        row = records[records["id"] == items[2]]
+        return (int(row["impressions"][0]), int(row["clicks"][0])) if len(row) else (0, 0)
+
+    before = counted()
+    kinds = ["impression"] * 5 + ["click"] * 2
+    client.feedback([FeedbackEvent(user_id=user, item_id=items[2], kind=kind) for kind in kinds])
+    deadline = time.monotonic() + 10
+    while counted() < (before[0] + 5, before[1] + 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_which_rule_moved_what(client, items, user):

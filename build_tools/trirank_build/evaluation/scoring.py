@@ -13,6 +13,9 @@ from trirank_build.features.examples import Examples
 
 _BATCH = 256
 
+LARGEST_WEIGHT = np.float32(10)
+"""Of one choice; inverse propensities have no bound, and a few would be all that is learned from."""
+
 
 def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
     """[R, N] the mean over tasks of the ranker's scores, as the default policy weighs them.
@@ -35,8 +38,25 @@ def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
     return scores
 
 
-def valid_ndcg(model: nn.Module, examples: Examples) -> float:
-    """Mean NDCG@10 over requests with anything relevant."""
+def propensity_weights(positions: NDArray[np.int32], bias: float) -> NDArray[np.float32]:
+    """One over the chance k^-bias that a position (from 1; 0: not known, taken as looked at) was looked at, clipped."""
+    seen = np.maximum(positions, 1).astype(np.float32) ** np.float32(bias)
+    return np.minimum(seen, LARGEST_WEIGHT).astype(np.float32)
+
+
+def valid_ndcg(model: nn.Module, examples: Examples, position_bias: float = 0.0) -> float:
+    """Mean NDCG@10 over requests with anything relevant.
+
+    Args:
+        position_bias: above 0 each request counts what its choices' positions do on average, so that a ranker is not
+            chosen for agreeing with the order that was shown.
+    """
     valid = examples.rows >= 0
     gains = metrics.order_gains(score(model, examples), examples.labels, valid)
-    return float(np.nanmean(metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))))
+    found = metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))
+    known = ~np.isnan(found)
+    if not position_bias or not known.any():
+        return float(np.nanmean(found))
+    weights = propensity_weights(examples.positions, position_bias)
+    counts = (examples.labels * weights).sum(1) / np.maximum(examples.labels.sum(1), 1e-9)
+    return float(np.average(found[known], weights=np.maximum(counts[known], 1e-9)))

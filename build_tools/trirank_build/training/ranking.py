@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
-from trirank_build.evaluation.scoring import valid_ndcg
+from trirank_build.evaluation.scoring import propensity_weights, valid_ndcg
 from trirank_build.features.examples import Batch, Examples
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
@@ -26,8 +26,6 @@ _FROZEN = {"nothing": (), "embeddings": ("embedding",), "encoder": ("embedding",
                                                                    "log_temperature")}  # fmt: skip
 
 RANKING = "ranking"
-LARGEST_WEIGHT = np.float32(10)
-"""Of one choice; inverse propensities have no bound, and a few would be all that is learned from."""
 FIT = 0.8
 """Share of the held-out choices that the ranker learns from; the others say when to stop."""
 
@@ -113,14 +111,8 @@ class Ranking:
         return tensors
 
     def validate(self) -> float:
-        """NDCG@10 over the candidates of validation requests."""
-        return valid_ndcg(self._model, self._valid)
-
-
-def propensity_weights(positions: NDArray[np.int32], bias: float) -> NDArray[np.float32]:
-    """One over the chance k^-bias that a position (from 1; 0: not known, taken as looked at) was looked at, clipped."""
-    seen = np.maximum(positions, 1).astype(np.float32) ** np.float32(bias)
-    return np.minimum(seen, LARGEST_WEIGHT).astype(np.float32)
+        """NDCG@10 over the candidates of validation requests, weighted for positions as training is."""
+        return valid_ndcg(self._model, self._valid, self.settings.position_bias)
 
 
 def logged(

@@ -21,7 +21,7 @@ of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -134,6 +134,11 @@ class Visits:
     scores: NDArray[np.float32]
     click: NDArray[np.float64]
     cart: NDArray[np.float64]
+
+    def reordered(self, order: NDArray[np.int64]) -> Visits:
+        """The same candidates in another order [B, N]."""
+        columns = ("items", "scores", "click", "cart")
+        return replace(self, **{name: np.take_along_axis(getattr(self, name), order, 1) for name in columns})
 
 
 class Shop:
