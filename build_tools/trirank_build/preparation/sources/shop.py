@@ -137,8 +137,10 @@ class Visits:
 
     def reordered(self, order: NDArray[np.int64]) -> Visits:
         """The same candidates in another order [B, N]."""
-        columns = ("items", "scores", "click", "cart")
-        return replace(self, **{name: np.take_along_axis(getattr(self, name), order, 1) for name in columns})
+        items, scores, click, cart = (
+            np.take_along_axis(column, order, 1) for column in (self.items, self.scores, self.click, self.cart)
+        )
+        return replace(self, items=items, scores=scores, click=click, cart=cart)
 
 
 class Shop:
