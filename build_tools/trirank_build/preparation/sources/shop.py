@@ -137,9 +137,10 @@ class Visits:
 
     def reordered(self, order: NDArray[np.int64]) -> Visits:
         """The same candidates in another order [B, N]."""
+        rows = np.arange(len(order))[:, None]
         items, scores, click, cart = (
-            np.take_along_axis(column, order, 1) for column in (self.items, self.scores, self.click, self.cart)
-        )
+            self.items[rows, order], self.scores[rows, order], self.click[rows, order], self.cart[rows, order]
+        )  # fmt: skip
         return replace(self, items=items, scores=scores, click=click, cart=cart)
 
 
