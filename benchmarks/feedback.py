@@ -36,7 +36,7 @@ from trirank import FeedbackEvent, RankClient, RankError, RankRequest
 from trirank.contract import MAX_HISTORY
 from trirank_backend.stores.store import open_store
 from trirank_build.demo import build
-from trirank_build.online.users import all_events
+from trirank_build.online.events import all_events
 from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.server import Ports, TritonServer
 from trirank_build.serving.stores import Stores

@@ -20,9 +20,10 @@ from trirank_build.data.dataset import POSITIONS, Dataset
 from trirank_build.errors import BadData
 from trirank_build.online.catalogue import apply_delta
 from trirank_build.online.datasets import with_feedback
+from trirank_build.online.events import all_events
 from trirank_build.online.requests import logged_requests
 from trirank_build.online.skew import measure_skew
-from trirank_build.online.users import all_events, export_user, export_users, histories, import_users
+from trirank_build.online.users import export_user, export_users, histories, import_users
 from trirank_build.repository.release import graph_place
 from trirank_build.training.losses import RANKING_LOSSES
 from trirank_build.training.ranking import propensity_weights

@@ -108,9 +108,8 @@ def _from_events(source: str, address: str, requests: Path | None) -> Any:
 
     from trirank_build.data.dataset import Dataset
     from trirank_build.online.datasets import with_feedback
-    from trirank_build.online.events import events_of
+    from trirank_build.online.events import all_events, events_of
     from trirank_build.online.requests import logged_requests
-    from trirank_build.online.users import all_events
 
     base = Dataset.load(Path(source))
     lines = [] if requests is None else logged_requests(requests)

@@ -45,10 +45,9 @@ def with_feedback(base: Dataset, events: Iterable[Event], requests: Iterable[dic
     if POSITIONS not in old.columns:
         old = old.with_columns(pl.col("item_ids").list.eval(pl.lit(0, pl.Int32)).alias(POSITIONS))
     # What an earlier dataset of feedback had already is no second task.
-    same = (pl.col("user_id"), pl.col("timestamp"), pl.col("query"), pl.col("item_ids").list.eval(
-        pl.element().cast(pl.String)).list.join(" ").alias("items"))  # fmt: skip
-    there = old.select(same).unique()
-    tasks = tasks.with_columns(same[3]).join(there, on=["user_id", "timestamp", "query", "items"], how="anti")
+    joined = pl.col("item_ids").list.eval(pl.element().cast(pl.String)).list.join(" ").alias("items")
+    same = ["user_id", "timestamp", "query", "items"]
+    tasks = tasks.with_columns(joined).join(old.with_columns(joined).select(same), on=same, how="anti")
     every = pl.concat([old, tasks.select(old.columns)]).sort("timestamp", maintain_order=True)
     valid_from, test_from = split_by_time(every["timestamp"])
     split = time_split(valid_from, test_from)

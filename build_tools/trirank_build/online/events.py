@@ -15,6 +15,13 @@ from trirank_build.errors import BadData
 GROUP = "trirank"
 
 
+def all_events(store: Store, after: str = "") -> Iterator[Event]:
+    """The events of a store's log, oldest first."""
+    while part := store.log(after):
+        yield from (stored.event for stored in part)
+        after = part[-1].place
+
+
 def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
     """Write what a group has not read yet to a folder, a file a part; gives how many events. Each part is on the disk
     before it is acknowledged: a part that was written and not acknowledged comes again, in the same file.

@@ -35,8 +35,9 @@ from trirank_build.export.onnx import export
 from trirank_build.gate.report import write_report
 from trirank_build.gate.verdict import run_gate
 from trirank_build.online.datasets import with_feedback
+from trirank_build.online.events import all_events
 from trirank_build.online.requests import logged_requests
-from trirank_build.online.users import all_events, import_users
+from trirank_build.online.users import import_users
 from trirank_build.preparation.sources.shop import BUY, DAY_S, DAYS, START, Shop, ShopSize, Visits
 from trirank_build.progress import out, working
 from trirank_build.recipe import Recipe
@@ -77,14 +78,12 @@ class Settings:
 
 @dataclass
 class Outcome:
-    r"""What came of it.
+    """What came of it.
 
     Attributes:
-        purchases: arm \→ [rounds + 1, sessions] purchases of each customer; in round r the loop's release has been
+        purchases: arm → [rounds + 1, sessions] purchases of each customer; in round r the loop's release has been
             trained on r rounds.
-        new_share: arm \→ share of what was shown that was younger than 14 days; unused here but kept for plots.
         releases: the loop's, by round.
-        promoted_at: customer of a round during whom its release was promoted.
     """
 
     purchases: dict[str, NDArray[np.int64]]

@@ -13,6 +13,7 @@ from trirank_backend.histories import Events
 from trirank_backend.stores.store import Store
 
 from trirank_build.artefacts import atomic_file
+from trirank_build.online.events import all_events
 
 if TYPE_CHECKING:
     import polars as pl
@@ -69,13 +70,6 @@ def export_user(store: Store, user: int) -> dict[str, Any]:
         if event.user_id == user
     ]
     return {"user_id": user, "remembered": remembered, "disliked": disliked, "events": logged}
-
-
-def all_events(store: Store, after: str = "") -> Iterator[Any]:
-    """The events of a store's log, oldest first."""
-    while part := store.log(after):
-        yield from (stored.event for stored in part)
-        after = part[-1].place
 
 
 def export_users(store: Store, target: Path) -> int:

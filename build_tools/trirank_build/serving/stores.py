@@ -55,7 +55,7 @@ class Stores:
             raise ServeError(f"--users: {error}") from error
         try:
             store.get([0])
-            if not getattr(store, "is_durable", lambda: True)():
+            if not store.is_durable():
                 warn(
                     f"{hide_password(self.users)} may lose a second of feedback when it fails: start it with "
                     "--appendonly yes --appendfsync always"

@@ -1,7 +1,7 @@
 """What every rule is: settings that are checked, one phase, one reason, and a step that works on a page.
 
 To add one: a module with a subclass of Rule, an entry in ``policies.RULES``, a bit of contract.Reason where it acts on
-what is shown, and a plain version in tests/python_backend/test_rules.py.
+what is shown, and a plain version in tests/python_backend/rules.py.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ class RedisStore:
         return self._asked(ask)
 
     def is_durable(self) -> bool:
-        """Whether what is answered for is on the disk. Where nobody may ask, it is taken to be."""
+        """See store.Store. Where nobody may ask, it is taken to be."""
         try:
             found = self._redis.config_get("append*")
         except redis.RedisError:

@@ -165,6 +165,10 @@ class SqliteStore:
         ids, impressions, clicks = np.array(rows, np.int64).reshape(-1, 3).T
         return ids, np.minimum(impressions, MOST).astype(np.int32), np.minimum(clicks, MOST).astype(np.int32)
 
+    def is_durable(self) -> bool:
+        """See store.Store."""
+        return True
+
     def close(self) -> None:
         """Close the file."""
         self._connection.close()

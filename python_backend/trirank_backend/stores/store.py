@@ -60,6 +60,10 @@ class Store(Protocol):
         """Items that were shown or clicked, ascending, and how often each was."""
         ...
 
+    def is_durable(self) -> bool:
+        """Whether what is answered for is on the disk."""
+        ...
+
     def close(self) -> None:
         """Let go of files and connections."""
         ...
