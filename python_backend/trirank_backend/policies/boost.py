@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
 from trirank.contract import Reason
 
 from trirank_backend.compiled import kernel
@@ -18,30 +16,19 @@ from trirank_backend.policies.rule import (
     Codes,
     Phase,
     Release,
-    Rule,
-    Selection,
+    SelectingRule,
     Step,
-    check_signals,
     choose,
 )
 
 
-class Boost(Rule, Selection):
+class Boost(SelectingRule):
     """Adds ``by`` to the score of what the selection chooses."""
 
     rule: Literal["boost"] = "boost"
     phase: ClassVar[Phase] = Phase.SCORE
     reason: ClassVar[Reason | None] = Reason.BOOSTED
     by: Amount
-
-    @model_validator(mode="after")
-    def _chooses(self) -> Boost:
-        check_signals(self, self)
-        return self
-
-    def absent(self, release: Release) -> Iterator[str]:
-        """Names and items that the release does not have."""
-        return self.missing(release)
 
     def bind(self, release: Release) -> Step:
         """The step for a release."""

@@ -17,9 +17,9 @@ from pydantic import Field
 from trirank.contract import Reason
 
 from trirank_backend.compiled import kernel
-from trirank_backend.policies.mmr import SCALE, first_of_greatest, gather, padded, similarities, take_first
 from trirank_backend.policies.page import Page
 from trirank_backend.policies.rule import Phase, Position, Release, Rule, Step
+from trirank_backend.policies.similarity import SCALE, first_of_greatest, gather, padded, similarities, take_first
 
 SHARE = np.float32(0.95)
 _LEAST = np.float32(1e-10)
@@ -68,7 +68,7 @@ def dpp(
     """Reorder the first ``within``."""
     if count < 2:
         return
-    width = padded(count)  # see mmr
+    width = padded(count)  # see similarity.padded
     relevance = np.full(width, -np.inf, np.float32)
     side_by_side = np.zeros((vectors.shape[1], width), np.float32)
     gather(order, count, rows, score, vectors, relevance, side_by_side)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -19,15 +18,13 @@ from trirank_backend.policies.rule import (
     Phase,
     Positive,
     Release,
-    Rule,
-    Selection,
+    SelectingRule,
     Step,
-    check_signals,
     choose,
 )
 
 
-class Filter(Rule, Selection):
+class Filter(SelectingRule):
     """Drops what the selection chooses, and what is outside the limits; an unknown price or age is outside of any.
 
     Attributes:
@@ -52,21 +49,16 @@ class Filter(Rule, Selection):
             least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if least is not None and most is not None and least > most:
                 raise ValueError(f"min_{what} is {least:g}, above max_{what} {most:g}: nothing would be left")
-        limits = (self.min_price, self.max_price, self.min_age_days, self.max_age_days, self.min_stock)
-        if self.bought or any(limit is not None for limit in limits):
-            if unknown := self.unknown_signals():
-                raise ValueError(f"signals {unknown} do not exist; they are {list(Signal.__members__)}")
-        else:
-            check_signals(self, self)
         return self
+
+    def names_nothing(self) -> bool:
+        """Whether no candidate can be meant, by the limits either."""
+        limits = (self.min_price, self.max_price, self.min_age_days, self.max_age_days, self.min_stock)
+        return super().names_nothing() and not self.bought and all(limit is None for limit in limits)
 
     def of_signals(self) -> int:
         """Its signals as bits."""
         return super().of_signals() | (Signal.PURCHASED.value if self.bought else 0)
-
-    def absent(self, release: Release) -> Iterator[str]:
-        """Names and items that the release does not have."""
-        return self.missing(release)
 
     def bind(self, release: Release) -> Step:
         """The step for a release."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from trirank import contract
 from trirank.contract import Reason, Signal
 
@@ -127,10 +127,6 @@ class Selection(BaseModel):
         brands, categories, sellers = tables
         return Chooser(self.of_signals(), brands, categories, sellers, release.rows(self.items), younger)
 
-    def unknown_signals(self) -> list[str]:
-        """Names that are none."""
-        return sorted(set(self.signals) - set(Signal.__members__))
-
     def missing(self, release: Release) -> Iterator[str]:
         """Names and items that a release does not have."""
         for kind, wanted in zip(NAMED, (self.brands, self.categories, self.sellers), strict=True):
@@ -138,6 +134,23 @@ class Selection(BaseModel):
                 yield f"no item has the {kind} {', '.join(unknown)}"
         if self.items and (lacking := len(set(self.items)) - len(release.rows(self.items))):
             yield f"{lacking} of {len(set(self.items))} items are not in the catalogue"
+
+
+class SelectingRule(Rule, Selection):
+    """A rule for some of the candidates."""
+
+    @model_validator(mode="after")
+    def _means_something(self) -> SelectingRule:
+        if unknown := sorted(set(self.signals) - set(Signal.__members__)):
+            raise ValueError(f"signals {unknown} do not exist; they are {list(Signal.__members__)}")
+        if self.names_nothing():
+            fields = ", ".join(Selection.model_fields)
+            raise ValueError(f"{type(self).__name__.lower()} is for no item at all; say at least one of {fields}")
+        return self
+
+    def absent(self, release: Release) -> Iterator[str]:
+        """Names and items that the release does not have."""
+        return self.missing(release)
 
 
 class Chooser(NamedTuple):
@@ -214,12 +227,3 @@ def query_key(text: str) -> int:
     """What a query is known by to rules: upper and lower case, and how much room is between words, are one; 0: none."""
     words = " ".join(text.lower().split())
     return contract.stable_id(words) if words else 0
-
-
-def check_signals(rule: Any, selection: Selection) -> None:
-    """Raises ValueError, for pydantic, where signals do not exist or nothing is meant."""
-    if unknown := selection.unknown_signals():
-        raise ValueError(f"signals {unknown} do not exist; they are {list(Signal.__members__)}")
-    if selection.names_nothing():
-        fields = ", ".join(Selection.model_fields)
-        raise ValueError(f"{rule.rule} is for no item at all; say at least one of {fields}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -17,15 +16,13 @@ from trirank_backend.policies.rule import (
     Phase,
     Position,
     Release,
-    Rule,
-    Selection,
+    SelectingRule,
     Step,
-    check_signals,
     choose,
 )
 
 
-class Sponsored(Rule, Selection):
+class Sponsored(SelectingRule):
     """Fills ``slots`` with what the selection chooses; a slot for which there is none is not kept free."""
 
     rule: Literal["sponsored"] = "sponsored"
@@ -34,8 +31,7 @@ class Sponsored(Rule, Selection):
     slots: Annotated[list[Position], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _chooses(self) -> Sponsored:
-        check_signals(self, self)
+    def _each_slot_once(self) -> Sponsored:
         if len(set(self.slots)) < len(self.slots):
             raise ValueError(f"slots {self.slots} name a position twice")
         return self
@@ -43,10 +39,6 @@ class Sponsored(Rule, Selection):
     def positions(self) -> list[int]:
         """Its slots."""
         return self.slots
-
-    def absent(self, release: Release) -> Iterator[str]:
-        """Names and items that the release does not have."""
-        return self.missing(release)
 
     def bind(self, release: Release) -> Step:
         """The step for a release."""
