@@ -6,7 +6,7 @@
 is trained on 1,000 logged requests, and an older one with 4,000. Gains are of the last round, after three trainings,
 against the first release on the same customers with the same luck; intervals from shops drawn anew, and customers
 within each, in pairs. Then rankers are trained on clicks of pages in retrieval's order, or the dearest first, with
-and without weights for positions, and judged on customers who look at everything.
+both corrections for positions and without, and judged on customers who look at everything.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ from trirank_build.training.trainer import train
 SEEDS, SESSIONS, ROUNDS, BIAS = (0, 1, 2), 3_000, 3, 1.0
 YOUNG, OLDER = 1_000, 4_000
 JUDGES, BIASED, SHOWN = 3_000, 15_000, 20
+BIAS_SEEDS = (0, 1, 2, 3, 4)
+CORRECTIONS: dict[str, dict[str, object]] = {
+    "plain": {"training.position_bias": 0.0},
+    "offset": {"training.position_bias": BIAS, "training.position_correction": "offset"},
+    "weights": {"training.position_bias": BIAS, "training.position_correction": "weights"},
+}
 FOLDER = WORK / "closed_loop"
 
 
@@ -73,8 +79,8 @@ def gains(name: str, outcomes: list[Outcome], log: int) -> list[Figure]:
     ]
 
 
-def corrected(seed: int, by_price: bool) -> dict[float, float]:
-    """NDCG@10 among customers who look at everything, by the exponent that training corrected with.
+def corrected(seed: int, by_price: bool) -> dict[str, float]:
+    """NDCG@10 among customers who look at everything, by how training corrected for positions.
 
     Args:
         by_price: whether the shop shows the dearest first, rather than retrieval's order.
@@ -107,10 +113,9 @@ def corrected(seed: int, by_price: bool) -> dict[float, float]:
     dataset = Dataset.load(with_feedback(base, events, lines).save(folder / "data"))
     judges = judges_of(shop, dataset, seed)
     found = {}
-    for bias in (0.0, BIAS):
-        recipe = load_recipe("shop").changed({"training.position_bias": bias, "seed": seed})
-        trained = train(recipe, dataset, folder / f"run-{bias}")
-        found[bias] = valid_ndcg(trained.model(), Examples.read(judges, "test", trained.features))
+    for name, changes in CORRECTIONS.items():
+        trained = train(load_recipe("shop").changed({**changes, "seed": seed}), dataset, folder / f"run-{name}")
+        found[name] = valid_ndcg(trained.model(), Examples.read(judges, "test", trained.features))
     return found
 
 
@@ -142,13 +147,14 @@ def choices(visits: Visits, rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def bias_figures() -> list[Figure]:
-    """With weights for positions, and without."""
+    """With each correction for positions, and without."""
     figures = []
     for kind, order in (("", "retrieval's order"), ("_by_price", "the order of their prices")):
-        found = [corrected(seed, bool(kind)) for seed in SEEDS]
-        note = f"{len(SEEDS)} shops and seeds; {BIASED:,} pages of {SHOWN} in {order}, {JUDGES:,} judges"
-        values = {"plain": [one[0.0] for one in found], "corrected": [one[BIAS] for one in found]}
-        values["difference"] = [one[BIAS] - one[0.0] for one in found]
+        found = [corrected(seed, bool(kind)) for seed in BIAS_SEEDS]
+        note = f"{len(BIAS_SEEDS)} shops and seeds; {BIASED:,} pages of {SHOWN} in {order}, {JUDGES:,} judges"
+        values = {name: [one[name] for one in found] for name in CORRECTIONS}
+        for name in ("offset", "weights"):
+            values[f"{name}_difference"] = [one[name] - one["plain"] for one in found]
         figures += [
             Figure(f"position_bias{kind}_ndcg10_{name}", float(np.mean(each)), min(each), max(each), "", note)
             for name, each in values.items()

@@ -29,11 +29,10 @@ from trirank_backend.pipeline import Pipeline
 from trirank_build.data.dataset import Dataset
 from trirank_build.demo import build
 from trirank_build.errors import ServeError
-from trirank_build.export.onnx import export
 from trirank_build.recipe import load_recipe
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.release import MANIFEST, graph_place
-from trirank_build.repository.reports import write_parity
+from trirank_build.repository.reports import export_run
 from trirank_build.serving import swapping
 from trirank_build.serving.live import Served
 from trirank_build.serving.server import TritonServer
@@ -64,7 +63,7 @@ def two_releases() -> list[Path]:
         training = recipe.training.model_copy(update={"epochs": 1})
         recipe = recipe.model_copy(update={"features": features, "training": training, "seed": number})
         run, onnx = train(recipe, dataset, folder / f"run{number}", fresh=True), folder / f"ranker{number}.onnx"
-        write_parity(onnx, export(run.model(), run.features.spec, onnx), type(run.model()).__name__)
+        export_run(run, onnx)
         made.append(assemble(run, dataset, onnx, folder / "releases", engine="openvino"))
     return made
 

@@ -135,19 +135,21 @@ def closed_loop() -> str:
     told = [f"{gain.value:+.0%} ({gain.low:+.0%} to {gain.high:+.0%}; {gain.note})" for gain in gains]
     words = []
     for kind in ("", "_by_price"):
-        plain, corrected, difference = (
-            found[f"position_bias{kind}_ndcg10_{name}"] for name in ("plain", "corrected", "difference")
+        plain, offset, gained, weighted = (
+            found[f"position_bias{kind}_ndcg10_{name}"]
+            for name in ("plain", "offset", "offset_difference", "weights_difference")
         )
         words.append(
-            f"from {plain.value:.4f} to {corrected.value:.4f} ({difference.value:+.4f}; {difference.low:+.4f} to "
-            f"{difference.high:+.4f} in {difference.note})"
+            f"from {plain.value:.4f} to {offset.value:.4f} ({gained.value:+.4f}; {gained.low:+.4f} to "
+            f"{gained.high:+.4f}; weights {weighted.value:+.4f}; {weighted.low:+.4f} to {weighted.high:+.4f}; "
+            f"{gained.note})"
         )
     return "\n".join([
         *lines,
         "",
         f"After three rounds the loop sells {told[0]} more than the first release, in the older shop {told[1]}.",
         "",
-        "Weights for positions change NDCG@10 among customers who look at everything "
+        "Offsets for positions change NDCG@10 among customers who look at everything "
         f"{', and '.join(words)}.",
     ])  # fmt: skip
 

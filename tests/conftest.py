@@ -68,17 +68,16 @@ def policies():
 def world(shop, recipe, policies, tmp_path_factory) -> World:
     from trirank_backend.stores.store import open_store
     from trirank_build.data.dataset import Dataset
-    from trirank_build.export.onnx import export
     from trirank_build.online.users import import_users
     from trirank_build.repository.assemble import assemble
-    from trirank_build.repository.reports import write_parity
+    from trirank_build.repository.reports import export_run
     from trirank_build.training.trainer import train
 
     folder = tmp_path_factory.mktemp("world")
     dataset = Dataset.load(shop.save(folder / "data"))
     run = train(recipe, dataset, folder / "run")
     onnx = folder / "ranker.onnx"
-    write_parity(onnx, export(run.model(), run.features.spec, onnx), "SharedContextRanker")
+    export_run(run, onnx)
     release = assemble(run, dataset, onnx, folder / "releases", engine="onnxruntime", policies=policies)
     users = f"sqlite:{folder / 'users.sqlite'}"
     store = open_store(users)

@@ -43,7 +43,6 @@ def build(work: Path) -> Path:
         from trirank_build.data.dataset import Dataset
         from trirank_build.engines.latency import chosen_engine
         from trirank_build.export.beside import gate_path
-        from trirank_build.export.onnx import export
         from trirank_build.gate.report import write_report
         from trirank_build.gate.verdict import run_gate
         from trirank_build.preparation.options import PrepareOptions
@@ -51,7 +50,7 @@ def build(work: Path) -> Path:
         from trirank_build.presentation import gate_table
         from trirank_build.recipe import load_recipe
         from trirank_build.repository.assemble import assemble
-        from trirank_build.repository.reports import write_parity
+        from trirank_build.repository.reports import export_run
         from trirank_build.repository.store import promote
         from trirank_build.training.run import BEST
         from trirank_build.training.trainer import train
@@ -66,8 +65,7 @@ def build(work: Path) -> Path:
     marker = work / "exported"
     if not (gate_path(onnx_path).is_file() and marker.is_file() and marker.read_text() == weights):
         with working("exporting to ONNX and checking parity"):
-            module = run.model()
-            write_parity(onnx_path, export(module, run.features.spec, onnx_path), type(module).__name__)
+            export_run(run, onnx_path)
         engine = chosen_engine(onnx_path, run.features.spec, available_engines())
         report = run_gate(run, dataset, onnx_path, engine)
         write_report(report, onnx_path)

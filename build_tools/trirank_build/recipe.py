@@ -140,9 +140,13 @@ class TrainingRecipe(_Section):
     log_q: bool = False
     """Whether their logits are corrected for how likely they were."""
     position_bias: Annotated[float, Field(ge=0, le=3)] = 0.0
-    """How fast people stop looking: position k of a page is taken to be looked at with probability k^-position_bias,
-    and what was chosen there counts its inverse, 10 at most (inverse propensity scoring, Joachims et al., WSDM 2017).
+    """How fast people stop looking: position k of a page is taken to be looked at with probability k^-position_bias.
     For requests that came with feedback; 0: all positions count alike."""
+    position_correction: Literal["offset", "weights"] = "offset"
+    """``offset``: the log of that probability is added to the logits in training and left out in serving, so that
+    they need not explain what the page's order does (as the position's own tower in Zhao et al., RecSys 2019).
+    ``weights``: what was chosen counts the inverse of it, 10 at most (inverse propensity scoring, Joachims et al., WSDM
+    2017); right on average too, and noisier."""
     without_scores: Share = 0.1
     """Share of batches that go without retrieval scores, which a service need not send."""
     item_dropout: Share = 0.05
@@ -188,10 +192,11 @@ class Recipe(_Section):
             raise ValueError('pretraining.objective = "masked_item" needs model.attention = "full"')
         if self.pretraining.objective == "next_item" and self.model.attention != "causal":
             raise ValueError('pretraining.objective = "next_item" needs model.attention = "causal"')
-        if self.training.position_bias and self.training.objective == "pointwise":
+        training = self.training
+        if training.position_bias and training.position_correction == "weights" and training.objective == "pointwise":
             raise ValueError(
-                'training.position_bias goes with objective = "listwise" or "lambda": a classifier would '
-                "take what was not chosen for refused, wherever it stood"
+                'training.position_correction = "weights" goes with objective = "listwise" or "lambda": a classifier '
+                'would take what was not chosen for refused, wherever it stood; say "offset"'
             )
         if not self.training.epochs and self.pretraining.objective == "none":
             raise ValueError("training.epochs = 0 and no pre-training leave nothing to learn")

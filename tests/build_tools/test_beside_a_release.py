@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from torch import nn
 from trirank.contract import EventKind, stable_id
 from trirank_backend.pipeline import Pipeline
 from trirank_backend.requests import NamedTensors
@@ -18,15 +19,17 @@ from trirank_backend.stores.store import open_store
 from trirank_backend.surroundings import REQUESTS_VARIABLE, USERS_VARIABLE
 from trirank_build.data.dataset import POSITIONS, Dataset
 from trirank_build.errors import BadData
+from trirank_build.evaluation.scoring import log_propensities, propensity_weights
 from trirank_build.online.catalogue import apply_delta
 from trirank_build.online.datasets import with_feedback
 from trirank_build.online.events import all_events
 from trirank_build.online.requests import logged_requests
 from trirank_build.online.skew import measure_skew
 from trirank_build.online.users import export_user, export_users, histories, import_users
+from trirank_build.recipe import TrainingRecipe
 from trirank_build.repository.release import graph_place
 from trirank_build.training.losses import RANKING_LOSSES
-from trirank_build.training.ranking import propensity_weights
+from trirank_build.training.ranking import RankingStep
 
 
 class TestDelta:
@@ -214,23 +217,34 @@ class TestPositionBias:
         found = propensity_weights(np.array([[0, 1, 4, 1000]], np.int32), 0.5)
         assert found[0].tolist() == pytest.approx([1, 1, 2, 10])
 
-    @pytest.mark.parametrize("objective", ["listwise", "lambda"])
-    def test_they_take_the_bias_out_of_clicks(self, objective):
+    def test_an_unknown_position_is_taken_as_looked_at(self):
+        assert log_propensities(np.array([[0, 1, 4]], np.int32), 0.5)[0].tolist() == pytest.approx([0, 0, -np.log(2)])
+
+    @pytest.mark.parametrize(
+        ("objective", "correction"),
+        [(name, "offset") for name in RANKING_LOSSES] + [("listwise", "weights"), ("lambda", "weights")],
+    )
+    def test_the_bias_goes_out_of_clicks(self, objective, correction):
         """Two items are equally good; one always stands first, one fifth. Clicked in proportion to how often people
-        look, the first one seems better; weighted, they are alike."""
+        look, the first one seems better; corrected, they are alike."""
         rng = np.random.default_rng(0)
         positions = np.tile(np.array([1, 5], np.int32), (20_000, 1))
         clicks = (rng.random(positions.shape) < 0.1 / positions).astype(np.float32)
-        targets, valid = torch.from_numpy(clicks)[..., None], torch.ones(positions.shape, dtype=torch.bool)
+        labels, valid = torch.from_numpy(clicks), torch.ones(positions.shape, dtype=torch.bool)
         learned = {}
         for bias in (0.0, 1.0):
             worth = torch.zeros(2, requires_grad=True)
-            weights = torch.from_numpy(propensity_weights(positions, bias)) if bias else None
+            given = {}
+            if bias and correction == "offset":
+                given["offsets"] = torch.from_numpy(log_propensities(positions, bias))
+            elif bias:
+                given["label_weights"] = torch.from_numpy(propensity_weights(positions, bias))
+            judge = RankingStep(nn.Identity(), TrainingRecipe(objective=objective), {"click": 1.0}).judge
             optimiser = torch.optim.Adam([worth], lr=0.1)
             for _ in range(150):
                 optimiser.zero_grad()
                 scores = worth.expand(len(positions), 2)[..., None]
-                RANKING_LOSSES[objective](scores, targets, valid, weights).sum().backward()
+                judge(scores, labels, valid, **given).backward()
                 optimiser.step()
             learned[bias] = float(worth[0] - worth[1])
         assert learned[0.0] > 1.2  # log 5 = 1.6

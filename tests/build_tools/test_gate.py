@@ -20,7 +20,7 @@ from trirank_build.gate.verdict import run_gate
 from trirank_build.models.checkpoint import load_checkpoint, save_checkpoint
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.release import load_manifest
-from trirank_build.repository.reports import write_parity
+from trirank_build.repository.reports import export_run
 from trirank_build.training.run import TrainedRun
 
 STEPS = [
@@ -41,7 +41,7 @@ def compressed(trained, dataset, tmp_path_factory):
     recipe = parse_recipe({"name": "chain", "training": {"epochs": 0}, "steps": STEPS, "gate": LENIENT})
     run = compress(recipe, trained, dataset, folder / "out").last
     path = folder / "ranker.onnx"
-    write_parity(path, export(run.model(), run.features.spec, path), "SharedContextRanker")
+    export_run(run, path)
     return run, path
 
 

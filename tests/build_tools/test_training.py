@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from trirank_build.compression.finetune import Finetuning
+from trirank_build.compression.recipe import FineTuning
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, TrirankBuildError
 from trirank_build.evaluation.evaluate import evaluate
+from trirank_build.evaluation.scoring import log_propensities, propensity_weights
 from trirank_build.features.examples import Examples, HistoryIndex
 from trirank_build.features.fitting import Features, fit_features
 from trirank_build.features.negatives import NegativeSampler
@@ -121,6 +125,62 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(recipe, da
     with pytest.raises(TrirankBuildError, match=r"ranking: the loss is nan at epoch 2, batch 1, learning rate 0.001\d"):
         train(recipe, dataset, tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "ranking.safetensors")[1] == {"phase": "ranking", "epoch": 1}
+
+
+class TestPositionsOfFeedback:
+    @pytest.fixture
+    def examples(self, world, dataset):
+        found = Examples.read(dataset, "train", world_features(world))
+        found.positions[:] = np.arange(found.rows.shape[1]) + 1
+        return found
+
+    def batch(self, recipe, dataset, examples, **how):
+        """A batch, and the positions in it."""
+        settings = changed(recipe, candidates=8, item_dropout=0.0, position_bias=1.0, **how).training
+        phase = ranking.Ranking(nn.Linear(1, 1), settings, dataset, examples, examples)
+        drawn, _ = phase.draw(np.arange(20), np.random.default_rng(5))
+        return phase, phase.batch(np.arange(20), np.random.default_rng(5)), drawn
+
+    def test_the_loss_is_told_of_them_as_offsets(self, recipe, dataset, examples):
+        _, tensors, drawn = self.batch(recipe, dataset, examples)
+        assert drawn.positions.max() > 8
+        assert torch.equal(tensors["offsets"], torch.from_numpy(log_propensities(drawn.positions, 1.0)))
+        assert "label_weights" not in tensors
+
+    def test_or_as_weights(self, recipe, dataset, examples):
+        _, tensors, drawn = self.batch(recipe, dataset, examples, position_correction="weights")
+        assert torch.equal(tensors["label_weights"], torch.from_numpy(propensity_weights(drawn.positions, 1.0)))
+        assert "offsets" not in tensors
+
+    def test_beside_the_correction_of_drawn_negatives(self, recipe, dataset, examples):
+        phase, tensors, drawn = self.batch(
+            recipe, dataset, examples, log_q=True, random_negatives=4, negatives="popularity", without_scores=1.0
+        )
+        own = tensors["offsets"].numpy()
+        sampler = phase._sampler
+        listed, others = drawn.positions[:, : drawn.listed], drawn.rows[:, drawn.listed :]
+        assert others.shape[1] == 4
+        assert own[:, : drawn.listed] == pytest.approx(log_propensities(listed, 1.0))
+        assert own[:, drawn.listed :] == pytest.approx(-(sampler.log_q(others) + np.log(sampler.items)), rel=1e-4)
+
+    def test_they_change_the_loss(self, recipe, dataset, examples):
+        phase, tensors, _ = self.batch(recipe, dataset, examples)
+        scores = torch.zeros(*tensors["labels"].shape, len(phase.step.thresholds))
+        plain = phase.step.judge(scores, tensors["labels"], tensors["valid"])
+        assert phase.step.judge(scores, tensors["labels"], tensors["valid"], tensors["offsets"]) > plain
+
+    def test_fine_tuning_after_compression_is_told_as_well(self, recipe, dataset, examples, trained):
+        class Requests:
+            def get(self):
+                return examples, examples
+
+        biased, model, features = changed(recipe, position_bias=1.0), trained.model(), trained.features
+        phase = Finetuning(model, features, model, features, Requests(), biased, dataset, FineTuning())
+        tensors = phase.batch(np.arange(20), np.random.default_rng(5))
+        assert (tensors["offsets"] < 0).any()
+        loss = phase.step(**tensors)
+        del tensors["offsets"]
+        assert loss != phase.step(**tensors)
 
 
 def fitted(recipe, dataset, folder):

@@ -7,12 +7,11 @@ from trirank import RankClient
 from trirank_build.compression.chain import compress
 from trirank_build.compression.recipe import parse_recipe
 from trirank_build.data.dataset import Dataset
-from trirank_build.export.onnx import export
 from trirank_build.gate.report import write_report
 from trirank_build.gate.verdict import run_gate
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.release import load_manifest, recorded_requests
-from trirank_build.repository.reports import write_parity
+from trirank_build.repository.reports import export_run
 from trirank_build.serving.server import TritonServer
 
 RECIPE = {
@@ -29,7 +28,7 @@ def served(world, trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compressed")
     dataset, path = Dataset.load(world.data), folder / "ranker.onnx"
     run = compress(parse_recipe(RECIPE), trained, dataset, folder / "out").last
-    write_parity(path, export(run.model(), run.features.spec, path), "SharedContextRanker")
+    export_run(run, path)
     report = run_gate(run, dataset, path, "openvino", requests=60)
     write_report(report, path)
     return report, assemble(run, dataset, path, folder / "releases")

@@ -19,10 +19,9 @@ import pytest
 from trirank import RankClient, RankError
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import ServeError
-from trirank_build.export.onnx import export
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.release import MANIFEST, load_manifest, recorded_requests
-from trirank_build.repository.reports import write_parity
+from trirank_build.repository.reports import export_run
 from trirank_build.repository.store import promote
 from trirank_build.serving.server import TritonServer
 from trirank_build.training.trainer import train
@@ -39,7 +38,7 @@ def others(world, recipe, tmp_path_factory):
     training = recipe.training.model_copy(update={"epochs": 1})
     changes = {"features": features, "training": training, "seed": 99}
     run = train(recipe.model_copy(update=changes), dataset, folder / "run")
-    write_parity(folder / "r.onnx", export(run.model(), run.features.spec, folder / "r.onnx"), "SharedContextRanker")
+    export_run(run, folder / "r.onnx")
     return {
         pipeline: assemble(
             run, dataset, folder / "r.onnx", folder / "releases", engine="onnxruntime", pipeline=pipeline

@@ -46,7 +46,14 @@ class Imitation(nn.Module):
         self.judge, self.settings = judge, settings
         self._teacher = [teacher.eval()]  # in a list, since it is no part of what is trained and saved
 
-    def forward(self, labels: Tensor, valid: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(
+        self,
+        labels: Tensor,
+        valid: Tensor,
+        offsets: Tensor | None = None,
+        label_weights: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
         settings, student, teacher = self.settings, self.judge.model, self._teacher[0].to(labels.device)
         seen = {name.removeprefix(_TEACHER): t for name, t in inputs.items() if name.startswith(_TEACHER)}
         own = {name: tensor for name, tensor in inputs.items() if not name.startswith(_TEACHER)}
@@ -58,7 +65,7 @@ class Imitation(nn.Module):
             * divergences(scores.transpose(1, 2), wanted.transpose(1, 2), valid, settings.temperature).mean()
         )
         if settings.labels:
-            loss = loss + settings.labels * self.judge.judge(scores, labels, valid)
+            loss = loss + settings.labels * self.judge.judge(scores, labels, valid, offsets, label_weights)
         if settings.states and expected is not None and wanted_expected is not None:
             divergence = divergences(expected, wanted_expected[:, -expected.shape[1] :], valid, settings.temperature)
             loss = loss + settings.states * (divergence * there).sum() / there.sum().clamp_min(1)
@@ -106,7 +113,7 @@ class Finetuning:
 
     def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         """Packed requests, for the teacher too where it sees other features."""
-        drawn, _ = self._ranking.draw(which, rng)
+        drawn, with_scores = self._ranking.draw(which, rng)
 
         def seen_by(features: Features) -> dict[str, Tensor]:
             examples, packed = self._train.seen_by(features), drawn.packed
@@ -119,11 +126,12 @@ class Finetuning:
         tensors = seen_by(self._features)
         if self._teacher_features is not self._features:
             tensors |= {f"{_TEACHER}{name}": tensor for name, tensor in seen_by(self._teacher_features).items()}
-        return tensors | {"labels": torch.from_numpy(drawn.labels), "valid": torch.from_numpy(drawn.valid)}
+        tensors |= {"labels": torch.from_numpy(drawn.labels), "valid": torch.from_numpy(drawn.valid)}
+        return tensors | self._ranking.corrections(drawn, with_scores)
 
     def validate(self) -> float:
-        """NDCG@10 over the candidates of validation requests."""
-        return valid_ndcg(self._model, self._valid)
+        """As Ranking does."""
+        return valid_ndcg(self._model, self._valid, self._ranking.settings.position_bias)
 
 
 def run_phase(phase: Finetuning, model: nn.Module, directory: Path, identity: str, seed: int) -> list[dict[str, Any]]:

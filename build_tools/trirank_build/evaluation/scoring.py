@@ -38,10 +38,14 @@ def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
     return scores
 
 
+def log_propensities(positions: NDArray[np.int32], bias: float) -> NDArray[np.float32]:
+    """log k^-bias: of the chance that a position k (from 1; 0: not known, taken as looked at) was looked at."""
+    return np.float32(-bias) * np.log(np.maximum(positions, 1), dtype=np.float32)
+
+
 def propensity_weights(positions: NDArray[np.int32], bias: float) -> NDArray[np.float32]:
-    """One over the chance k^-bias that a position (from 1; 0: not known, taken as looked at) was looked at, clipped."""
-    seen = np.maximum(positions, 1).astype(np.float32) ** np.float32(bias)
-    return np.minimum(seen, LARGEST_WEIGHT).astype(np.float32)
+    """One over the chance that a position was looked at, clipped."""
+    return np.minimum(np.exp(-log_propensities(positions, bias)), LARGEST_WEIGHT)
 
 
 def valid_ndcg(model: nn.Module, examples: Examples, position_bias: float = 0.0) -> float:

@@ -31,7 +31,6 @@ from trirank_build.artefacts import atomic_file
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import chosen_engine
 from trirank_build.errors import BadUsage, TrirankBuildError
-from trirank_build.export.onnx import export
 from trirank_build.gate.report import write_report
 from trirank_build.gate.verdict import run_gate
 from trirank_build.online.datasets import with_feedback
@@ -42,7 +41,7 @@ from trirank_build.preparation.sources.shop import BUY, DAY_S, DAYS, START, Shop
 from trirank_build.progress import out, working
 from trirank_build.recipe import Recipe
 from trirank_build.repository.assemble import assemble
-from trirank_build.repository.reports import write_parity
+from trirank_build.repository.reports import export_run
 from trirank_build.serving.server import TritonServer
 from trirank_build.serving.stores import Stores
 from trirank_build.training.trainer import train
@@ -252,8 +251,7 @@ def _release(recipe: Recipe, dataset: Dataset, folder: Path, number: int) -> Pat
     """
     run = train(recipe, dataset, folder / f"run-{number}")
     graph = folder / f"ranker-{number}.onnx"
-    module = run.model()
-    write_parity(graph, export(module, run.features.spec, graph), type(module).__name__)
+    export_run(run, graph)
     engine = chosen_engine(graph, run.features.spec, exact_engines())
     report = run_gate(run, dataset, graph, engine, requests=_GATE_REQUESTS)
     write_report(report, graph)

@@ -14,9 +14,19 @@ import onnx
 from trirank_build.artefacts import atomic_file, file_digest
 from trirank_build.errors import BadModel
 from trirank_build.export.beside import gate_path, parity_path
-from trirank_build.export.onnx import beyond_tensorrt
+from trirank_build.export.onnx import beyond_tensorrt, export
 from trirank_build.export.parity import Parity
 from trirank_build.training.run import TrainedRun
+
+
+def export_run(run: TrainedRun, onnx_path: Path) -> None:
+    """Write a run's ranker as a graph, and the export's report beside it.
+
+    Raises:
+        BadModel: the graph differs from its module.
+    """
+    module = run.model()
+    write_parity(onnx_path, export(module, run.features.spec, onnx_path), type(module).__name__)
 
 
 def write_parity(onnx_path: Path, parity: Parity, module: str) -> dict[str, Any]:

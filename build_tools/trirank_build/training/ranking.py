@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
-from trirank_build.evaluation.scoring import propensity_weights, valid_ndcg
+from trirank_build.evaluation.scoring import log_propensities, propensity_weights, valid_ndcg
 from trirank_build.features.examples import Batch, Examples
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
@@ -31,8 +31,7 @@ FIT = 0.8
 
 
 class RankingStep(nn.Module):
-    """The ranker's inputs with labels and valid [B, N], log_q [B, N] where it is corrected, and weights [B, N] of what
-    was chosen where positions are → the loss."""
+    """The ranker's inputs with labels and valid [B, N] → the loss; see Ranking.corrections for the others."""
 
     def __init__(self, model: nn.Module, recipe: TrainingRecipe, tasks: dict[str, float]) -> None:
         super().__init__()
@@ -46,16 +45,24 @@ class RankingStep(nn.Module):
         self,
         labels: Tensor,
         valid: Tensor,
-        log_q: Tensor | None = None,
-        propensity_weights: Tensor | None = None,
+        offsets: Tensor | None = None,
+        label_weights: Tensor | None = None,
         **inputs: Tensor,
     ) -> Tensor:
-        scores = self.model(**inputs).float()
-        return self.judge(scores if log_q is None else scores - log_q[..., None], labels, valid, propensity_weights)
+        return self.judge(self.model(**inputs).float(), labels, valid, offsets, label_weights)
 
-    def judge(self, scores: Tensor, labels: Tensor, valid: Tensor, propensity_weights: Tensor | None = None) -> Tensor:
+    def judge(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        offsets: Tensor | None = None,
+        label_weights: Tensor | None = None,
+    ) -> Tensor:
         """The loss of scores [B, N, T]."""
-        return self.weights(self.loss(scores, targets_of(labels, self.thresholds), valid, propensity_weights))
+        if offsets is not None:
+            scores = scores + offsets[..., None]
+        return self.weights(self.loss(scores, targets_of(labels, self.thresholds), valid, label_weights))
 
 
 class Ranking:
@@ -92,23 +99,29 @@ class Ranking:
 
     def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         """Packed requests."""
-        settings = self.settings
         batch, with_scores = self.draw(which, rng)
         tensors = {name: torch.from_numpy(array) for name, array in batch.packed.tensors().items()}
-        if settings.item_dropout:
-            hidden = torch.from_numpy(rng.random(batch.labels.shape) < settings.item_dropout)
+        if self.settings.item_dropout:
+            hidden = torch.from_numpy(rng.random(batch.labels.shape) < self.settings.item_dropout)
             tensors["candidates"][..., 0].masked_fill_(hidden, 0)
         tensors |= {"labels": torch.from_numpy(batch.labels), "valid": torch.from_numpy(batch.valid)}
+        return tensors | self.corrections(batch, with_scores)
+
+    def corrections(self, batch: Batch, with_scores: bool) -> dict[str, Tensor]:
+        """What the loss is told of how candidates came to be seen: ``offsets`` [B, N] of their logits, and
+        ``label_weights`` [B, N] of what was chosen, each where the recipe asks for it."""
+        settings, found = self.settings, dict[str, NDArray[np.float32]]()
         if settings.position_bias:
-            tensors["propensity_weights"] = torch.from_numpy(
-                propensity_weights(batch.positions, settings.position_bias)
-            )
+            if settings.position_correction == "offset":
+                found["offsets"] = log_propensities(batch.positions, settings.position_bias)
+            else:
+                found["label_weights"] = propensity_weights(batch.positions, settings.position_bias)
         if settings.log_q and not with_scores and self._sampler is not None:
             # What the list holds was put there; the others are corrected relative to an even draw.
             relative = self._sampler.log_q(batch.rows) + np.float32(np.log(self._sampler.items))
             drawn = np.arange(batch.rows.shape[1]) >= batch.listed
-            tensors["log_q"] = torch.from_numpy(np.where(drawn, relative, 0).astype(np.float32))
-        return tensors
+            found["offsets"] = found.get("offsets", np.float32(0)) - np.where(drawn, relative, np.float32(0))
+        return {name: torch.from_numpy(values) for name, values in found.items()}
 
     def validate(self) -> float:
         """NDCG@10 over the candidates of validation requests, weighted for positions as training is."""

@@ -50,7 +50,7 @@ class SqliteStore:
             # Whoever opens it first makes it, and others wait for that, however little they wait later.
             opening_s = max(timeout_s, _OPENING_S)
             self._connection = sqlite3.connect(path, timeout=opening_s, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._write_ahead(time.monotonic() + opening_s)
             # Every commit reaches the disk before it is answered for.
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute("PRAGMA secure_delete = ON")  # an erased user's bytes are overwritten
@@ -69,6 +69,18 @@ class SqliteStore:
             raise InvalidStore(
                 f"user store {path} cannot be opened ({error}); name another file, or put a copy in its place"
             ) from error
+
+    def _write_ahead(self, until: float) -> None:
+        """Turn WAL mode on. SQLite does not wait where two turn it on at once, lest they wait for each other: whoever
+        comes second is told at once that the file is locked, and tries again."""
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:  # noqa: PERF203
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(0.005)
 
     def get(self, users: list[int]) -> dict[int, Past]:
         """See store.Store."""
