@@ -5,7 +5,8 @@
 The demo's release at 200 candidates: the stages in process, the ensemble, all stages in one Triton model, and a bare
 ``grpc.aio`` server that calls the very same stages. One machine, one run, processes of their own, rounds of all kinds
 in turns; figures are medians over the rounds with their smallest and largest. Load comes from h2load (see
-``load.py``), which shares the cores with the servers. The last part calls every model with a thousand hostile requests
+``load.py``), which shares the cores with the servers. All of them read users' histories from the demo's store. The
+last part calls every model with a thousand hostile requests
 while sane ones go on.
 """
 
@@ -19,6 +20,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ from trirank_build.repository.assemble import assemble
 from trirank_build.repository.configs import Instances
 from trirank_build.repository.release import REQUESTS, graph_place, load_manifest
 from trirank_build.serving.server import TritonServer
+from trirank_build.serving.stores import Stores, usual_stores
 from trirank_build.training.run import TrainedRun
 from trirank_loadtest.hostile import hostile_calls
 
@@ -178,11 +181,18 @@ def engine_of(release: Path) -> str:
     return str(load_manifest(release)["engine"])
 
 
+def stores_of(ensemble: Path) -> Stores:
+    """The demo's."""
+    return usual_stores(ensemble, None, None)
+
+
 def releases() -> dict[str, Path]:
     """The demo's, and the same with all stages in one process, of which there is one or one a core."""
     ensemble = build(ROOT / "work" / "demo")
     work = ROOT / "work" / "demo"
     run, dataset = TrainedRun.load(work / "compression" / LINK), Dataset.load(work / "data")
+    # Servers, the bare ones among them, and this process look up users in the same file.
+    os.environ.update(stores_of(ensemble).environment())
     found = {"ensemble": ensemble}
     for name, count in (("single", os.cpu_count() or 1), ("single_1_instance", 1)):
         found[name] = assemble(
@@ -248,7 +258,9 @@ def servers(served: dict[str, Path], rounds: int, seconds: float) -> list[Figure
     requests = make_requests(served["ensemble"])
     with ExitStack() as running:
         started = {
-            name: running.enter_context(TritonServer(release, log=WORK / f"{name}.log"))
+            name: running.enter_context(
+                TritonServer(release, stores=stores_of(served["ensemble"]), log=WORK / f"{name}.log")
+            )
             for name, release in served.items()
         }
         for server in started.values():
@@ -294,7 +306,10 @@ def poison(release: Path, name: str) -> Figure:
     """Hostile calls of every model, while sane requests go on: how many of those fail, or are answered otherwise."""
     requests = make_requests(release, 16)
     failed, answered, stop = [], 0, threading.Event()
-    with TritonServer(release) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        TritonServer(release, stores=Stores(f"sqlite:{folder}/users.sqlite")) as server,
+    ):
         server.wait_ready()
         with RankClient(server.grpc, deadline_s=10) as client:
             expected = [client.rank(request).item_ids.tolist() for request in requests]
@@ -316,7 +331,7 @@ def poison(release: Path, name: str) -> Figure:
         for thread in threads:
             thread.start()
         codes = {}
-        for model in dict.fromkeys([c.ENSEMBLE, *server.served.stages]):
+        for model in dict.fromkeys([c.ENSEMBLE, *server.served.stages, c.FEEDBACK]):
             codes[model] = hostile_calls(server.grpc, model, HOSTILE)
         stop.set()
         for thread in threads:

@@ -192,12 +192,17 @@ class Recipe(_Section):
             raise ValueError('pretraining.objective = "masked_item" needs model.attention = "full"')
         if self.pretraining.objective == "next_item" and self.model.attention != "causal":
             raise ValueError('pretraining.objective = "next_item" needs model.attention = "causal"')
-        training = self.training
-        if training.position_bias and training.position_correction == "weights" and training.objective == "pointwise":
+        if self.training.position_bias and self.training.objective == "pointwise":
             raise ValueError(
-                'training.position_correction = "weights" goes with objective = "listwise" or "lambda": a classifier '
-                'would take what was not chosen for refused, wherever it stood; say "offset"'
+                'training.position_bias goes with objective = "listwise" or "lambda": a classifier would '
+                "take what was not chosen for refused, wherever it stood"
             )
+        for key in ("training.position_bias", "training.position_correction"):
+            if key in self.tuning.space:
+                raise ValueError(
+                    f"{key} cannot be tuned: validation has the same bias and cannot judge it; show some pages in "
+                    "random order, and see how clicks fall with the position"
+                )
         if not self.training.epochs and self.pretraining.objective == "none":
             raise ValueError("training.epochs = 0 and no pre-training leave nothing to learn")
         return self

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from trirank_build.compression import distil, fold
+from trirank_build.compression import distil, fold, step
 from trirank_build.compression.chain import check_chain, compress
 from trirank_build.compression.recipe import KINDS, RECIPES, load_compression_recipe, parse_recipe
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, BadData, BadRecipe
+from trirank_build.evaluation import scoring
 from trirank_build.models.forms import FORMS
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
 from trirank_build.training.trainer import train
@@ -46,6 +48,24 @@ def test_a_stopped_chain_goes_on(trained, dataset, tmp_path, monkeypatch):
     one, two = done.last.model().state_dict(), whole.last.model().state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert (tmp_path / "out" / "compressed").resolve() == (tmp_path / "out" / "2-fold").resolve()
+
+
+def test_positions_are_corrected_in_every_step(trained, tmp_path, monkeypatch, dataset):
+    """Steps that read labels are told where they stood, those that read inputs alone are not, and each number is of the
+    same metric."""
+    training = trained.recipe.training.model_copy(update={"position_bias": 1.0})
+    biased = replace(trained, recipe=trained.recipe.model_copy(update={"training": training}))
+    judged = []
+    plain = scoring.valid_ndcg
+    monkeypatch.setattr(step, "valid_ndcg", lambda *given: judged.append(given[2]) or plain(*given))
+    steps = [
+        {"kind": "prune", "ffn": 0.5, "importance": "gradient", "training": {"epochs": 1}},
+        {"kind": "quantise"},
+        {"kind": "fuse", "mode": "ensemble", "members": 2, "training": {"epochs": 1}},
+    ]
+    compress(recipe_of(*steps), biased, dataset, tmp_path / "out")
+    assert judged
+    assert set(judged) == {1.0}
 
 
 def test_another_last_step_keeps_the_first(trained, dataset, tmp_path):

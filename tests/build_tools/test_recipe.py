@@ -25,6 +25,14 @@ BAD = {
     "negative rate": ('name = "x"\n[training]\nlearning_rate = -1.0', r"learning_rate: .*greater than 0"),
     "heads": ('name = "x"\n[model]\ndim = 30\nheads = 4', "heads = 4 does not divide dim = 30"),
     "policies": ('name = "x"\n[policies.home]', "policies: unknown key"),
+    "a biased classifier": (
+        'name = "x"\n[training]\nposition_bias = 1.0\nobjective = "pointwise"',
+        "goes with objective",
+    ),
+    "a bias to be tuned": (
+        'name = "x"\n[tuning.space]\n"training.position_bias" = [0.0, 1.0]',
+        "position_bias cannot be tuned",
+    ),
     "not TOML": ("name = ", "no valid TOML"),
     "binary": ("\udcff\udcfe", "no valid TOML"),
 }

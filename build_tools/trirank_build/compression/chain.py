@@ -27,7 +27,6 @@ from trirank_build.compression.recipe import CHAIN, KINDS, CompressionRecipe
 from trirank_build.compression.step import Context, FineTuning, Requests, StepSettings, Work
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, BadRecipe
-from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.fitting import Features
 from trirank_build.models.checkpoint import load_checkpoint, save_checkpoint
 from trirank_build.progress import working
@@ -181,7 +180,7 @@ class _Chain:
         KINDS[step.kind].run(work, step, context)
         work.model.eval()
         with working(f"validating after {step.kind}"):
-            ndcg = valid_ndcg(work.model, self._requests.get()[1].seen_by(work.features))
+            ndcg = self._requests.valid_ndcg(work.model, work.features)
         self._taken = [*self._taken, {
             "settings": step.model_dump(mode="json"), "valid_ndcg10": round(ndcg, 6), "curves": curves,
             "seconds": round(time.monotonic() - started, 1),

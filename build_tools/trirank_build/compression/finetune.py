@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from trirank_build.artefacts import atomic_file
 from trirank_build.compression.step import FineTuning, Requests
 from trirank_build.data.dataset import Dataset
-from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.fitting import Features
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
 from trirank_build.models.ranker import SharedContextRanker
@@ -105,7 +104,7 @@ class Finetuning:
         self._ranking = Ranking(model, how, dataset, train, valid)
         self.step = Imitation(self._ranking.step, teacher, settings)
         self._model, self._train, self._features, self._teacher_features = model, train, features, teacher_features
-        self._valid = valid.seen_by(features)
+        self._requests = requests
 
     def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
         """See Ranking."""
@@ -131,7 +130,7 @@ class Finetuning:
 
     def validate(self) -> float:
         """As Ranking does."""
-        return valid_ndcg(self._model, self._valid, self._ranking.settings.position_bias)
+        return self._requests.valid_ndcg(self._model, self._features)
 
 
 def run_phase(phase: Finetuning, model: nn.Module, directory: Path, identity: str, seed: int) -> list[dict[str, Any]]:

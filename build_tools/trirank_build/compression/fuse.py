@@ -19,7 +19,6 @@ from torch import nn
 
 from trirank_build.compression.step import Context, StepSettings, Work, packed
 from trirank_build.errors import BadRecipe
-from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.fitting import Features
 from trirank_build.models.forms.form import Decisions, shared_context
 from trirank_build.models.forms.fuse import Ensemble
@@ -70,13 +69,12 @@ def run(work: Work, settings: Settings, context: Context) -> None:
         members = [work.model, *(_member(path, work.features) for path in settings.runs)]
     else:
         members = [_trained(work, settings, context, number) for number in range(settings.members)]
-    valid = context.requests.get()[1].seen_by(work.features)
     if settings.mode == "soup":
-        order = sorted(range(len(members)), key=lambda at: -valid_ndcg(members[at], valid))
-        kept = order[:1]
-        best = valid_ndcg(members[order[0]], valid)
+        worth = [context.requests.valid_ndcg(member, work.features) for member in members]
+        order = sorted(range(len(members)), key=lambda at: -worth[at])
+        kept, best = order[:1], worth[order[0]]
         for at in order[1:]:
-            tried = valid_ndcg(averaged([members[m] for m in [*kept, at]]), valid)
+            tried = context.requests.valid_ndcg(averaged([members[m] for m in [*kept, at]]), work.features)
             if tried >= best:
                 kept, best = [*kept, at], tried
         work.model = averaged([members[at] for at in kept])
@@ -118,19 +116,26 @@ def _learn_weights(ensemble: Ensemble, work: Work, context: Context) -> None:
     valid = context.requests.get()[1].seen_by(work.features)
     tasks = context.dataset.description.tasks
     thresholds = tuple(tasks[task] for task in valid.tasks)
-    scores, labels, there = [], [], []
+    scores, labels, there, offsets, weights = [], [], [], [], []
     with torch.inference_mode():
         for start in range(0, len(valid), _BATCH):
-            batch = packed(valid, np.arange(start, min(start + _BATCH, len(valid))))
+            which = np.arange(start, min(start + _BATCH, len(valid)))
+            batch = packed(valid, which, context.recipe.training)
             labels.append(batch.pop("labels"))
             there.append(batch.pop("valid"))
+            offsets.append(batch.pop("offsets", torch.zeros_like(labels[-1])))
+            weights.append(batch.pop("label_weights", torch.ones_like(labels[-1])))
             scores.append(torch.stack([member.eval()(**batch) for member in ensemble.members], -1))
     # Clones, since what inference mode makes cannot take part in a gradient.
-    all_scores, all_labels, all_there = (torch.cat(parts).clone() for parts in (scores, labels, there))
+    all_scores, all_labels, all_there, all_offsets, all_weights = (
+        torch.cat(parts).clone() for parts in (scores, labels, there, offsets, weights)
+    )
     targets = targets_of(all_labels, thresholds)
     optimiser = torch.optim.Adam([ensemble.weights], lr=_RATE)
     for _ in range(_STEPS):
         optimiser.zero_grad()
-        listwise_softmax((all_scores * ensemble.weights).sum(-1), targets, all_there).mean().backward()  # type: ignore[no-untyped-call]
+        mixed = (all_scores * ensemble.weights).sum(-1)
+        loss = listwise_softmax(mixed, targets, all_there, all_weights, all_offsets).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     ensemble.weights.grad = None

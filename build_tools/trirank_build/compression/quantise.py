@@ -30,7 +30,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from trirank_build.compression.step import Context, StepSettings, Work
+from trirank_build.compression.step import JUDGED, Context, StepSettings, Work
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData, BadRecipe
 from trirank_build.features.examples import Examples
@@ -137,7 +137,7 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]], settings: 
         # The collector tells what it does on the standard output, where results go.
         with torch.no_grad(), redirect_stdout(StringIO()):
             for batch in batches:
-                model(**{name: t for name, t in batch.items() if name not in ("labels", "valid")})
+                model(**{name: t for name, t in batch.items() if name not in JUDGED})
                 if settings.calibration != "minmax":
                     collector.collect(seen)
     finally:

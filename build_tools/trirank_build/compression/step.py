@@ -17,15 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from trirank_build.data.dataset import Dataset
+from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features
 from trirank_build.models.forms.form import Decisions
 from trirank_build.models.sequence import SequenceRanker
-from trirank_build.recipe import Recipe
-from trirank_build.training.ranking import held_out, logged
+from trirank_build.recipe import Recipe, TrainingRecipe
+from trirank_build.training.ranking import held_out, logged, position_corrections
 
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+JUDGED = ("labels", "valid", "offsets", "label_weights")
+"""What a batch holds for the loss, beside the ranker's inputs."""
 
 
 class FineTuning(BaseModel):
@@ -96,6 +99,10 @@ class Requests:
                 self._made = logged(self._dataset, self._features, settings, seed, self._folder)
         return self._made
 
+    def valid_ndcg(self, model: nn.Module, features: Features) -> float:
+        """NDCG@10 over the validation requests, as training counts it."""
+        return valid_ndcg(model, self.get()[1].seen_by(features), self._recipe.training.position_bias)
+
 
 class Finetune(Protocol):
     """Trains ``now.model`` in place, or finds it trained already: a resumed step calls it again under the same name.
@@ -131,14 +138,16 @@ class Context:
         rng = np.random.default_rng(self.seed)
         teaching = np.flatnonzero((train.labels > 0).any(1))
         chosen = rng.choice(teaching, min(count, len(teaching)), replace=False)
-        return [packed(train, np.sort(chosen[at : at + size])) for at in range(0, len(chosen), size)]
+        parts = [np.sort(chosen[at : at + size]) for at in range(0, len(chosen), size)]
+        return [packed(train, part, self.recipe.training) for part in parts]
 
 
-def packed(examples: Examples, which: NDArray[np.int64]) -> dict[str, Tensor]:
-    """Requests as the ranker's tensors, with labels and valid [B, N]."""
+def packed(examples: Examples, which: NDArray[np.int64], settings: TrainingRecipe) -> dict[str, Tensor]:
+    """Requests as the ranker's tensors, with labels and valid [B, N] and what corrects for positions."""
     batch = examples.whole(which)
     tensors = {name: torch.from_numpy(array) for name, array in batch.packed.tensors().items()}
-    return tensors | {"labels": torch.from_numpy(batch.labels), "valid": torch.from_numpy(batch.valid)}
+    tensors |= {"labels": torch.from_numpy(batch.labels), "valid": torch.from_numpy(batch.valid)}
+    return tensors | position_corrections(batch, settings)
 
 
 class Step(Protocol):

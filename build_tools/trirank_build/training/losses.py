@@ -20,18 +20,21 @@ def targets_of(labels: Tensor, thresholds: tuple[float, ...]) -> Tensor:
     return torch.where(limit > 0, (graded >= limit).to(labels.dtype), graded)
 
 
-def listwise_softmax(scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None) -> Tensor:
+def listwise_softmax(
+    scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
     """Softmax cross-entropy over each request's candidates (ListNet's top-one form, Cao et al. 2007).
 
     Args:
         scores, targets: [B, N, T].
         valid: [B, N]; padding takes no part.
         weights: [B, N] what each target counts; None: all alike.
+        offsets: [B, N] added to the scores, for what else the choice depended on than how good a candidate is.
 
     Returns:
         [T] means over the requests that have something to learn from; 0 where none has.
     """
-    logits = scores.masked_fill(~valid[..., None], EMPTY).log_softmax(1)
+    logits = _with(scores, offsets).masked_fill(~valid[..., None], EMPTY).log_softmax(1)
     target = targets * valid[..., None]
     total = target.sum(1)  # [B, T]
     # Divided by the targets without weights: with them, what was chosen alone would weigh 1 wherever it stood.
@@ -40,23 +43,28 @@ def listwise_softmax(scores: Tensor, targets: Tensor, valid: Tensor, weights: Te
     return _mean_of(losses, (total > 0).to(scores.dtype))
 
 
-def pointwise(scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None) -> Tensor:
+def pointwise(
+    scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of each candidate by itself; scores are then log-odds. Graded targets are taken as shares of the
     largest one in the batch. Arguments and result as of listwise_softmax; it takes no weights, since what was not
     chosen counts as much."""
     assert weights is None
     top = targets.amax((0, 1)).clamp_min(1.0)
-    losses = F.binary_cross_entropy_with_logits(scores, targets / top, reduction="none") * valid[..., None]
+    logits = _with(scores, offsets)
+    losses = F.binary_cross_entropy_with_logits(logits, targets / top, reduction="none") * valid[..., None]
     return losses.sum((0, 1)) / valid.sum().clamp_min(1)
 
 
-def lambda_loss(scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None) -> Tensor:
+def lambda_loss(
+    scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
     """Logistic loss of each pair, weighted by what swapping it would change in NDCG (LambdaRank, Burges et al. 2006;
     LambdaLoss, Wang et al. 2018, the metric-driven weights), and by the better one's weight. Arguments and result as
-    of listwise_softmax."""
-    parts = []
+    of listwise_softmax; ranks are those of the scores alone, as they are served."""
+    parts, logits = [], _with(scores, offsets)
     for task in range(scores.shape[-1]):
-        score = scores[..., task].masked_fill(~valid, EMPTY)
+        score, logit = (each[..., task].masked_fill(~valid, EMPTY) for each in (scores, logits))
         gain = targets[..., task] * valid
         order = score.detach().argsort(1, descending=True)
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(1, order.shape[1] + 1, device=order.device)
@@ -69,7 +77,7 @@ def lambda_loss(scores: Tensor, targets: Tensor, valid: Tensor, weights: Tensor 
         weight = torch.where(better, change.abs() / ideal.clamp_min(1e-6)[:, None, None], 0)
         if weights is not None:
             weight = weight * weights[:, :, None]
-        losses = (weight * F.softplus(-(score[:, :, None] - score[:, None, :]))).sum((1, 2))
+        losses = (weight * F.softplus(-(logit[:, :, None] - logit[:, None, :]))).sum((1, 2))
         parts.append(_mean_of(losses, (ideal > 0).to(score.dtype)))
     return torch.stack(parts)
 
@@ -107,6 +115,11 @@ class TaskWeights(nn.Module):
             return (losses * torch.exp(-self.learned) + self.learned).mean()
         assert isinstance(self.given, Tensor)
         return (losses * self.given).sum() / self.given.sum()
+
+
+def _with(scores: Tensor, offsets: Tensor | None) -> Tensor:
+    """[B, N, T] scores, with what is added to them."""
+    return scores if offsets is None else scores + offsets[..., None]
 
 
 def _mean_of(values: Tensor, counted: Tensor) -> Tensor:

@@ -60,9 +60,21 @@ class RankingStep(nn.Module):
         label_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of scores [B, N, T]."""
-        if offsets is not None:
-            scores = scores + offsets[..., None]
-        return self.weights(self.loss(scores, targets_of(labels, self.thresholds), valid, label_weights))
+        return self.weights(self.loss(scores, targets_of(labels, self.thresholds), valid, label_weights, offsets))
+
+
+def position_corrections(batch: Batch, settings: TrainingRecipe) -> dict[str, Tensor]:
+    """What the loss is told of where candidates stood on their pages, see TrainingRecipe.position_correction."""
+    if not settings.position_bias:
+        return {}
+    if settings.position_correction == "weights":
+        return {"label_weights": torch.from_numpy(propensity_weights(batch.positions, settings.position_bias))}
+    offsets = log_propensities(batch.positions, settings.position_bias)
+    # Drawn items stood nowhere; that a choice was seen where it stood is no reason to lift it above them.
+    chosen = (batch.labels > 0) & (batch.positions > 0)
+    usual = (offsets * chosen).sum(1, keepdims=True) / np.maximum(chosen.sum(1, keepdims=True), 1)
+    drawn = np.arange(offsets.shape[1]) >= batch.listed
+    return {"offsets": torch.from_numpy(np.where(drawn, usual, offsets))}
 
 
 class Ranking:
@@ -110,18 +122,14 @@ class Ranking:
     def corrections(self, batch: Batch, with_scores: bool) -> dict[str, Tensor]:
         """What the loss is told of how candidates came to be seen: ``offsets`` [B, N] of their logits, and
         ``label_weights`` [B, N] of what was chosen, each where the recipe asks for it."""
-        settings, found = self.settings, dict[str, NDArray[np.float32]]()
-        if settings.position_bias:
-            if settings.position_correction == "offset":
-                found["offsets"] = log_propensities(batch.positions, settings.position_bias)
-            else:
-                found["label_weights"] = propensity_weights(batch.positions, settings.position_bias)
-        if settings.log_q and not with_scores and self._sampler is not None:
+        found = position_corrections(batch, self.settings)
+        if self.settings.log_q and not with_scores and self._sampler is not None:
             # What the list holds was put there; the others are corrected relative to an even draw.
             relative = self._sampler.log_q(batch.rows) + np.float32(np.log(self._sampler.items))
             drawn = np.arange(batch.rows.shape[1]) >= batch.listed
-            found["offsets"] = found.get("offsets", np.float32(0)) - np.where(drawn, relative, np.float32(0))
-        return {name: torch.from_numpy(values) for name, values in found.items()}
+            even = torch.from_numpy(np.where(drawn, -relative, np.float32(0)))
+            found["offsets"] = found["offsets"] + even if "offsets" in found else even
+        return found
 
     def validate(self) -> float:
         """NDCG@10 over the candidates of validation requests, weighted for positions as training is."""
