@@ -4,8 +4,9 @@
 
 `trirank simulate` three times with other seeds (other shops, customers and luck): a young shop, whose first release
 is trained on 1,000 logged requests, and an older one with 4,000. Gains are of the last round, after three trainings,
-against the first release on the same customers with the same luck; intervals are Student's over the shops. Then rankers are trained on clicks of pages in retrieval's order, or the dearest first, with
-both corrections for positions and without, and judged on customers who look at everything.
+against the first release on the same customers with the same luck; intervals are Student's over the shops. Then
+rankers are trained on clicks of pages in retrieval's order, or the dearest first, with both corrections for positions
+and without, and judged on customers who look at everything.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from scipy.stats import t as student
 from numpy.typing import NDArray
 from results import ROOT, WORK, Figure, write
+from scipy.stats import t as student
 from trirank.contract import EventKind
 from trirank_backend.stores.events import Event
 from trirank_build.data.dataset import GAINS, TASKS, Dataset, Description
 from trirank_build.evaluation.scoring import valid_ndcg
 from trirank_build.features.examples import Examples
 from trirank_build.online.datasets import with_feedback
-from trirank_build.online.simulate import ARMS, LOOP, NEVER, RETRIEVAL, Outcome, Settings, simulate, write_outcome
+from trirank_build.online.simulate import ARMS, NEVER, RETRIEVAL, Outcome, Settings, simulate, write_outcome
 from trirank_build.preparation.sources.shop import BUY, DAYS, Shop, ShopSize, Visits
 from trirank_build.recipe import load_recipe
 from trirank_build.training.trainer import train

@@ -142,9 +142,8 @@ class AsyncRankClient:
                 reply = await stub.ModelInfer(call.message, timeout=call.timeout_s, metadata=metadata)
             except grpc.RpcError as error:
                 await asyncio.sleep(call.failed(endpoint, error))
-            except BaseException:
-                self._core.pool.done(endpoint, healthy=None)
-                raise
+            except BaseException as error:
+                raise call.given_up(endpoint, error) from None
             else:
                 return call.answered(endpoint, reply)
 

@@ -11,6 +11,7 @@ import random
 import struct
 import time
 import uuid
+from asyncio import CancelledError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,8 +161,17 @@ class FeedbackCall:
         self._core.pool.done(endpoint, healthy=None)  # how long a disk takes says nothing about ranking
         return decode_events(reply)
 
+    def given_up(self, endpoint: Endpoint, error: BaseException) -> BaseException:
+        """An attempt ended otherwise; gives what to raise. A closed channel says all kinds of things, a cancelled task
+        among them."""
+        self._core.pool.done(endpoint, healthy=None)
+        if self._core.closed and isinstance(error, Exception | CancelledError):
+            return ClientClosed("this client was closed while it waited for an answer")
+        return error
+
     def failed(self, endpoint: Endpoint, error: grpc.RpcError) -> float:
-        """An attempt failed; gives the seconds to wait before the next one.
+        """An attempt failed; gives the seconds to wait before the next one. Every server is asked before the batch is
+        given up: another one may have a stub that lives, a store, or the release that an item is of.
 
         Raises:
             RankError: there is to be no other.
@@ -177,8 +187,9 @@ class FeedbackCall:
         self._core.pool.done(endpoint, healthy=False if unreachable else None)
         if isinstance(found, IncompatibleServer) and error.code() is grpc.StatusCode.NOT_FOUND:
             words = f"{endpoint.address} takes no feedback; start it with --users"
-            raise IncompatibleServer(words, address=endpoint.address, status=error.code())
+            found = IncompatibleServer(words, address=endpoint.address, status=error.code())
+        others = len(self._core.pool) > len(self._tried)
         pause = random.uniform(0, min(_LONGEST_PAUSE_S, _PAUSE_S * 2**self._attempts))
-        if not isinstance(found, _AGAIN) or pause >= self.left_s:
+        if not (others or isinstance(found, _AGAIN)) or pause >= self.left_s:
             raise found
         return pause

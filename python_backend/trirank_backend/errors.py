@@ -11,6 +11,18 @@
 All but the last three belong to one request: a step gives them in the place of that request's answer.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+_LONGEST = 80
+
+
+def shortened(value: Any) -> str:
+    """A caller's value for an error's words, which travel in a header."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
 
 class BackendError(Exception):
     """Base of what the backend raises."""
@@ -33,7 +45,7 @@ class StageFailed(BackendError):
 
 
 class StoreFailed(BackendError):
-    """The message says which store and how it failed; what was asked of it was not done."""
+    """The message says which store and how it failed; all, some or none of what was asked of it may have been done."""
 
 
 class InvalidPolicy(BackendError):

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from trirank import contract
 from trirank.contract import EventKind
 
-from trirank_backend.errors import BackendError, InvalidInput, StoreFailed
+from trirank_backend.errors import BackendError, InvalidInput, StoreFailed, shortened
 from trirank_backend.policies import load_policies
 from trirank_backend.release import FEATURES, POLICIES
 from trirank_backend.requests import Tensors
@@ -32,6 +33,9 @@ _FIELDS = ("event_id", "user_id", "item_id", "kind", "timestamp", "request_id", 
 _KINDS = {kind.name.lower(): kind.value for kind in EventKind}
 _LIMIT = 2**63
 _NUMBER = re.compile(r"-?[0-9]{1,19}")
+
+_TOLD = 10
+"""Strange items that an error names."""
 
 _log = logging.getLogger("trirank")
 
@@ -51,13 +55,17 @@ class Known:
     def __init__(self, link: Path) -> None:
         self._link = link
         self._release: Path | None = None
-        self._ids = np.zeros(0, np.int64)
+        self._ids = self._ids_before = np.zeros(0, np.int64)
         self._kinds: dict[str, str] = {}
         self._takes_unknown = False
         self._next = 0.0
 
     def refresh(self) -> None:
-        """Look whether another release is served."""
+        """Look whether another release is served.
+
+        Raises:
+            StoreFailed: none could be read so far.
+        """
         if (now := time.monotonic()) < self._next:
             return
         self._next = now + 1.0
@@ -69,8 +77,11 @@ class Known:
             kinds = json.loads((release / "manifest.json").read_text()).get("ids", {})
             keeping = any(policy.keep_unknown for policy in load_policies(release / FEATURES / POLICIES).values())
         except (OSError, ValueError, BackendError) as error:
+            if self._release is None:
+                raise StoreFailed(f"release {release} cannot be read ({error}), so no item can be looked up") from error
             _log.warning("%s cannot be read (%s); items are looked up in the release before", release, error)
             return
+        self._ids_before = self._ids
         self._release, self._ids, self._kinds, self._takes_unknown = release, ids, kinds, keeping
 
     def own_id(self, what: str, value: Any, where: str) -> int:
@@ -86,21 +97,32 @@ class Known:
                 value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not -_LIMIT <= value < _LIMIT:
             kind = "text" if self._kinds.get(what) == "strings" else "a number of at most 64 bits"
-            raise InvalidInput(f"{where}: {what}_id is {value!r}; ids of this catalogue are {kind}")
+            raise InvalidInput(f"{where}: {what}_id is {shortened(value)}; ids of this catalogue are {kind}")
         return value
 
     def check_items(self, events: list[Event]) -> None:
-        """Raises InvalidInput where an item is not in the catalogue, and no policy shows such."""
+        """Raises InvalidInput where an item is not in the catalogue, nor in that of the release before, whose pages are
+        still being looked at, and no policy shows such."""
+        if self._takes_unknown:
+            return
         ids = np.array([event.item_id for event in events], np.int64)
-        places = np.minimum(np.searchsorted(self._ids, ids), max(len(self._ids) - 1, 0))
-        strange = self._ids[places] != ids if len(self._ids) else np.ones(len(ids), bool)
-        if strange.any() and not self._takes_unknown:
-            at = int(np.flatnonzero(strange)[0])
+        strange = np.flatnonzero(~_are_in(self._ids, ids))
+        if len(strange):
+            strange = strange[~_are_in(self._ids_before, ids[strange])]
+        if len(strange):
+            told = ", ".join(f"{ids[at]} (event {at})" for at in strange[:_TOLD].tolist())
             raise InvalidInput(
-                f"event {at}: item {ids[at]} is not in the catalogue of release "
-                f"{self._release and self._release.name}, and {int(strange.sum()) - 1} more are not; leave them out or "
-                "serve a newer catalogue"
+                f"item {told}{f' and {len(strange) - _TOLD} more are' if len(strange) > _TOLD else ' is'} not in the "
+                f"catalogue of release {self._release and self._release.name}; leave them out or serve a newer one"
             )
+
+
+def _are_in(known: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether each id is among the known ones, which ascend."""
+    if not len(known):
+        return np.zeros(len(ids), bool)
+    found: NDArray[np.bool_] = known[np.minimum(np.searchsorted(known, ids), len(known) - 1)] == ids
+    return found
 
 
 class Feedback:
@@ -133,7 +155,10 @@ class Feedback:
     def __call__(self, requests: list[Tensors], deadlines: list[float] | None = None) -> list[Tensors | BackendError]:
         """STORED of each request. Events of all requests are stored in one step; those of a request that has a wrong
         one are not stored at all."""
-        self._known.refresh()
+        try:
+            self._known.refresh()
+        except StoreFailed as error:
+            return [error] * len(requests)
         answers: list[Tensors | BackendError] = []
         batches: list[list[list[Event]]] = []
         for tensors in requests:
@@ -178,7 +203,7 @@ class Feedback:
 
     def _event(self, where: str, row: Any, latest: int) -> Event:
         if not isinstance(row, dict) or (unknown := sorted(row.keys() - set(_FIELDS))):
-            what = f"has the unknown key {unknown[0]!r}" if isinstance(row, dict) else f"is {row!r}"
+            what = f"has the unknown key {shortened(unknown[0])}" if isinstance(row, dict) else f"is {shortened(row)}"
             raise InvalidInput(f"{where} {what}; an event is an object of {', '.join(_FIELDS)}")
         for name, most in (("event_id", contract.MAX_EVENT_ID_BYTES), ("request_id", contract.MAX_REQUEST_ID_BYTES)):
             value = row.get(name, "")
@@ -187,15 +212,15 @@ class Feedback:
         if not row.get("event_id"):
             raise InvalidInput(f"{where} has no event_id; it needs one, so that it can be sent twice and counts once")
         if not isinstance(row.get("kind"), str) or row["kind"] not in _KINDS:
-            raise InvalidInput(f"{where}: kind is {row.get('kind')!r}; kinds are {', '.join(_KINDS)}")
+            raise InvalidInput(f"{where}: kind is {shortened(row.get('kind'))}; kinds are {', '.join(_KINDS)}")
         timestamp, position = row.get("timestamp"), row.get("position", 0)
         if isinstance(timestamp, bool) or not isinstance(timestamp, int) or not EARLIEST <= timestamp <= latest:
             late = isinstance(timestamp, int) and timestamp > latest
             hint = "it lies in the future; set the caller's clock right" if late else "write seconds since 1970"
-            raise InvalidInput(f"{where}: timestamp is {timestamp!r}, the latest is {latest}; {hint}")
+            raise InvalidInput(f"{where}: timestamp is {shortened(timestamp)}, the latest is {latest}; {hint}")
         if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= contract.MAX_TOP_K:
             raise InvalidInput(
-                f"{where}: position is {position!r}; it goes from 1 to {contract.MAX_TOP_K}, and 0 is unknown"
+                f"{where}: position is {shortened(position)}; it goes from 1 to {contract.MAX_TOP_K}, and 0 is unknown"
             )
         user = row.get("user_id")
         return Event(
@@ -226,7 +251,9 @@ class CountsWriter:
     def _work(self) -> None:
         before: bytes | None = None
         store: Store | None = None
-        while not self._stopped.wait(COUNT_EVERY_S if store else 0.0):
+        pause = 0.0
+        while not self._stopped.wait(pause):
+            began = time.monotonic()
             try:
                 store = store or open_store(self._address)
                 ids, impressions, clicks = store.counts()
@@ -235,8 +262,9 @@ class CountsWriter:
                 if (now := records.tobytes()) != before:
                     write_overlay(self._path, records)
                     before = now
-            except Exception as error:  # noqa: PERF203  # told, and tried again: nobody else writes counts
+            except Exception as error:  # told, and tried again: nobody else writes counts
                 _log.warning("counts of feedback are as old as they are: %s", error)
-                self._stopped.wait(COUNT_EVERY_S)
+            # Of a large catalogue it takes long, and this process has other things to do.
+            pause = max(COUNT_EVERY_S, 20 * (time.monotonic() - began))
         if store is not None:
             store.close()

@@ -278,20 +278,19 @@ class Preprocess:
         return found
 
     def _pasts(self, sent: list[Events | None], users: list[int]) -> tuple[list[Past | None], set[int]]:
-        """What each line's user did, as sent with the request, else as stored; and the users that the store did not
-        answer for."""
-        wanted = {
-            user for user, events in zip(users, sent, strict=True) if events is None and user != contract.ANONYMOUS_USER
-        }
+        """What each line's user did, as sent with the request, else as stored; what they do not want to see, as stored;
+        and the users that the store did not answer for."""
+        wanted = {user for user in users if user != contract.ANONYMOUS_USER}
         stored: Mapping[int, Past] | None = {}
         if wanted and self._users is not None:
             stored = self._users.get(sorted(wanted))
         found = stored or {}
         pasts = [
-            Past(events, _NOBODY) if events is not None else found.get(user)
+            found.get(user) if events is None else Past(events, found[user].disliked if user in found else _NOBODY)
             for user, events in zip(users, sent, strict=True)
         ]
-        return pasts, wanted if stored is None else set()
+        strangers = {user for user, events in zip(users, sent, strict=True) if events is None} & wanted
+        return pasts, strangers if stored is None else set()
 
 
 _NOBODY = np.zeros(0, np.int64)

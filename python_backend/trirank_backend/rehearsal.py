@@ -31,12 +31,12 @@ _EVERY_RULE = Policy.model_validate({"rules": [
     {"rule": "explore"},
     {"rule": "deduplicate", "titles": 0.9},
     {"rule": "mmr"},
-    {"rule": "dpp"},
     {"rule": "cap", "field": "brand"},
     {"rule": "quota", "different": 2},
     {"rule": "pin", "item": 30, "position": 1},
     {"rule": "sponsored", "signals": ["NEW_ITEM"], "slots": [2]},
 ]})  # fmt: skip
+_ANOTHER_ORDER = Policy.model_validate({"rules": [{"rule": "dpp"}]})
 
 
 def rehearse() -> None:
@@ -71,7 +71,8 @@ def rehearse() -> None:
                 unknown=np.zeros((count, 0), np.int64),
             )
             rerank(np.zeros((count, _WIDTH, 1), np.float32), handover)
-        Rerank(release, {"plain": Policy()})(np.zeros((count, _WIDTH, 1), np.float32), handover)
+        for policy in (Policy(), _ANOTHER_ORDER):
+            Rerank(release, {"plain": policy})(np.zeros((count, _WIDTH, 1), np.float32), handover)
 
 
 def _lines(catalogue: Catalogue, count: int) -> Lines:

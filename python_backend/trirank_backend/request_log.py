@@ -1,4 +1,4 @@
-"""Requests as they were served, written down: what training and ``trirank skew`` read later.
+"""Requests as they came to be ranked, written down: what training and ``trirank skew`` read later.
 
 A line of JSON a request: what was asked, the history that was known at that moment, which release answered, and, where
 it is asked for, the tensors that the ranker was given. Lines are written by a thread; what comes faster than the disk

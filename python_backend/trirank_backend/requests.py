@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from trirank import contract
 
-from trirank_backend.errors import InvalidInput
+from trirank_backend.errors import InvalidInput, shortened
 from trirank_backend.histories import UNKNOWN_TIME, Events
 
 Tensors = dict[str, NDArray[Any]]
@@ -124,24 +124,24 @@ def _filter(text: bytes) -> Filters | None:
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"FILTERS is no JSON ({error})") from None
     if not isinstance(said, dict) or (unknown := sorted(said.keys() - set(contract.FILTERS))):
-        what = f"has the unknown key {unknown[0]!r}" if isinstance(said, dict) else f"is {said!r}"
+        what = f"has the unknown key {shortened(unknown[0])}" if isinstance(said, dict) else f"is {shortened(said)}"
         raise InvalidInput(f"FILTERS {what}; it is a JSON object with any of {', '.join(contract.FILTERS)}")
     region = said.get("region", "")
     if not isinstance(region, str):
-        raise InvalidInput(f"FILTERS: region is {region!r}; it is text")
+        raise InvalidInput(f"FILTERS: region is {shortened(region)}; it is text")
     least, most = (_amount(said, key, other) for key, other in (("min_price", -math.inf), ("max_price", math.inf)))
     if least > most:
         raise InvalidInput(f"FILTERS: min_price is {least:g}, above max_price {most:g}; nothing would be left")
     stock = said.get("min_stock", 0)
     if not isinstance(stock, int) or isinstance(stock, bool) or not 0 <= stock < 2**31:
-        raise InvalidInput(f"FILTERS: min_stock is {stock!r}; it is a whole number of pieces, 0 or more")
+        raise InvalidInput(f"FILTERS: min_stock is {shortened(stock)}; it is a whole number of pieces, 0 or more")
     return Filters(region, stock, least, most)
 
 
 def _amount(said: Mapping[str, Any], key: str, other: float) -> float:
     value = said.get(key, other)
     if isinstance(value, bool) or not isinstance(value, int | float) or (not abs(value) < 1e30 and value != other):
-        raise InvalidInput(f"FILTERS: {key} is {value!r}; it is a number")
+        raise InvalidInput(f"FILTERS: {key} is {shortened(value)}; it is a number")
     return float(value)
 
 

@@ -155,7 +155,7 @@ class Rerank:
             # Nobody knows whether they cost less than 10, or can be had in a region.
             limited = region or least > -np.inf or most < np.inf
             if handover.unknown.shape[1] and found < top_k and not limited:
-                kept = self._not_blocked(handover.unknown[line])
+                kept = self._to_be_had(handover.unknown[line], self._policies[policy].keep_unavailable)
                 found += _append(kept, ids[line], totals[line], reasons[line], found, top_k)
             bits |= (page.filtered > 0 and Status.ITEMS_FILTERED.value) | (
                 found < top_k and Status.FEWER_THAN_TOP_K.value
@@ -181,11 +181,12 @@ class Rerank:
             self._policies[policy].keep_unavailable, page.prices, page.stock, page.order,
         )  # fmt: skip
 
-    def _not_blocked(self, unknown: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Without what is blocked now, which a newer release may know."""
-        if self._state is None or not len(self._state):
+    def _to_be_had(self, unknown: NDArray[np.int64], everything: bool) -> NDArray[np.int64]:
+        """Without what is blocked or sold out now, which a newer release may know; or everything."""
+        if everything or self._state is None or not len(self._state):
             return unknown
-        return unknown[self._state.state(read_only(unknown))[2] == 0]
+        _, stock, blocked = self._state.state(read_only(unknown))
+        return unknown[(blocked == 0) & (stock != 0)]
 
     def _ids(self, page: Page) -> NDArray[Any]:
         """[N] ids; of what is not to be ranked some other one's."""

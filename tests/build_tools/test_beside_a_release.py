@@ -184,6 +184,34 @@ class TestDatasets:
         assert twice.requests.collect().height == once.requests.collect().height + 1
         assert twice.events.height == once.events.height == once.description.counts["events"]
 
+    @pytest.mark.parametrize("again", [True, False])
+    def test_what_is_done_after_a_dataset_was_made_is_added_to_its_tasks(self, base, again):
+        """Also where neither the requests nor the first events are there any more."""
+        first = [event(1, 3, request="r1", position=1), event(2, 5, request="r1", position=2)]
+        lines = [line("r1", [5, 3, 8], scores=[3.0, 2.0, 1.0])]
+        night = with_feedback(base, first, lines)
+        late = [
+            event(3, 5, EventKind.PURCHASE, request="r1", timestamp=1_780_000_300),
+            event(4, 8, request="r1", position=3, timestamp=1_780_000_301),
+        ]
+        more = with_feedback(night, [*first, *late] if again else late, lines if again else [])
+        assert more.requests.collect().height == night.requests.collect().height
+        (task,) = more.requests.filter(pl.col("timestamp") == 1_780_000_000).collect().to_dicts()
+        shown = dict(zip(task["item_ids"], zip(task["labels"], task[POSITIONS], strict=True), strict=True))
+        assert shown[5] == (3.0, 2)
+        assert shown[3] == (0.0, 1)
+        if again:
+            assert task["item_ids"] == [5, 3, 8]
+        assert more.description.source == night.description.source
+
+    def test_requests_that_nothing_is_told_of(self, base, capsys):
+        with pytest.raises(BadData, match=r"none of the 1 logged requests \(1 with a request_id\) is named by an event"):
+            with_feedback(base, [event(1, 3, request="other", position=1)], [line("r1", [3])])
+        with pytest.raises(BadData, match="give the requests too, with --requests"):
+            with_feedback(base, [event(1, 3, request="r1", position=1)], [])
+        with_feedback(base, [event(2, 3, EventKind.CLICK)], [line("", [3])])
+        assert "(0 with a request_id) is named by an event" in " ".join(capsys.readouterr().err.split())
+
     def test_what_came_of_a_request_came_after_it(self, base):
         """Whatever the clock of who tells it says: an answer must not be in the history that it is to be told from."""
         early = event(2, 3, EventKind.CLICK, request="r1", timestamp=1_779_999_000)

@@ -16,6 +16,7 @@ from stores import SERVER, free_port, start_redis
 from trirank import (
     AsyncRankClient,
     FeedbackEvent,
+    History,
     IncompatibleServer,
     InvalidRequest,
     RankClient,
@@ -90,10 +91,13 @@ def test_what_is_disliked_is_not_shown_again(client, items, user):
     client.feedback([FeedbackEvent(user_id=user, item_id=item, kind="dislike")])
     answer = client.rank(RankRequest(item_ids=items, user_id=user, top_k=5, scenario="cross_category"))
     assert items[1] not in answer.item_ids
+    own = History(item_ids=[items[2]], behaviours=[1], timestamps=[1_770_000_000])
+    request = RankRequest(item_ids=items, user_id=user, top_k=5, scenario="cross_category", history=own)
+    assert items[1] not in client.rank(request).item_ids  # a past that comes with the request takes nothing back
 
 
 BAD_EVENTS = {
-    "an unknown item": ({"item_id": 10**12}, r"event 1: item 1000000000000 is not in the catalogue of release"),
+    "an unknown item": ({"item_id": 10**12}, r"item 1000000000000 \(event 1\) is not in the catalogue of release"),
     "the future": ({"timestamp": int(time.time()) + 10**6}, "event 1: timestamp is .*; it lies in the future"),
     "long ago": ({"timestamp": 20260101}, "event 1: timestamp is 20260101, .* write seconds since 1970"),
     "an id that is none": (
@@ -243,12 +247,14 @@ def test_a_store_that_goes_and_comes_back(world, items, user, tmp_path):
 
                 redis.kill()
                 redis.wait(10)
+                took = []
                 for _ in range(20):
                     started = time.monotonic()
-                    answer = client.rank(ask(items, user), deadline_s=0.5)
-                    assert time.monotonic() - started < 0.5
+                    answer = client.rank(ask(items, user))
+                    took.append(time.monotonic() - started)
                     assert Status.DEGRADED | Status.COLD_USER in answer.status
                     assert len(answer) == len(items)
+                assert sorted(took)[10] < 0.25
                 with pytest.raises(Unavailable, match=r"user store 127\.0\.0\.1:\d+ did not answer"):
                     client.feedback([bought(user, items[1])], deadline_s=0.3)
 
@@ -261,8 +267,13 @@ def test_a_store_that_goes_and_comes_back(world, items, user, tmp_path):
                 assert client.feedback(batch).repeated == 1
 
                 redis.send_signal(signal.SIGSTOP)  # there, and silent
-                answer = client.rank(ask(items, user), deadline_s=0.5)
-                assert Status.DEGRADED in answer.status
+                took = []
+                for _ in range(20):
+                    started = time.monotonic()
+                    answer = client.rank(ask(items, user))
+                    took.append(time.monotonic() - started)
+                    assert Status.DEGRADED in answer.status
+                assert sorted(took)[10] < 0.25
                 redis.send_signal(signal.SIGCONT)
     finally:
         redis.kill()

@@ -80,6 +80,18 @@ def test_what_is_no_policy(name, tmp_path):
         load_policy(tmp_path / "home.toml")
 
 
+@pytest.mark.parametrize("order", ["mmr", "dpp"])
+def test_an_order_from_the_scores_undoes_no_other(order):
+    cap = {"rule": "cap", "field": "brand"}
+    with pytest.raises(ValueError, match=rf"rule 2 \({order}\) comes after cap, whose order it would undo"):
+        Policy.model_validate({"rules": [cap, {"rule": order}]})
+    with pytest.raises(ValueError, match=rf"rule 2 \({order}\) comes after mmr"):
+        Policy.model_validate({"rules": [{"rule": "mmr"}, {"rule": order}]})
+    assert Policy.model_validate({"rules": [{"rule": order}, cap, cap | {"field": "seller"}]})
+    searches = [{"rule": name, "queries": [name]} for name in ("mmr", "dpp")]
+    assert Policy.model_validate({"rules": searches})  # no request meets both
+
+
 def test_pins_for_different_searches_may_share_a_position():
     pins = [{"rule": "pin", "item": at, "position": 1, "queries": [f"query {at}"]} for at in (1, 2)]
     assert Policy.model_validate({"rules": pins})
@@ -107,6 +119,14 @@ def test_what_a_release_lacks_is_told_and_does_no_harm():
         "rule 2 (pin): item 8 is not in the catalogue",
     ]
     apply(RELEASE, page_of(RELEASE), *rules)
+
+
+def test_a_pin_that_got_dearer_than_a_filter_allows_stops_no_refresh():
+    row = int(np.flatnonzero(RELEASE.items.prices > 1)[0])
+    rules = [{"rule": "filter", "max_price": 0.5}, {"rule": "pin", "item": 100 + row, "position": 1}]
+    policy = Policy.model_validate({"rules": rules})
+    assert policy.bind(RELEASE)
+    assert policy.absent(RELEASE) == ["rule 2 (pin): a filter leaves its item out at today's price"]
 
 
 def test_a_policy_is_written_as_it_was_read(tmp_path):

@@ -242,7 +242,7 @@ def test_a_trace_tells_what_each_rule_did():
 
 
 EVERY_RULE = [
-    BY_CLICK, {"rule": "deduplicate"}, {"rule": "mmr"}, {"rule": "dpp"}, {"rule": "cap", "field": "brand"},
+    BY_CLICK, {"rule": "deduplicate"}, {"rule": "mmr"}, {"rule": "cap", "field": "brand"},
     {"rule": "quota", "different": 2}, {"rule": "sponsored", "items": [103, 104], "slots": [2, 4]},
     {"rule": "pin", "item": 101, "position": 3},
 ]  # fmt: skip
@@ -251,6 +251,7 @@ EVERY_RULE = [
 @pytest.mark.parametrize("seed", range(5))
 def test_a_trace_changes_nothing(seed, monkeypatch):
     monkeypatch.setitem(POLICIES, "every", Policy.model_validate({"rules": EVERY_RULE}))
+    monkeypatch.setitem(POLICIES, "spread", Policy.model_validate({"rules": [BY_CLICK, {"rule": "dpp"}]}))
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 4, (1, 30, 2)).astype(np.float32)
     rows, signals = [rng.permutation(30)], [rng.integers(0, 256, 30)]
@@ -261,6 +262,17 @@ def test_a_trace_changes_nothing(seed, monkeypatch):
             assert tensor.tobytes() == traced[name].tobytes()
         shown = [item["item"] for item in json.loads(traced["TRACE_JSON"][0, 0])["items"] if item["position"]]
         assert shown == [item for item in plain["RANKED_IDS"][0].tolist() if item >= 0]
+
+
+@pytest.mark.parametrize(("everything", "kept"), [(False, [101, 7]), (True, [101, 5, 6, 7])])
+def test_what_the_catalogue_does_not_know_may_be_sold_out_as_well(tmp_path, everything, kept, monkeypatch):
+    """A release of tomorrow knows them; what is said of them today counts."""
+    write_overlay(tmp_path / "c.npy", np.array([(5, np.nan, 0, 0, 0), (6, np.nan, -1, 1, 0)], STATE))
+    monkeypatch.setitem(POLICIES, "all", Policy(keep_unknown=True, keep_unavailable=everything))
+    rerank = reranker(range(4), state=Overlay(tmp_path / "c.npy", STATE))
+    told = handover([[1]], [[0]], ["all"], 4, unknown=[[5, 6, 7]])
+    answer = rerank(np.zeros((1, 1, 2), np.float32), told)
+    assert [item for item in answer["RANKED_IDS"][0].tolist() if item >= 0] == kept
 
 
 def test_prices_stock_and_blocks_of_now(tmp_path):

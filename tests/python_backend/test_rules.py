@@ -425,15 +425,18 @@ def test_rules_for_a_search_leave_others_alone():
     assert not other.reasons.any()
 
 
-def test_scores_that_are_no_numbers_are_told():
+@pytest.mark.parametrize("scale", ["logit", "probability"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_no_numbers_are_told(value, scale):
     page = page_of(RELEASE, 1)
-    page.tasks[int(page.order[2]), 0] = np.nan
-    with pytest.raises(BrokenScores, match=r"the ranker gave item 1\d\d the scores \[nan"):
-        apply(RELEASE, page, MIX)
+    page.tasks[int(page.order[2]), 0] = value
+    with pytest.raises(BrokenScores, match=rf"the ranker gave item 1\d\d the scores \[{value}"):
+        apply(RELEASE, page, MIX | {"scale": scale})
 
 
-def test_nothing_is_left():
+@pytest.mark.parametrize("order", ["mmr", "dpp"])
+def test_nothing_is_left(order):
     page = page_of(RELEASE, 1)
-    rules = [{"rule": name} for name in ("mmr", "dpp")] + [{"rule": "cap", "field": "brand"}]
+    rules = [{"rule": order}, {"rule": "cap", "field": "brand"}]
     rules += [{"rule": "quota", "different": 3}, {"rule": "pin", "item": 101, "position": 1}]
     assert apply(RELEASE, page, MIX, {"rule": "filter", "min_age_days": 1000}, *rules) == []

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -136,11 +137,32 @@ def test_events_of_one_moment_keep_their_order_and_number(store):
 
 
 def test_only_the_newest_are_kept(store):
-    count = contract.MAX_HISTORY + 30
-    for start in range(0, 2 * count, 500):
-        store.add([event(at, item=at, timestamp=1000 + at) for at in range(start, min(start + 500, 2 * count))])
+    count = 4 * contract.MAX_HISTORY
+    store.add([event(at, item=at, timestamp=1000 + at) for at in range(count)])
     found = store.get([1])[1].events
-    assert found.item_ids.tolist() == list(range(2 * count - contract.MAX_HISTORY, 2 * count))
+    assert found.item_ids.tolist() == list(range(count - contract.MAX_HISTORY, count))
+
+
+def test_the_newest_are_those_of_the_latest_times(store):
+    """A caller that was cut off tells late what happened early: it pushes nothing newer out."""
+    store.add([event(at, item=at, timestamp=10_000 + at) for at in range(contract.MAX_HISTORY)])
+    old = [event(10_000 + at, item=10_000 + at, timestamp=at + 1) for at in range(3 * contract.MAX_HISTORY)]
+    for start in range(0, len(old), 1_000):
+        store.add(old[start : start + 1_000])
+    assert store.get([1])[1].events.item_ids.tolist() == list(range(contract.MAX_HISTORY))
+
+
+def test_dislikes_and_what_was_done_push_each_other_out_of_nothing(store):
+    clicks = [event(at, item=at, timestamp=1000 + at) for at in range(500)]
+    store.add(clicks)
+    many = 4 * contract.MAX_HISTORY
+    store.add([event(1000 + at, item=1000 + at, kind=EventKind.DISLIKE, timestamp=5000 + at) for at in range(many)])
+    past = store.get([1])[1]
+    assert past.events.item_ids.tolist() == list(range(500))
+    assert past.disliked.tolist() == list(range(1000 + many - contract.MAX_HISTORY, 1000 + many))
+    store.add([event(10_000 + at, item=at, timestamp=20_000 + at) for at in range(many)])
+    past = store.get([1])[1]
+    assert len(past.events.item_ids) == len(past.disliked) == contract.MAX_HISTORY
 
 
 def test_a_user_is_forgotten(store):
@@ -246,7 +268,12 @@ def test_a_batch_is_stored_whole_or_not_at_all(tmp_path):
 
 
 NONE = {
-    "redis:1": "store 'redis:1' is none; write sqlite:PATH",
+    "redis:1": r"store 'redis:\*\*\*' is none; write sqlite:PATH",
+    "redis:/:secret@host": r"store 'redis:\*\*\*' is none",
+    "redis:user:secret@host": r"store 'redis:\*\*\*' is none",
+    "redis://:secret/w@host": "the Redis address is none; .* the password percent-encoded",
+    "redis://:secret#w@host": "the Redis address is none",
+    "redis://:secret?w@host": "the Redis address is none",
     "postgres://x": "is none",
     "sqlite:": "is none",
     "redis://user:secret@host:port": "the Redis address is none",
@@ -264,6 +291,9 @@ def test_what_is_no_address(text):
 def test_passwords_are_not_shown():
     assert hide_password("redis://:secret@host:1/0") == "redis://***@host:1/0"
     assert hide_password("redis://host:1/0?password=secret") == "redis://host:1/0?***"
+    assert hide_password("unix:///tmp/redis.sock") == "unix:///tmp/redis.sock"
+    for torn in ("redis://:se/cret@host", "redis://:se?cret@host", "redis://u:1/se@h", "redis:u:se@h", "redis:/:se@h"):
+        assert hide_password(torn) == "redis:***"
     assert hide_password("sqlite:/tmp/a@b") == "sqlite:/tmp/a@b"
 
 
@@ -338,13 +368,14 @@ def test_nobody_listens():
 
 
 class Scripted:
-    """A store that fails when it is told to."""
+    """A store that fails when it is told to, and takes as long as it is told to."""
 
-    def __init__(self):
-        self.fails, self.asked = False, 0
+    def __init__(self, remote=False):
+        self.remote, self.fails, self.asked, self.takes_s = remote, False, 0, 0.0
 
     def get(self, users):
         self.asked += 1
+        time.sleep(self.takes_s)
         if self.fails:
             raise StoreFailed("down")
         return {}
@@ -370,6 +401,43 @@ def test_after_some_failures_nobody_asks_for_a_while():
     assert users.get([1]) == {}
     assert users.get([1]) == {}
     assert store.asked == 7
+
+
+def test_a_remote_store_has_one_time_for_all_it_does():
+    """A name server that is silent, a handshake, an answer in drops: whatever it is, requests do not wait for it."""
+    store = Scripted(remote=True)
+    users = GuardedUsers(store, failures=3, reset_s=0.05, timeout_s=0.05)
+    assert users.get([1]) == {}
+    store.takes_s = 1.0
+    started = time.monotonic()
+    assert [users.get([1]) for _ in range(20)] == [None] * 20
+    assert time.monotonic() - started < 0.5
+    assert store.asked == 2  # nobody joins the queue behind one that hangs
+    store.takes_s = 0.0
+    deadline = time.monotonic() + 5
+    while users.get([1]) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    users.close()
+
+
+def test_a_redis_that_answers_in_drops_is_not_waited_for():
+    """Each drop comes within the time of a read, the whole answer never does."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip():
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                while True:
+                    connection.sendall(b"+")
+                    time.sleep(0.01)
+
+        threading.Thread(target=drip, daemon=True).start()
+        users = GuardedUsers(open_store(f"redis://127.0.0.1:{listening.getsockname()[1]}/0", timeout_s=0.02))
+        started = time.monotonic()
+        assert users.get([1]) is None
+        assert time.monotonic() - started < 0.5
+        users.close()
 
 
 class TestOverlay:

@@ -65,7 +65,10 @@ OPTIMUM = "utility"
 POSITIONS = "positions"
 """Extra column of requests that came with feedback: List(Int32), where each item stood on the page, from 1; 0: not
 known."""
-_EXTRA = (OPTIMUM, POSITIONS)
+REQUEST_ID = "request_id"
+"""Extra column of requests: String, what feedback names them by, so that what comes later is added to them; empty: not
+known."""
+_EXTRA = (OPTIMUM, POSITIONS, REQUEST_ID)
 
 GAINS = {"VIEW": 0.0, "CLICK": 1.0, "FAVOURITE": 2.0, "CART": 2.0, "PURCHASE": 3.0}
 """Behaviour → gain in NDCG and in ``labels``."""

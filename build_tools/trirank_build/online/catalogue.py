@@ -143,10 +143,9 @@ def _item(value: Any, kind: str, place: str) -> int:
         raise BadData(f"{place}: item_id is empty")
     if kind == "strings":
         return contract.stable_id(text)
-    try:
-        return int(text)
-    except ValueError:
-        raise BadData(f"{place}: item_id is {text!r}; ids of this catalogue are numbers") from None
+    if not _WHOLE.fullmatch(text):
+        raise BadData(f"{place}: item_id is {text!r}; ids of this catalogue are numbers")
+    return int(text)
 
 
 def _value(row: dict[str, Any], name: str, place: str, read: Callable[[str], Any], absent: Any) -> Any:
@@ -161,20 +160,14 @@ def _value(row: dict[str, Any], name: str, place: str, read: Callable[[str], Any
 
 
 def _price(text: str) -> float:
-    try:
-        price = float(text)
-    except ValueError:
-        price = float("nan")
+    price = float(text) if _DECIMAL.fullmatch(text) else float("nan")
     if not 0 <= price < _MOST_PRICE:
         raise ValueError("it is a number of 0 or more, with a point")
     return price
 
 
 def _stock(text: str) -> int:
-    try:
-        stock = float(text)
-    except ValueError:
-        stock = -1.0
+    stock = float(text) if _DECIMAL.fullmatch(text) else -1.0
     if not (stock.is_integer() and 0 <= stock <= _MOST_STOCK):
         raise ValueError("it is a whole number of pieces, 0 or more")
     return int(stock)
@@ -190,8 +183,15 @@ def _blocked(text: str) -> int:
 
 @contextmanager
 def _alone(catalogue: Path) -> Iterator[None]:
-    """Two that change a file at a time would lose what one of them says."""
-    catalogue.parent.mkdir(parents=True, exist_ok=True)
-    with catalogue.with_name(f".{catalogue.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Two that change a file at a time would lose what one of them says.
+
+    Raises:
+        BadData: nothing can be written there.
+    """
+    try:
+        catalogue.parent.mkdir(parents=True, exist_ok=True)
+        with catalogue.with_name(f".{catalogue.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise BadData(f"{catalogue} cannot be written ({error.strerror}); name another with --catalogue") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def all_events(store: Store, after: str = "") -> Iterator[Event]:
 
 
 def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
-    """Write what a group has not read yet to a folder, a file a part; gives how many events. Each part is on the disk
-    before it is acknowledged: a part that was written and not acknowledged comes again, in the same file.
+    """Write what a group has not read yet to a folder, a file a part, for its owner alone; gives how many events. Each
+    part is on the disk before it is acknowledged: a part that was written and not acknowledged comes again, in the same file.
 
     Raises:
         StoreFailed: the store does not answer; what is written stays.
@@ -32,12 +33,30 @@ def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
     while part := store.unread(group):
-        with atomic_file(folder / f"events-{part[0].place.replace('-', '_'):0>24}.jsonl") as scratch:
-            scratch.write_text("".join(json.dumps(stored.event) + "\n" for stored in part))
-            scratch.chmod(0o600)
+        with atomic_file(folder / f"events-{_sortable(part[0].place)}.jsonl") as scratch:
+            text = "".join(json.dumps(stored.event) + "\n" for stored in part)
+            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+        _keep_names(folder)
         store.acknowledge(group, part)
         count += len(part)
     return count
+
+
+def _sortable(place: str) -> str:
+    """A place so that its text sorts as it does; Redis' places have two numbers."""
+    return "_".join(f"{int(part):020}" for part in place.split("-"))
+
+
+def _keep_names(folder: Path) -> None:
+    """Have the folder's own list of names on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def events_of(folder: Path) -> Iterator[Event]:

@@ -9,9 +9,12 @@ from typing import Any
 
 from trirank_build.errors import BadData
 
+NEEDED = ("request_id", "moment", "user_id", "query", "scenario", "item_ids", "retrieval_scores")
+"""Of every line."""
+
 
 def logged_requests(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of all files of a folder, in order of time. A last line that is not whole, as a killed server leaves
+    """The lines of all files of a folder, file by file. A last line that is not whole, as a killed server leaves
     it, is left out.
 
     Raises:
@@ -26,8 +29,12 @@ def logged_requests(folder: Path) -> Iterator[dict[str, Any]]:
             if not line:
                 continue
             try:
-                yield json.loads(line)
+                found = json.loads(line)
             except ValueError as error:
                 if number == len(lines):
                     break
                 raise BadData(f"{file}, line {number} is no JSON ({error}); leave the file out") from error
+            if not isinstance(found, dict) or (lacking := [name for name in NEEDED if name not in found]):
+                what = f"has no {lacking[0]}" if isinstance(found, dict) else "is no object"
+                raise BadData(f"{file}, line {number} {what}, so no server wrote it down; leave the file out")
+            yield found

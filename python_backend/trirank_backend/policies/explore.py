@@ -7,7 +7,7 @@ distributed as Beta(a + c, b − a + n − c). ``thompson`` draws from it (Thomp
     weight · (logit(drawn) − logit(a / b)),
 
 so that an item that does as well as expected gets nothing on average. All draws of a request come from its seed, which
-is made of its user, query and candidates: a repeat is answered alike, as long as the counts are the same.
+is made of its user, query and candidates: a repeat is answered alike, as long as no filter, stock or count changes.
 """
 
 from __future__ import annotations

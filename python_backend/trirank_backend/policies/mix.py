@@ -125,6 +125,8 @@ def mix(
         total = np.float32(0)
         for task in range(len(weights.tasks)):
             one = tasks[place, task]
+            if not math.isfinite(one):  # which a probability of 1 would hide
+                return place
             if weights.probability:
                 one = np.float32(1) / (np.float32(1) + np.exp(-one))
             total += one * weights.tasks[task]

@@ -73,6 +73,12 @@ class Policy(BaseModel):
                 )
             if isinstance(rule, Mix) and scored is not None:
                 yield f"rule {number} (mix) comes after {scored.rule}, whose score it would replace; put it before"
+            before = [each for each in self.rules[: number - 1] if each.phase is Phase.ORDER and _meet(each, rule)]
+            if isinstance(rule, Mmr | Dpp) and before:
+                yield (
+                    f"rule {number} ({rule.rule}) comes after {before[-1].rule}, whose order it would undo: it "
+                    "makes its own from the scores; put it before, and leave out all but one of mmr and dpp"
+                )
             if rule.phase is Phase.SCORE and not isinstance(rule, Filter):
                 scored = rule
             last = rule
@@ -135,18 +141,24 @@ class Policy(BaseModel):
             row = rule.row(release) if isinstance(rule, Pin) else -1
             if row >= 0 and any(_meet(rule, each) and _drops(each, release, row) for each in filters):
                 found.append(
-                    f"rule {number} (pin): a filter leaves its item out for its brand, category, seller or price; "
+                    f"rule {number} (pin): a filter leaves its item out for its brand, category or seller; "
                     "leave one of them out"
                 )
         return found
 
     def absent(self, release: Release) -> list[str]:
-        """What it names that a release does not have; the rules work without."""
-        return [
+        """What it names that a release does not have, or does not have at that price; the rules work without."""
+        found = [
             f"rule {number} ({rule.rule}): {what}"
             for number, rule in enumerate(self.rules, 1)
             for what in rule.absent(release)
         ]
+        filters = [rule for rule in self.rules if isinstance(rule, Filter)]
+        for number, rule in enumerate(self.rules, 1):
+            row = rule.row(release) if isinstance(rule, Pin) else -1
+            if row >= 0 and any(_meet(rule, each) and _too_dear_or_cheap(each, release, row) for each in filters):
+                found.append(f"rule {number} (pin): a filter leaves its item out at today's price")
+        return found
 
     def bind(self, release: Release) -> list[tuple[Rule | None, Step]]:
         """The rules' steps for a release, in order; those of None prepare the others. Without a rule ``mix`` the tasks'
@@ -239,7 +251,12 @@ def _drops(rule: Filter, release: Release, row: int) -> bool:
         code = int(codes[row])
         if code >= 0 and release.attributes.names[kind][code] in names:
             return True
-    price = of_item.prices[row]
+    return False
+
+
+def _too_dear_or_cheap(rule: Filter, release: Release, row: int) -> bool:
+    """Whether a filter leaves an item out at the price that the release has."""
+    price = release.items.prices[row]
     too_cheap = rule.min_price is not None and not price >= np.float32(rule.min_price)
     return too_cheap or (rule.max_price is not None and not price <= np.float32(rule.max_price))
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from trirank import contract
 from trirank.contract import EventKind
 
 from trirank_backend.histories import Events
@@ -55,11 +56,9 @@ class Past(NamedTuple):
     disliked: NDArray[np.int64]
 
     @classmethod
-    def of(cls, records: NDArray[np.void], limit: int | None = None) -> Past:
-        """From RECORDs in any order; the newest ``limit`` of them."""
-        records = records[np.argsort(records["timestamp"], kind="stable")]
-        if limit is not None:
-            records = records[-limit:]
+    def of(cls, records: NDArray[np.void]) -> Past:
+        """From RECORDs in any order; the newest of them."""
+        records = newest(records)
         wanted = records["kind"] != EventKind.DISLIKE
         did = records if wanted.all() else records[wanted]
         return cls(
@@ -80,14 +79,23 @@ def records_of(events: Events) -> NDArray[np.void]:
     return records
 
 
-def merged(kept: NDArray[np.void], new: NDArray[np.void], limit: int) -> NDArray[np.void]:
-    """What is kept, and of ``new`` what is not there as often; the newest ``limit`` in order of time, and of one moment
-    in the order in which they came."""
+def newest(records: NDArray[np.void]) -> NDArray[np.void]:
+    """The newest MAX_HISTORY of what a user did and as many of what they do not want to see, so that neither pushes the
+    other out; in order of time, and of one moment in the order in which they came."""
+    records = records[np.argsort(records["timestamp"], kind="stable")]
+    if len(records) <= contract.MAX_HISTORY:
+        return records
+    disliked = records["kind"] == EventKind.DISLIKE
+    kept = [np.flatnonzero(which)[-contract.MAX_HISTORY :] for which in (disliked, ~disliked)]
+    return records[np.sort(np.concatenate(kept))]
+
+
+def merged(kept: NDArray[np.void], new: NDArray[np.void]) -> NDArray[np.void]:
+    """The newest of what is kept, and of ``new`` what is not there as often."""
     there = Counter(kept.tolist())
     added = np.ones(len(new), bool)
     for at, record in enumerate(new.tolist()):
         if there[record] > 0:
             there[record] -= 1
             added[at] = False
-    both = np.concatenate([kept, new[added]])
-    return both[np.argsort(both["timestamp"], kind="stable")][-limit:]
+    return newest(np.concatenate([kept, new[added]]))

@@ -1,6 +1,6 @@
 """Users in Redis or Valkey: the store that several servers share.
 
-``PREFIX user:ID``   records (events.RECORD) of a user one after the other, newest last: MAX_HISTORY or some more
+``PREFIX user:ID``   records (events.RECORD) of a user one after the other as they came: the newest, and some more
 ``PREFIX seen:ID``   that an event is there; expires after SEEN_S, since a retry comes sooner
 ``PREFIX events``    stream: the log, which consumer groups read
 ``PREFIX shown``, ``PREFIX clicked``   hashes: item id → how often
@@ -19,23 +19,25 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 from trirank import contract
 from trirank.contract import EventKind
 
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
-from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, records_of
+from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, newest, records_of
 
 PREFIX = "trirank:"
 CONSUMER = "export"
 """Of a group, when it is we who read."""
-SEEN_S = 8 * 86_400
+SEEN_S = 86_400
 _FIELDS = 9
-_KEPT = contract.MAX_HISTORY * RECORD.itemsize
-"""Bytes of a user's past. It may grow to twice that before it is cut, so that it is not cut for every event."""
+_LONG = 3 * contract.MAX_HISTORY * RECORD.itemsize
+"""Bytes that a user's past may grow to before it is cut; what is kept (events.newest) is two thirds of it at most, so
+that it is not cut for every event."""
 _ADD = f"""
-local added = {{}}
+local added, long = {{}}, {{}}
 for at = 1, #ARGV, {_FIELDS} do
   local id, user, item, kind = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   if redis.call('SET', '{PREFIX}seen:' .. id, 1, 'NX', 'EX', {SEEN_S}) then
@@ -43,9 +45,8 @@ for at = 1, #ARGV, {_FIELDS} do
     redis.call('XADD', '{PREFIX}events', '*', 'e', id, 'u', user, 'i', item, 'k', kind, 't', ARGV[at + 4],
                'r', ARGV[at + 5], 'p', ARGV[at + 6])
     if ARGV[at + 7] == '1' then
-      local key = '{PREFIX}user:' .. user
-      if redis.call('APPEND', key, ARGV[at + 8]) > {2 * _KEPT} then
-        redis.call('SET', key, redis.call('GETRANGE', key, -{_KEPT}, -1))
+      if redis.call('APPEND', '{PREFIX}user:' .. user, ARGV[at + 8]) > {_LONG} then
+        table.insert(long, user)
       end
     end
     if kind == '{EventKind.IMPRESSION.value}' then redis.call('HINCRBY', '{PREFIX}shown', item, 1) end
@@ -54,7 +55,7 @@ for at = 1, #ARGV, {_FIELDS} do
     table.insert(added, 0)
   end
 end
-return added
+return {{added, long}}
 """
 _CHUNK = 500
 """Events of one script: Redis serves nobody else while it runs."""
@@ -64,19 +65,29 @@ T = TypeVar("T")
 class RedisStore:
     """See store.Store.
 
+    Attributes:
+        remote: yes.
+
     Args:
         timeout_s: of connecting, and of each answer. Nothing is asked for twice: whoever calls knows what a second try
             is worth.
     """
 
+    remote = True
+
     def __init__(self, address: str, timeout_s: float) -> None:
         try:
             self._redis: Any = redis.Redis.from_url(
-                address, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
-            )
+                address, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0),
+                # A connection that says nothing of itself is ready after one round trip or none; and nobody but us says
+                # how long to wait.
+                protocol=2, driver_info=None, maint_notifications_config=MaintNotificationsConfig(enabled=False),
+            )  # fmt: skip
             place = self._redis.connection_pool.connection_kwargs
-        except (ValueError, redis.RedisError) as error:
-            raise InvalidStore(f"the Redis address is none ({error}); write redis://HOST:PORT/DATABASE") from error
+        except (ValueError, redis.RedisError):  # whose words may hold a part of the password
+            raise InvalidStore(
+                "the Redis address is none; write redis://:PASSWORD@HOST:PORT/DATABASE, the password percent-encoded"
+            ) from None
         self._place = str(place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}")
         self._add = self._redis.register_script(_ADD)
 
@@ -86,7 +97,7 @@ class RedisStore:
         def ask() -> dict[int, Past]:
             found = self._redis.mget([f"{PREFIX}user:{user}" for user in users])
             return {
-                user: Past.of(np.frombuffer(records, RECORD), contract.MAX_HISTORY)
+                user: Past.of(np.frombuffer(records, RECORD))
                 for user, records in zip(users, found, strict=True)
                 if records
             }
@@ -108,15 +119,7 @@ class RedisStore:
     def put(self, histories: list[tuple[int, Events]]) -> None:
         """See store.Store. Each user's change is whole."""
         for user, events in histories:
-            key = f"{PREFIX}user:{user}"
-
-            def change(pipe: Any, key: str = key, events: Events = events) -> None:
-                kept = np.frombuffer(pipe.get(key) or b"", RECORD)
-                records = merged(kept, records_of(events), contract.MAX_HISTORY)
-                pipe.multi()
-                pipe.set(key, records.tobytes())
-
-            self._asked(partial(self._redis.transaction, change, key))
+            self._rewrite(user, partial(merged, new=records_of(events)))
 
     def users(self) -> Iterator[int]:
         """See store.Store."""
@@ -141,6 +144,7 @@ class RedisStore:
                 seen = [f"{PREFIX}seen:{stored.event.event_id}" for stored in own]
                 logged += int(self._asked(partial(self._redis.xdel, f"{PREFIX}events", *places)))
                 self._asked(partial(self._redis.delete, *seen))
+        self._asked(lambda: self._redis.delete(key))  # what came meanwhile is out of the log, or comes after this
         return max(remembered, logged)
 
     def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
@@ -205,10 +209,23 @@ class RedisStore:
         self._redis.close()
 
     def _add_part(self, arguments: list[Any]) -> list[bool]:
-        added = [each == 1 for each in self._add(args=arguments)]
+        added, long = self._add(args=arguments)
         if len(added) != len(arguments) // _FIELDS:
             raise ValueError(f"{len(added)} answers to {len(arguments) // _FIELDS} events")
-        return added
+        for user in set(long):
+            self._rewrite(int(user), newest)
+        return [each == 1 for each in added]
+
+    def _rewrite(self, user: int, change: Callable[[NDArray[np.void]], NDArray[np.void]]) -> None:
+        """Put other records in the place of a user's, again if somebody else added to them meanwhile."""
+        key = f"{PREFIX}user:{user}"
+
+        def put(pipe: Any) -> None:
+            records = change(np.frombuffer(pipe.get(key) or b"", RECORD))
+            pipe.multi()
+            pipe.set(key, records.tobytes())
+
+        self._asked(partial(self._redis.transaction, put, key))
 
     def _asked(self, ask: Callable[[], T]) -> T:
         try:

@@ -16,7 +16,7 @@ from trirank.contract import EventKind
 
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
-from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, records_of
+from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, newest, records_of
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS users (user_id INTEGER PRIMARY KEY, records BLOB NOT NULL);
@@ -38,10 +38,15 @@ _COUNTED = {EventKind.IMPRESSION.value: (1, 0), EventKind.CLICK.value: (0, 1)}
 class SqliteStore:
     """See store.Store.
 
+    Attributes:
+        remote: no.
+
     Args:
         path: of the file, which is made if it is not there.
         timeout_s: how long to wait for another one that writes.
     """
+
+    remote = False
 
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._path = path
@@ -123,7 +128,7 @@ class SqliteStore:
         """See store.Store. One transaction."""
         with self._transaction():
             for user, events in histories:
-                self._write(user, merged(self._read(user), records_of(events), contract.MAX_HISTORY))
+                self._write(user, merged(self._read(user), records_of(events)))
 
     def users(self) -> Iterator[int]:
         """See store.Store."""
@@ -190,8 +195,7 @@ class SqliteStore:
         return np.frombuffer(row[0] if row else b"", RECORD)
 
     def _write(self, user: int, records: NDArray[np.void]) -> None:
-        records = records[np.argsort(records["timestamp"], kind="stable")][-contract.MAX_HISTORY :]
-        self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?)", (user, records.tobytes()))
+        self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?)", (user, newest(records).tobytes()))
 
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +15,20 @@ from trirank_backend.histories import Events
 from trirank_backend.stores.events import Event, Past, Stored
 
 READ_TIMEOUT_S = 0.02
-"""How long a request waits for a user's past; then it is answered as for a user without one."""
+"""How long a request waits for a user's past: for a network and all that belongs to it, or for another process that has
+the file locked. Then it is answered as for a user without one."""
 WRITE_TIMEOUT_S = 5.0
 
 
 class Store(Protocol):
-    """The same tests run on every kind. Every method raises StoreFailed where the store does not answer in time."""
+    """The same tests run on every kind. Every method raises StoreFailed where the store does not answer in time.
+
+    Attributes:
+        remote: whether answers come over a network, and may not come at all.
+    """
+
+    @property
+    def remote(self) -> bool: ...
 
     def get(self, users: list[int]) -> dict[int, Past]:
         """What is remembered of those users that are known, in one round trip."""
@@ -40,8 +49,8 @@ class Store(Protocol):
         ...
 
     def erase(self, user: int) -> int:
-        """Forget a user everywhere, log included; gives how many events and remembered ones are gone. Counts of items
-        stay, which tell of nobody."""
+        """Forget a user everywhere in the store, its log included; gives how many events and remembered ones are gone.
+        Counts of items stay, which tell of nobody."""
         ...
 
     def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
@@ -94,10 +103,16 @@ def open_store(address: str, timeout_s: float = WRITE_TIMEOUT_S) -> Store:
 
 
 def hide_password(address: str) -> str:
-    """An address for eyes and logs."""
-    scheme, slashes, rest = address.partition("://")
-    if not slashes:
+    """An address for eyes and logs; nothing but its kind where it is not certain which part is a password."""
+    kind, colon, _ = address.partition(":")
+    if kind == "sqlite" or not colon:
         return address
-    rest, question, _ = rest.partition("?")  # which may hold a password as well
-    secret, at, place = rest.rpartition("@")
-    return f"{scheme}://{'***@' if at and secret else ''}{place}{'?***' if question else ''}"
+    try:
+        parts = urlsplit(address)
+        _ = parts.port  # what follows a host's colon and is no number may be a password
+    except ValueError:
+        return f"{kind}:***"
+    if "@" in f"{parts.path}{parts.query}{parts.fragment}" or not (parts.netloc or kind == "unix"):
+        return f"{kind}:***"
+    secret, at, place = parts.netloc.rpartition("@")
+    return f"{kind}://{'***@' if at and secret else ''}{place}{parts.path}{'?***' if parts.query else ''}"
