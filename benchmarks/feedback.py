@@ -3,12 +3,14 @@
     python benchmarks/feedback.py [--kills N] [--store sqlite|redis]
 
 With the demo's release, on SQLite and on Redis with ``appendfsync always``. 1,000 events a second are told in batches
-of 20 while Triton and all its processes are killed outright at random moments (with Redis every second time the
-store, too) and started again; a batch whose answer does not come is told again, with the same ids, until it is
-acknowledged. At the end the store is read: what was acknowledged and is not there is lost, what is there twice is
-doubled, in the log and in what is remembered of users. Rankings come at a fixed rate, in rounds with and without
-feedback beside them, latency counted from the moment that they were due; who tells feedback is a process of its own
-there, and gives way to who asks, since in life neither is on the server's machine.
+of 20 while Triton and all its processes are killed outright, at random moments and at those in which something has
+just been stored and is not yet answered for (with Redis every second time the store, too), and started again; a batch
+whose answer does not come is told again, with the same ids, until it is acknowledged. At the end the store is read:
+what was acknowledged and is not there is lost, what is there twice is doubled, in the log and in what is remembered
+of users. A kill leaves what the system has taken for written; that it is on the disk is SQLite's and Redis' own word.
+Rankings come at a fixed rate, in rounds with and without feedback beside them, latency counted from the moment that
+they were due; who tells feedback is a process of its own there, and gives way to who asks, since in life neither is
+on the server's machine.
 """
 
 from __future__ import annotations
@@ -23,17 +25,22 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import redis
+from numpy.typing import NDArray
 from results import ROOT, Figure, write
 from trirank import FeedbackEvent, RankClient, RankError, RankRequest
 from trirank.contract import MAX_HISTORY
+from trirank_backend.stores.events import Event
+from trirank_backend.stores.redis import PREFIX, SEEN_S
 from trirank_backend.stores.store import open_store
 from trirank_build.demo import build
 from trirank_build.online.events import all_events
@@ -45,8 +52,10 @@ sys.path.append(str(ROOT / "tests"))
 from stores import free_port, start_redis
 
 BATCH, RATE = 20, 1_000
-RANK_RATE, ROUND_S, ROUNDS = 100, 8.0, 7
+RANK_RATE, ROUND_S, ROUNDS = 100, 3.0, 20
+STALL_MS = 50.0
 SUSTAINED_S, TELLERS, LARGE = 6.0, 8, 100
+CODES = (0, 0, 0, 1, 2)
 KINDS = ("impression", "impression", "impression", "view", "click", "cart", "purchase")
 
 
@@ -143,6 +152,8 @@ def killed(kind: str, release: Path, items: list[int], kills: int) -> list[Figur
         try:
             for number in range(kills):
                 time.sleep(chance.uniform(0.5, 2.5))
+                if number % 4 >= 2:
+                    wait_for_more(address)
                 os.killpg(server.pid, signal.SIGKILL)
                 if redis is not None and number % 2:
                     redis.kill()
@@ -180,6 +191,19 @@ def killed(kind: str, release: Path, items: list[int], kills: int) -> list[Figur
     ]
 
 
+def wait_for_more(address: str) -> None:
+    """Until something is stored."""
+    store = open_store(address)
+    try:
+        last = ""
+        while part := store.log(last):
+            last = part[-1].place
+        while not store.log(last, limit=1):
+            pass
+    finally:
+        store.close()
+
+
 def sustained(kind: str, release: Path, items: list[int]) -> list[Figure]:
     """As fast as it goes, and rankings with and without feedback beside them."""
     requests = recorded_requests(release)
@@ -187,47 +211,102 @@ def sustained(kind: str, release: Path, items: list[int]) -> list[Figure]:
         server = stack.enter_context(TritonServer(release, stores=Stores(address)))
         server.wait_ready()
         rates = [flat_out(server.grpc, items) for _ in range(3)]
-        rank_p99(server.grpc, requests)  # not counted: caches fill
+        rank_took(server.grpc, requests)  # not counted: caches fill
         without, beside = [], []
-        for _ in range(ROUNDS):
-            without.append(rank_p99(server.grpc, requests))
-            with telling(server.grpc, items):
-                beside.append(rank_p99(server.grpc, requests))
-    ratios = [with_it / alone for with_it, alone in zip(beside, without, strict=True)]
+        with telling(server.grpc, items) as (go, rest):
+            for number in range(ROUNDS):
+                arms = [(without, rest), (beside, go)]
+                for rounds, turn in arms if number % 2 else arms[::-1]:
+                    turn()
+                    rounds.append(rank_took(server.grpc, requests))
+    p99 = [np.array([np.percentile(took, 99) for took in rounds]) for rounds in (without, beside)]
+    stalls = [sum(float(took.max()) > STALL_MS for took in rounds) for rounds in (without, beside)]
+    drawn = np.random.default_rng(0).integers(ROUNDS, size=(2_000, ROUNDS))
+    ratio = np.median(p99[1][drawn], 1) / np.median(p99[0][drawn], 1)
     note = f"{RANK_RATE} rankings/s, {RATE} events/s in batches of {BATCH} beside them or not, in turns"
+    between = (
+        f"medians of {ROUNDS} rounds of {ROUND_S:g} s each, 95 % interval of rounds drawn anew; something took longer "
+        f"than {STALL_MS:g} ms in {stalls[0]} rounds without and {stalls[1]} with feedback"
+    )
+    value = float(np.median(p99[1]) / np.median(p99[0]))
     return [
         figure(f"events_per_s_{kind}", rates, "events/s", f"{TELLERS} callers, batches of {LARGE}, as fast as they go"),
-        figure(f"rank_p99_ms_{kind}", without, "ms", f"without feedback; {RANK_RATE} rankings/s"),
-        figure(f"rank_p99_beside_ms_{kind}", beside, "ms", note),
-        figure(f"rank_p99_ratio_{kind}", ratios, "times", note),
+        figure(f"rank_p99_ms_{kind}", p99[0].tolist(), "ms", f"without feedback; {RANK_RATE} rankings/s"),
+        figure(f"rank_p99_beside_ms_{kind}", p99[1].tolist(), "ms", note),
+        Figure(f"rank_p99_ratio_{kind}", value, *np.percentile(ratio, [2.5, 97.5]).tolist(), "times", between),
     ]
 
 
 @contextmanager
-def telling(address: str, items: list[int]) -> Iterator[None]:
-    """Feedback at RATE from another process."""
+def telling(address: str, items: list[int]) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Feedback at RATE from another process: calls that let it go on, and rest."""
     spawn = multiprocessing.get_context("spawn")
-    begun, stopped = spawn.Event(), spawn.Event()
-    process = spawn.Process(target=tell, args=(address, items, begun, stopped))
+    wanted, busy, ended = spawn.Event(), spawn.Event(), spawn.Event()
+    process = spawn.Process(target=tell, args=(address, items, wanted, busy, ended))
     process.start()
-    begun.wait()
+
+    def go() -> None:
+        wanted.set()
+        assert busy.wait(60)
+
+    def rest() -> None:
+        wanted.clear()
+        while busy.is_set():
+            time.sleep(0.01)
+
     try:
-        yield
+        yield go, rest
     finally:
-        stopped.set()
+        ended.set()
+        wanted.set()
         process.join()
 
 
-def tell(address: str, items: list[int], begun: Any, stopped: Any) -> None:
+def tell(address: str, items: list[int], wanted: Any, busy: Any, ended: Any) -> None:
     """The other process."""
     os.nice(10)
-    teller = Teller(address, items, RATE)
-    teller.start()
-    while not teller.acknowledged:
-        time.sleep(0.01)
-    begun.set()
-    stopped.wait()
-    teller.stop()
+    while wanted.wait() and not ended.is_set():
+        teller = Teller(address, items, RATE)
+        teller.start()
+        while not teller.acknowledged:
+            time.sleep(0.01)
+        busy.set()
+        while wanted.is_set() and not ended.is_set():
+            time.sleep(0.01)
+        teller.stop()
+        busy.clear()
+
+
+def footprint() -> list[Figure]:
+    """Bytes of Redis' memory that an event takes, and for how long."""
+    count = 100_000
+    with tempfile.TemporaryDirectory() as folder, store_of("redis", Path(folder)) as (address, _):
+        store, client = open_store(address), redis.Redis.from_url(address)
+        chance = random.Random(0)
+
+        def used() -> int:
+            return int(client.info("memory")["used_memory"])
+
+        sizes = [used()]
+        for start in range(0, count, 1_000):
+            store.add([
+                Event(uuid.uuid4().hex, chance.randrange(20_000), chance.randrange(5_000), chance.choice(CODES),
+                      1_770_000_000 + start, uuid.uuid4().hex[:12], 1)
+                for _ in range(1_000)
+            ])  # fmt: skip
+        sizes.append(used())
+        client.delete(f"{PREFIX}events")
+        sizes.append(used())
+        for key in client.scan_iter(f"{PREFIX}seen:*", count=10_000):
+            client.delete(key)
+        sizes.append(used())
+        store.close()
+        client.close()
+    log, seen = ((one - two) / count for one, two in itertools.pairwise(sizes[1:]))
+    return [
+        figure("redis_bytes_log", [log], "bytes an event", "until the log is trimmed"),
+        figure("redis_bytes_seen", [seen], "bytes an event", f"for {SEEN_S / 86_400:g} days: its id"),
+    ]
 
 
 def flat_out(address: str, items: list[int]) -> float:
@@ -249,8 +328,8 @@ def flat_out(address: str, items: list[int]) -> float:
         return next(told) * LARGE / (time.monotonic() - started)
 
 
-def rank_p99(address: str, requests: list[RankRequest]) -> float:
-    """99th percentile of milliseconds from the moment a ranking was due."""
+def rank_took(address: str, requests: list[RankRequest]) -> NDArray[np.float64]:
+    """Milliseconds from the moment that each ranking was due, the first tenth left out."""
     took: list[float] = []
     with RankClient(address, deadline_s=5) as client, ThreadPoolExecutor(8) as pool:
 
@@ -266,7 +345,7 @@ def rank_p99(address: str, requests: list[RankRequest]) -> float:
             waiting.append(pool.submit(ask, number, due))
         for each in waiting:
             each.result()
-    return float(np.percentile(took[len(took) // 10 :], 99))
+    return np.array(took[len(took) // 10 :])
 
 
 def figure(name: str, values: list[float], unit: str, note: str) -> Figure:
@@ -283,6 +362,7 @@ if __name__ == "__main__":
     ids = np.load(made / "features" / "catalogue" / "ids.npy").tolist()
     for one in [arguments.store] if arguments.store else ["sqlite", "redis"]:
         found = [*sustained(one, made, ids), *killed(one, made, ids, arguments.kills)]
+        found += footprint() if one == "redis" else []
         for each in found:
             print(
                 f"{each.name:28} {each.value:10.2f} [{each.low:.2f}, {each.high:.2f}] {each.unit}  {each.note}",

@@ -82,7 +82,11 @@ def feedback() -> str:
             cells.append(f"{figure.value:.0f}" if figure.unit == "events" else _cell(figure, digits))
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     notes = [found[f"lost_events_{store}"].note for store in ("sqlite", "redis")]
-    return "\n".join([*lines, "", f"{'; '.join(notes).replace('sqlite', 'SQLite').replace('redis', 'Redis')}."])
+    log, seen = found["redis_bytes_log"], found["redis_bytes_seen"]
+    room = f"An event takes {log.value:.0f} bytes of Redis {log.note}, and {seen.value:.0f} {seen.note}."
+    told = "; ".join(notes).replace("sqlite", "SQLite").replace("redis", "Redis")
+    ratio = f"Rankings beside feedback: {found['rank_p99_ratio_sqlite'].note} (SQLite)."
+    return "\n".join([*lines, "", f"{told}.", "", ratio, "", room])
 
 
 def scenarios() -> str:
@@ -103,9 +107,12 @@ def scenarios() -> str:
     crossed, plain = found["categories_cross_category"], found["categories_plain"]
     lines.append(f"| `cross_category` | categories in the top 10 | {_cell(crossed)} | {_cell(plain)} | |")
     best = found["categories_at_1pct_loss"]
-    others = [
-        f"`{name}` {found[f'categories_at_1pct_loss_{name}'].value:.2f}" for name in ("quota", "mmr", "dpp", "cap")
-    ]
+    others = []
+    for name in ("quota", "mmr", "dpp", "cap", "chance"):
+        many, words = found.get(f"categories_at_1pct_loss_{name}"), f"`{name}`" if name != "chance" else "random swaps"
+        others.append(
+            f"{words} " + (f"{many.value:.2f} ({found[f'ndcg_kept_{name}'].value:.1%} kept)" if many else "none")
+        )
     return "\n".join([
         *lines,
         "",
@@ -113,8 +120,8 @@ def scenarios() -> str:
         f"{found['new_items_ndcg_kept'].value:.1%} of NDCG; `cross_category` keeps "
         f"{found['cross_category_ndcg_kept'].value:.1%}. For a loss of at most 1 % of NDCG on validation the most "
         f"categories come from {best.note.partition(':')[0]}: {_cell(best)} on test, "
-        f"with {found['ndcg_kept_at_1pct_loss'].value:.1%} of NDCG kept there; {', '.join(others)}, random swaps "
-        f"{found['categories_at_1pct_loss_chance'].value:.2f}, no rule {plain.value:.2f}.",
+        f"with {found['ndcg_kept_at_1pct_loss'].value:.1%} of NDCG kept there; {', '.join(others)}, no rule "
+        f"{plain.value:.2f}.",
     ])  # fmt: skip
 
 

@@ -26,15 +26,18 @@ from trirank_backend.handover import HEADER, Handover
 from trirank_backend.lookup_kernels import find_rows
 from trirank_backend.policies import Items, Policy, Release
 from trirank_backend.rerank import Rerank
+from trirank_backend.text import title_sketches
+from trirank_build.preparation.sources.shop import BRANDS, COLOURS, NOUNS, STYLES
 
 CANDIDATES, SHOWN, BATCH, ITEMS, ROUNDS = 500, 50, 16, 100_000, 30
 MANY = 10_000_000
+TITLES = (BRANDS, STYLES, NOUNS, COLOURS)
 DEDUPLICATE = {"rule": "deduplicate", "titles": 0.9}
 CAPS = [{"rule": "cap", "field": field, "at_most": 4, "window": 10} for field in ("brand", "category", "seller")]
 POLICIES = {
     "plain": [],
-    "mmr": [DEDUPLICATE, *CAPS, {"rule": "mmr"}],
-    "dpp": [DEDUPLICATE, *CAPS, {"rule": "dpp"}],
+    "mmr": [DEDUPLICATE, {"rule": "mmr"}, *CAPS],
+    "dpp": [DEDUPLICATE, {"rule": "dpp"}, *CAPS],
     "deduplicate": [DEDUPLICATE],
     "caps": CAPS,
     "quota": [{"rule": "quota", "different": 5, "at_most": 3}],
@@ -45,11 +48,15 @@ NOW = 1_770_000_000
 
 
 def release(rng: np.random.Generator) -> Release:
-    """Items as a shop has them: variants, near titles, brands of very different size."""
+    """Items as a shop has them: variants, brands of very different size, titles like those of the synthetic shop, of
+    which many differ in a word."""
     base = rng.normal(size=(200, 32))
     vectors = base[rng.integers(200, size=ITEMS + 1)] + 0.5 * rng.normal(size=(ITEMS + 1, 32))
     vectors = np.round(127 * vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.int8)
-    sketches = rng.integers(1, 256, (20_000, 32), np.uint8)[rng.integers(20_000, size=ITEMS + 1)]
+    chosen = [[words[at] for at in rng.integers(len(words), size=ITEMS + 1)] for words in TITLES]
+    titles, of_item = np.unique([" ".join(words) for words in zip(*chosen, strict=True)], return_inverse=True)
+    sketches = title_sketches(titles.tolist())[of_item]
+    categories = np.array([NOUNS.index(noun) for noun in chosen[TITLES.index(NOUNS)]], np.int32)
     code = lambda count: (rng.zipf(1.5, ITEMS + 1) % count).astype(np.int32)  # noqa: E731
     catalogue = Catalogue(
         ids=np.arange(ITEMS), fields=np.zeros((ITEMS + 1, 4), np.int32), dense=np.zeros((ITEMS + 1, 2), np.float32),
@@ -57,24 +64,28 @@ def release(rng: np.random.Generator) -> Release:
         created_at=NOW - rng.integers(0, 90 * 86_400, ITEMS + 1), signals=np.zeros(ITEMS + 1, np.int32),
         titles=np.zeros((ITEMS + 1, 0), np.int32), trigrams=np.zeros((ITEMS + 1, 0), np.uint8),
     )  # fmt: skip
-    names = {"brand": 500, "category": 60, "seller": 100}
+    names = {"brand": 500, "category": len(NOUNS), "seller": 100}
     attributes = Attributes(
         prices=rng.uniform(1, 100, ITEMS + 1).astype(np.float32), margins=np.zeros(ITEMS + 1, np.float32),
-        brands=code(500), categories=code(60), sellers=code(100), regions=np.ones(ITEMS + 1, np.uint64),
+        brands=code(500), categories=categories, sellers=code(100), regions=np.ones(ITEMS + 1, np.uint64),
         vectors=vectors, sketches=sketches,
         names={kind: [f"{kind} {at}" for at in range(count)] for kind, count in names.items()} | {"region": ["de"]},
     )  # fmt: skip
     return Release(Items.of(catalogue, attributes), attributes, ("click",))
 
 
-def requests(rng: np.random.Generator, policy: int) -> list[tuple[NDArray[np.float32], Handover]]:
-    """A batch of different requests."""
+def requests(
+    rng: np.random.Generator, policy: int, categories: NDArray[np.int32]
+) -> list[tuple[NDArray[np.float32], Handover]]:
+    """A batch of different requests: candidates from anywhere, as on a home page, and from one category, as of a
+    search, in turns."""
     found = []
-    for _ in range(BATCH):
+    for number in range(BATCH):
         header = np.zeros(1, HEADER)
         header["top_k"], header["policy"], header["moment"] = SHOWN, policy, NOW
         header["min_price"], header["max_price"], header["seed"] = -np.inf, np.inf, 7
-        rows = rng.choice(ITEMS, (1, CANDIDATES), replace=False).astype(np.int32)
+        place = np.flatnonzero(categories[:ITEMS] == number) if number % 2 else np.arange(ITEMS)
+        rows = rng.choice(place, (1, CANDIDATES), replace=False).astype(np.int32)
         handover = Handover(header, rows, np.zeros_like(rows), np.zeros((1, 0), np.float32), np.zeros((1, 0), np.int64))
         found.append((rng.normal(size=(1, CANDIDATES, 1)).astype(np.float32), handover))
     return found
@@ -84,8 +95,9 @@ def policies() -> list[Figure]:
     """Microseconds a request of each policy, and what it costs beyond the plain one."""
     rng = np.random.default_rng(0)
     rules = {name: Policy.model_validate({"rules": own}) for name, own in POLICIES.items()}
-    rerank = Rerank(release(rng), rules)
-    batches = {name: [requests(rng, at) for _ in range(4)] for at, name in enumerate(rules)}
+    shop = release(rng)
+    rerank = Rerank(shop, rules)
+    batches = {name: [requests(rng, at, shop.items.categories) for _ in range(4)] for at, name in enumerate(rules)}
     for batch in batches.values():
         rerank(*batch[0][0])
     took: dict[str, list[float]] = {name: [] for name in rules}

@@ -121,7 +121,7 @@ class TestUsers:
         assert export_users(store, tmp_path / "users.jsonl") >= count
         lines = [json.loads(line) for line in (tmp_path / "users.jsonl").read_text().splitlines()]
         assert {line["user_id"] for line in lines} == set(store.users())
-        found = export_user(store, 7)
+        found = export_user(store, [7])
         assert found["disliked"] == [1]
         assert found["events"][0]["request_id"] == "r1"
         assert found["events"][0]["kind"] == "dislike"
@@ -205,7 +205,9 @@ class TestDatasets:
         assert more.description.source == night.description.source
 
     def test_requests_that_nothing_is_told_of(self, base, capsys):
-        with pytest.raises(BadData, match=r"none of the 1 logged requests \(1 with a request_id\) is named by an event"):
+        with pytest.raises(
+            BadData, match=r"none of the 1 logged requests \(1 with a request_id\) is named by an event"
+        ):
             with_feedback(base, [event(1, 3, request="other", position=1)], [line("r1", [3])])
         with pytest.raises(BadData, match="give the requests too, with --requests"):
             with_feedback(base, [event(1, 3, request="r1", position=1)], [])
@@ -225,7 +227,7 @@ class TestDatasets:
         assert once.requests.collect().height == twice.requests.collect().height
 
     def test_nothing_new(self, base):
-        with pytest.raises(BadData, match="no event of an item of this dataset; is it the same shop's"):
+        with pytest.raises(BadData, match=r"no event of an item of this dataset \(1 of others\); is it the same"):
             with_feedback(base, [event(1, 10**12)], [])
 
     def test_a_dataset_without_times(self, base):

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from trirank.contract import Behaviour
 
-from trirank_build.commands.options import Seed, check_target
+from trirank_build.commands.options import Seed, check_target, opened
 from trirank_build.errors import BadUsage
 from trirank_build.progress import out, working
 
@@ -86,6 +86,15 @@ def prepare(
     if requests is not None and from_events is None:
         raise BadUsage("--requests goes with --from-events: what was shown is told by feedback")
     if from_events is not None:
+        given = {
+            "--items": items, "--queries": queries, "--encoding": encoding, "--behaviour": behaviour,
+            "--item-ids": item_ids, "--user-ids": user_ids,
+        }  # fmt: skip
+        if said := [name for name, value in given.items() if value is not None]:
+            raise BadUsage(
+                f"{said[0]} does not go with --from-events, which reads no raw files: prepare those anew, and add "
+                "feedback to that"
+            )
         dataset = _from_events(source, from_events, requests)
     else:
         dataset = make(source, PrepareOptions(
@@ -104,8 +113,6 @@ def prepare(
 
 
 def _from_events(source: str, address: str, requests: Path | None) -> Any:
-    from trirank_backend.stores.store import open_store
-
     from trirank_build.data.dataset import Dataset
     from trirank_build.online.datasets import with_feedback
     from trirank_build.online.events import all_events, events_of
@@ -115,11 +122,8 @@ def _from_events(source: str, address: str, requests: Path | None) -> Any:
     lines = [] if requests is None else logged_requests(requests)
     if Path(address).is_dir():
         return with_feedback(base, events_of(Path(address)), lines)
-    store = open_store(address)
-    try:
+    with opened(address, "--from-events") as store:
         return with_feedback(base, all_events(store), lines)
-    finally:
-        store.close()
 
 
 def show_report(notes: list[str], rows: list[Any]) -> None:

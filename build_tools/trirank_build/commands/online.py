@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,10 +11,10 @@ import typer
 from rich.table import Table
 from trirank import contract
 from trirank_backend.errors import InvalidPolicy
-from trirank_backend.stores.store import Store, hide_password, open_store
+from trirank_backend.stores.store import hide_password
 from trirank_backend.surroundings import CATALOGUE_VARIABLE, USERS_VARIABLE
 
-from trirank_build.commands.options import Json, check_target
+from trirank_build.commands.options import Json, check_target, opened
 from trirank_build.errors import BadUsage
 from trirank_build.progress import out, warn, working
 
@@ -129,7 +127,7 @@ def import_users(
     dataset = Dataset.load(data)
     if not dataset.description.timed:
         warn("the dataset's timestamps are places in a sequence, no times: later feedback counts as newer all the same")
-    with _opened(users, new=True) as store, working("adding histories"):
+    with opened(users, new=True) as store, working("adding histories"):
         count = add_users(dataset.events, store)
     out.print(f"{count:,} users' histories are in {hide_password(users)}")
 
@@ -148,9 +146,9 @@ def export_users(
 
     if (target is None) == (user is None):
         raise BadUsage("say --user ID for one user, or --out FILE for all")
-    with _opened(users) as store:
+    with opened(users) as store:
         if user is not None:
-            print(json.dumps(of_users.export_user(store, _user_id(user, user_ids)), indent=1))
+            print(json.dumps(of_users.export_user(store, _user_ids(user, user_ids)), indent=1))
         elif target is not None:
             check_target(target, "an export", file=True)
             out.print(f"{of_users.export_users(store, target):,} users are in {target}")
@@ -166,7 +164,7 @@ def take_log(
     from trirank_build.online.events import take_out
 
     check_target(target, "a log of events")
-    with _opened(users) as store:
+    with opened(users) as store:
         out.print(f"{take_out(store, target, group):,} events more are in {target}")
 
 
@@ -176,34 +174,23 @@ def erase_user(
     users: Address,
     user_ids: UserIds = None,
 ) -> None:
-    """Forget a user everywhere in the store, the log of events included."""
-    with _opened(users) as store:
-        gone = store.erase(_user_id(user, user_ids))
+    """Forget a user everywhere in the store, the log of events included. Files of `users log`, logs of requests and
+    datasets are not the store's: delete those that are old enough."""
+    with opened(users) as store:
+        gone = sum(map(store.erase, _user_ids(user, user_ids)))
     out.print(f"{gone} events of user {user} are gone" if gone else f"nothing was known of user {user}")
 
 
-@contextmanager
-def _opened(address: str, new: bool = False) -> Iterator[Store]:
-    """A store; ``new``: whether a file may be made."""
-    kind, _, path = address.partition(":")
-    if kind == "sqlite" and not new and not Path(path).is_file():
-        raise BadUsage(f"--users {address}: there is no such file; `trirank users import` makes one")
-    store = open_store(address)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-def _user_id(text: str, kind: str | None) -> int:
-    """A user's id in the store. Text that is all digits could be either, and forgetting somebody else is no answer."""
+def _user_ids(text: str, kind: str | None) -> list[int]:
+    """A user's id in the store. Digits may be a number or a text that looks like one, and then both are meant: in a
+    store of numbers nobody has the hash of a text, nor the other way round."""
     if kind is None and text.lstrip("-").isdigit():
         if not _NUMBER.fullmatch(text):
             raise BadUsage(f"user {text}: is that a number or text? Say --user-ids numbers or --user-ids strings")
-        kind = "numbers"
+        return [*_user_ids(text, "numbers"), contract.stable_id(text)]
     if kind != "numbers":
-        return contract.stable_id(text)
+        return [contract.stable_id(text)]
     number = int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else 2**63
     if not -(2**63) <= number < 2**63:
         raise BadUsage(f"user {text} is no number of at most 64 bits; say --user-ids strings if it is text")
-    return number
+    return [number]

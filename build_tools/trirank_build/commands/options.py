@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from trirank_backend.stores.store import Store, open_store
 
 from trirank_build.errors import BadUsage
 
@@ -18,6 +21,23 @@ Engine = Literal["onnxruntime", "onnxruntime-tensorrt-rtx", "onnxruntime-cuda", 
 
 
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+
+
+@contextmanager
+def opened(address: str, option: str = "--users", new: bool = False) -> Iterator[Store]:
+    """A user store; ``new``: whether a file may be made.
+
+    Raises:
+        BadUsage: it is a file that is not there.
+    """
+    kind, _, path = address.partition(":")
+    if kind == "sqlite" and not new and not Path(path).is_file():
+        raise BadUsage(f"{option} {address}: there is no such file; `trirank users import` makes one")
+    store = open_store(address)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def check_target(target: Path, what: str, *, replaces: str = "", file: bool = False, option: str = "--out") -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ from trirank_build.repository.release import load_manifest
 
 COLUMNS = ("price", "stock", "blocked")
 _YES, _NO = ("1", "true", "yes"), ("0", "false", "no")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MOST_STOCK = 2**31 - 1
 _MOST_PRICE = 1e30
 """Above the largest number of 32 bits a price would be infinite."""

@@ -25,7 +25,8 @@ def all_events(store: Store, after: str = "") -> Iterator[Event]:
 
 def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
     """Write what a group has not read yet to a folder, a file a part, for its owner alone; gives how many events. Each
-    part is on the disk before it is acknowledged: a part that was written and not acknowledged comes again, in the same file.
+    part is on the disk before it is acknowledged: a part that was written and not acknowledged comes again, in the
+    same file.
 
     Raises:
         StoreFailed: the store does not answer; what is written stays.

@@ -54,9 +54,16 @@ def histories(events: pl.DataFrame) -> Iterator[tuple[int, Events]]:
         yield user, Events(items.to_numpy()[newest], behaviours.to_numpy()[newest], times.to_numpy()[newest])
 
 
-def export_user(store: Store, user: int) -> dict[str, Any]:
-    """All that a store has of a user, as JSON."""
-    past = store.get([user]).get(user)
+def export_user(store: Store, users: list[int]) -> dict[str, Any]:
+    """All that a store has of a user, as JSON.
+
+    Args:
+        users: the ids that may be theirs; the first one of whom anything is known, is.
+    """
+    logged_users = {event.user_id for event in all_events(store)} if len(users) > 1 else set()
+    pasts = store.get(users)
+    user = next((user for user in users if user in pasts or user in logged_users), users[0])
+    past = pasts.get(user)
     remembered = [] if past is None else [
         {"item_id": item, "kind": EventKind(behaviour).name.lower(), "timestamp": moment}
         for item, behaviour, moment in zip(

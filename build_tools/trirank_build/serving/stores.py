@@ -77,6 +77,6 @@ def usual_stores(release: Path, users: str | None, catalogue: Path | None, reque
         users = f"sqlite:{folder / USERS}" if os.access(folder, os.W_OK) else NONE  # readers, too, write beside it
         if users == NONE:
             warn(f"{folder} cannot be written to, so there is no user store; say --users, or --users none")
-    if users.startswith("sqlite:"):  # the stubs' working folder is another one
+    if users.startswith("sqlite:"):  # so that it is the same one from any folder
         users = f"sqlite:{Path(users.removeprefix('sqlite:')).absolute()}"
     return Stores(None if users == NONE else users, catalogue or folder / CATALOGUE, requests)

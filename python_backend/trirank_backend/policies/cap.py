@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,29 @@ def unknown_field(release: Release, field: str) -> Iterator[str]:
 
 
 @kernel
+def numbered(codes: NDArray[np.int32], rows: NDArray[np.int32], order: NDArray[np.int32]) -> Any:
+    """[N] the codes of candidates, numbered from 0 in the order in which they come; -1: none."""
+    size = 16
+    while size < 2 * len(order):
+        size *= 2
+    slots, numbers = np.full(size, -1, np.int32), np.full(size, -1, np.int32)  # a hash table with open addressing
+    found, count = np.empty(len(order), np.int32), 0
+    for at in range(len(order)):
+        code = codes[rows[order[at]]]
+        if code < 0:
+            found[at] = -1
+            continue
+        slot = np.int64((np.uint64(code) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) & (size - 1)
+        while slots[slot] >= 0 and slots[slot] != code:
+            slot = (slot + 1) & (size - 1)
+        if slots[slot] < 0:
+            slots[slot], numbers[slot] = code, count
+            count += 1
+        found[at] = numbers[slot]
+    return found
+
+
+@kernel
 def cap(
     order: NDArray[np.int32],
     count: int,
@@ -83,24 +106,36 @@ def cap(
 ) -> None:
     """Reorder the first ``within``."""
     before = order[:count].copy()
+    kinds = numbered(codes, rows, before)
     gone = np.zeros(count, np.bool_)
+    left, near = np.zeros(count, np.int32), np.zeros(count, np.int32)  # of each kind: to be put, among the neighbours
+    for at in range(count):
+        if kinds[at] >= 0:
+            left[kinds[at]] += 1
+    fitting = count  # candidates that are still to be put and are not of a kind of which there are enough
+    put = np.empty(count, np.int32)
     first = 0  # of those that are still to be put
     for position in range(min(within, count)):
+        if position >= window and put[position - window] >= 0:
+            leaves = put[position - window]
+            if near[leaves] == at_most:
+                fitting += left[leaves]
+            near[leaves] -= 1
         while gone[first]:
             first += 1
         at = first
-        while at < count:
-            if not gone[at]:
-                code = codes[rows[before[at]]]
-                same = 0
-                if code >= 0:
-                    for other in range(max(0, position - window + 1), position):
-                        same += codes[rows[order[other]]] == code
-                if same < at_most:
-                    break
-            at += 1
-        if at == count:
-            at = first
+        if fitting:
+            while gone[at] or (kinds[at] >= 0 and near[kinds[at]] >= at_most):
+                at += 1
+        put[position] = kind = kinds[at]
+        if kind < 0:
+            fitting -= 1
+        else:
+            fitting -= near[kind] < at_most
+            left[kind] -= 1
+            near[kind] += 1
+            if near[kind] == at_most:
+                fitting -= left[kind]
         gone[at] = True
         order[position] = before[at]
         for passed in range(first, at):  # what stood before it now stands behind it

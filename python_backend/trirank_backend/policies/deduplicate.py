@@ -1,9 +1,9 @@
 """``deduplicate``: of candidates that are alike, only the best stays.
 
 Alike are variants of a product, and items whose titles are nearly the same: MinHash (Broder, 1997) of the titles'
-letter trigrams, 32 hashes of which 8 bits are kept (Li and König, WWW 2010), in bands of four, so that only titles that
-agree in a whole band are compared at all: from 0.78 on none is missed, below that a few. Identical ids have been
-dropped before, by preprocess.
+letter trigrams, 32 hashes of which 8 bits are kept (Li and König, WWW 2010), in bands of four or more, as long as they
+can be, so that only titles that agree in a whole band are compared at all: from 0.78 on none is missed, below that a
+few. Identical ids have been dropped before, by preprocess.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from trirank_backend.compiled import kernel
 from trirank_backend.policies.page import Page
 from trirank_backend.policies.rule import Phase, Release, Rule, Step
 
+_MIX = 0x9E3779B97F4A7C15
 _BEST = Reason.BEST_VARIANT.value
 
 
@@ -53,8 +54,7 @@ class Deduplicate(Rule):
             page.sort()
             held = _NOBODY if page.held is None else page.held
             page.count = keep_best(
-                page.order, page.count, page.rows, items.products, items.sketches, bands, self.variants, least, held,
-                page.reasons,
+                page.order, page.count, page.rows, items.products, bands, self.variants, least, held, page.reasons,
             )  # fmt: skip
 
         return step
@@ -69,7 +69,6 @@ def keep_best(
     count: int,
     rows: NDArray[np.int32],
     products: NDArray[np.int32],
-    sketches: NDArray[np.uint8],
     bands: NDArray[np.uint32],
     variants: bool,
     least: int,
@@ -79,7 +78,7 @@ def keep_best(
     """Keep the first of each kind, in order; gives how many.
 
     Args:
-        sketches: [M+1, SKETCH]; bands: the same bytes, [M+1, SKETCH / BAND].
+        bands: [M+1, SKETCH / 4] the sketches, four hashes in a number.
         least: hashes that have to agree for titles to be the same; above SKETCH: they are not compared.
         held: [N] or [0]; what is held stays, and others like it go whatever their score.
     """
@@ -90,8 +89,18 @@ def keep_best(
     by_product = np.full(size, -1, np.int32)  # hash sets with open addressing, of places that stay
     # So many hashes may differ, and each spoils one band: one more band than that, and one is whole (pigeonholes).
     banded = 0 if least > SKETCH else min(bands.shape[1], SKETCH - least + 1)
-    by_band = np.full((banded, size), -1, np.int32)
+    by_band = np.full((banded, size), -1, np.int32)  # these hold numbers of candidates, in order
     spots = np.zeros(banded, np.int64)
+    # A band's fours as one number; more than two are mixed, and what is mixed alike is compared and told apart.
+    fours = bands.shape[1] // max(banded, 1)
+    keys = np.empty((count if banded else 0, banded), np.uint64)
+    for at in range(len(keys)):
+        row = rows[order[at]]
+        for band in range(banded):
+            key = np.uint64(0)
+            for four in range(band * fours, (band + 1) * fours):
+                key = (key << np.uint64(32) | key >> np.uint64(32)) * np.uint64(_MIX) ^ np.uint64(bands[row, four])
+            keys[at, band] = key
     gone = np.zeros(count, np.bool_)
     # What is held first: the others give way to it.
     turns = 2 if len(held) else 1
@@ -113,16 +122,18 @@ def keep_best(
                 for band in range(bands.shape[1]):
                     titled |= bands[row, band] != 0
             for band in range(banded if titled else 0):
-                key = bands[row, band]
-                spot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) & mask
+                key = keys[at, band]
+                spot = np.int64(key * np.uint64(_MIX) >> np.uint64(40)) & mask
                 while by_band[band, spot] >= 0 and winner < 0:
-                    other = rows[by_band[band, spot]]
-                    if bands[other, band] == key:  # a slot may hold what has another band, whose place was taken
+                    other = by_band[band, spot]
+                    if keys[other, band] == key:  # a slot may hold what has another band, whose place was taken
                         agree = 0
-                        for hash_at in range(SKETCH):
-                            agree += sketches[other, hash_at] == sketches[row, hash_at]
+                        for four in range(bands.shape[1]):
+                            differs = bands[row, four] ^ bands[rows[order[other]], four]
+                            for byte in range(4):
+                                agree += (differs >> np.uint32(8 * byte)) & np.uint32(255) == 0
                         if agree >= least:
-                            winner = by_band[band, spot]
+                            winner = order[other]
                     spot = (spot + 1) & mask
                 spots[band] = spot  # where there is room for it, if it stays
             if winner >= 0 and turn == turns - 1:
@@ -134,7 +145,7 @@ def keep_best(
             for band in range(banded if titled else 0):
                 while by_band[band, spots[band]] >= 0:  # held ones beside another one that is held
                     spots[band] = (spots[band] + 1) & mask
-                by_band[band, spots[band]] = place
+                by_band[band, spots[band]] = at
     kept = 0
     for at in range(count):
         if not gone[at]:
