@@ -13,6 +13,7 @@ import pytest
 import yaml
 from support import METRICS
 from trirank_build.cli import app
+from trirank_build.serving.live import Served
 from typer.main import get_command
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -97,6 +98,18 @@ def test_the_hpa_scales_what_there_is_by_a_metric_that_is_made():
     adapter = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus-adapter.yaml").read_text())
     made = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
     assert {metric["pods"]["metric"]["name"] for metric in hpa["metrics"]} == made
+
+
+@pytest.mark.parametrize("file", ["kubernetes/prometheus-adapter.yaml", "grafana/dashboards/trirank.json"])
+@pytest.mark.parametrize("pipeline", ["ensemble", "single"])
+def test_whatever_pipeline_is_served_its_models_are_seen(file, pipeline):
+    text = (DEPLOY / file).read_text().replace('\\"', '"')
+    asked = set(re.findall(r'model=~"([^"]*)"', text))
+    served = Served(Path("release"), "0123456789ab", pipeline)
+    assert asked
+    for pattern in asked:
+        assert all(re.fullmatch(pattern, stage) for stage in served.stages)
+        assert not re.fullmatch(pattern, "rank")
 
 
 def test_services_find_the_pods():
