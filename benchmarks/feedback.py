@@ -1,6 +1,6 @@
 """Is feedback lost or doubled when servers are killed, how much of it goes through, and what does it cost rankings?
 
-    python benchmarks/feedback.py [--kills N] [--store sqlite|redis]
+    python benchmarks/feedback.py [--kills N] [--store sqlite|redis] [--only rates|kills]
 
 With the demo's release, on SQLite and on Redis with ``appendfsync always``. 1,000 events a second are told in batches
 of 20 while Triton and all its processes are killed outright, at random moments and at those in which something has
@@ -357,12 +357,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--store", choices=["sqlite", "redis"])
+    parser.add_argument("--only", choices=["rates", "kills"])
     arguments = parser.parse_args()
     made = build(ROOT / "work" / "demo")
     ids = np.load(made / "features" / "catalogue" / "ids.npy").tolist()
     for one in [arguments.store] if arguments.store else ["sqlite", "redis"]:
-        found = [*sustained(one, made, ids), *killed(one, made, ids, arguments.kills)]
-        found += footprint() if one == "redis" else []
+        found = []
+        if arguments.only != "kills":
+            found += sustained(one, made, ids)
+        if arguments.only != "rates":
+            found += killed(one, made, ids, arguments.kills)
+            found += footprint() if one == "redis" else []
         for each in found:
             print(
                 f"{each.name:28} {each.value:10.2f} [{each.low:.2f}, {each.high:.2f}] {each.unit}  {each.note}",

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,10 @@ class Feedback:
     @classmethod
     def load(cls) -> Feedback:
         """Open what the surroundings name."""
-        os.nice(5)  # whoever waits for a ranking comes first
+        # Whoever waits for a ranking comes first: this process takes no core from one that is at work on it.
+        os.nice(10)
+        with suppress(OSError, AttributeError):  # Linux alone has it, and may not allow it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         address = os.environ[USERS_VARIABLE]
         loaded = cls(open_store(address), Known(Path(os.environ[SERVED_VARIABLE])))
         if place := os.environ.get(COUNTS_VARIABLE):
