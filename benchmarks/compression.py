@@ -116,7 +116,7 @@ def ndcg(run: TrainedRun, ranker: Any, examples: Examples) -> np.ndarray:
     for start in range(0, len(own), 64):
         packed = own.whole(np.arange(start, min(start + 64, len(own)))).packed
         found.append(ranker(packed.tensors()).mean(-1))
-    gains = metrics.order_gains(np.concatenate(found), own.labels, own.rows >= 0)
+    gains = metrics.order_gains(metrics.ties_broken(np.concatenate(found)), own.labels, own.rows >= 0)
     return metrics.ndcg(gains, metrics.ideal_gains(own.labels, own.missed))
 
 

@@ -120,7 +120,7 @@ def sequences(name: str, baselines: tuple[str, ...]) -> list[Figure]:
         bst = trained(name, "bst")
         by_similarity = retrieve(tasks, dataset, bst.features, bst.model())
         others["bst"] = rank_retrieved(score(bst.model(), by_similarity), tasks, by_similarity)
-    found = evaluate_catalogue(model, dataset, features, found=others)
+    found = evaluate_catalogue(model, dataset, features, "test", found=others)
     figures = [*figures_of(name, found, ", whole catalogue"), seconds(f"{name}_train_s", run)]
     return [figure for figure in figures if figure.name not in SEVERAL_SEEDS]
 
@@ -130,7 +130,7 @@ def beauty_seeds() -> list[Figure]:
     dataset, rows = dataset_of("beauty"), []
     for seed in BEAUTY_SEEDS:
         run = trained("beauty", "sequences") if seed == 7 else trained("beauty", "sequences", {"seed": seed}, str(seed))
-        found = evaluate_catalogue(run.model(), dataset, run.features, others={})
+        found = evaluate_catalogue(run.model(), dataset, run.features, "test", others={})
         states = found.table["ranker's states alone"]
         both = [row[metric].value for row in (found.table["ranker"], states) for metric in ("NDCG@10", "recall@10")]
         rows.append(both)
@@ -148,7 +148,7 @@ def games_sampled() -> list[Figure]:
     tasks = CatalogueTasks.of(dataset, "test", run.features)
     draw = {"negatives": NEGATIVES, "seed": SAMPLING_SEED}
     other = {"sasrec": rank_catalogue(tasks, state_scorer(sasrec.model(), sasrec.features), **draw)}
-    found = evaluate_catalogue(run.model(), dataset, run.features, found=other, **draw)
+    found = evaluate_catalogue(run.model(), dataset, run.features, "test", found=other, **draw)
     return figures_of("games_sampled", found, f", {NEGATIVES} sampled items, seed {SAMPLING_SEED}")
 
 

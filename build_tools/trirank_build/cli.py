@@ -231,7 +231,9 @@ def gate(
         typer.Option(help="What runs it; by default the fastest here."),
     ] = None,
     requests: Annotated[int, typer.Option(min=10, help="Held-out requests.")] = 1_000,
-    split: Annotated[Literal["valid", "test"], typer.Option(help="Which requests.")] = "test",
+    split: Annotated[
+        Literal["valid", "test"], typer.Option(help="Which requests; what is chosen by test is no longer known there.")
+    ] = "valid",
     live: Annotated[bool, typer.Option(help="Whether to ask a live ensemble too.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -266,7 +268,10 @@ def gate(
 def evaluate(
     run: Run,
     data: Data,
-    split: Annotated[Literal["train", "valid", "test"], typer.Option(help="Which requests.")] = "test",
+    split: Annotated[
+        Literal["train", "valid", "test"],
+        typer.Option(help="Which requests; look at test once, when all is chosen."),
+    ] = "valid",
     protocol: Annotated[
         Literal["requests", "catalogue", "sampled"],
         typer.Option(
@@ -283,7 +288,7 @@ def evaluate(
         check_target(html, "a report", file=True, option="--html")
     from trirank_build.data.dataset import Dataset
     from trirank_build.evaluation import evaluate as evaluation
-    from trirank_build.evaluation.report import write_report
+    from trirank_build.evaluation.report import verdict, write_report
     from trirank_build.features.examples import Examples
     from trirank_build.training.run import TrainedRun
 
@@ -301,12 +306,13 @@ def evaluate(
     if html is not None:
         write_report(found, f"{trained.recipe.name} on {dataset.description.source}", trained.facts["curve"], html)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(found.to_json() | {"verdict": verdict(found)}))
         return
     from trirank_build.presentation import evaluation_tables
 
     for table in evaluation_tables(found, split):
         out.print(table)
+    out.print(verdict(found))
 
 
 @app.command()
@@ -376,7 +382,11 @@ def assemble(
         ),
     ] = None,
     allow_failing_gate: Annotated[
-        bool, typer.Option("--allow-failing-gate", help="Take a graph that failed the gate; the manifest says so.")
+        bool,
+        typer.Option(
+            "--allow-failing-gate",
+            help="Take a graph that failed the gate, or ranks worse than retrieval; the manifest says so.",
+        ),
     ] = False,
     policies: Annotated[
         Path | None,

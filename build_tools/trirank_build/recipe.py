@@ -100,8 +100,6 @@ class PretrainingRecipe(_Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay: bool = True
     """Cosine decay of the learning rate down to a tenth, or a constant one."""
-    dropout: Share | None = None
-    """None: the model's."""
     masked_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     negatives: Literal["all", "uniform", "popularity", "in_batch"] = "all"
     negative_samples: PositiveInt = 1_024

@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from scipy import stats
+from torch import nn
 from trirank_backend.features import Packer
 from trirank_build.baselines.content import Content
 from trirank_build.baselines.matrix_factorisation import MatrixFactorisation
@@ -20,7 +22,8 @@ from trirank_build.evaluation.bootstrap import mean_interval, ratio_interval
 from trirank_build.evaluation.catalogue import rank_catalogue
 from trirank_build.evaluation.contenders import Popularity, contenders, lambdamart, order_candidates
 from trirank_build.evaluation.evaluate import evaluate, evaluate_catalogue
-from trirank_build.evaluation.report import write_report
+from trirank_build.evaluation.report import verdict, write_report
+from trirank_build.evaluation.scoring import retrieval_ndcg, valid_ndcg
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features, fit_features
 from trirank_build.preparation.options import PrepareOptions
@@ -110,8 +113,26 @@ def test_equal_scores_do_not_fall_back_on_retrieval(examples, dataset, trained):
     """A contender that knows nothing is worth what chance is, not what the candidates' order is."""
     nothing = Popularity(np.zeros(len(trained.features.catalogue), int))
     found = evaluate(trained.model(), examples, dataset, trained.features, others={"nothing": nothing})
-    values = {name: row["NDCG@10"].value for name, row in found.table.items()}
-    assert abs(values["nothing"] - values["random"]) < 0.5 * (values["retrieval"] - values["random"])
+    assert share_equal(found, "nothing", "retrieval") < 0.5
+
+
+def test_a_ranker_that_says_the_same_of_all_is_worth_what_chance_is(examples, dataset, trained):
+    class Same(nn.Linear):
+        def forward(self, candidates, **_):
+            return torch.zeros(*candidates.shape[:2], 1)
+
+    found = evaluate(Same(1, 1), examples, dataset, trained.features, others={})
+    assert share_equal(found, "ranker", "retrieval") < 0.5
+    assert found.table["ranker"]["AUC"].value == 0.5
+    assert verdict(found).startswith("The ranker's order is ")
+    assert "better than retrieval" not in verdict(found)
+    assert valid_ndcg(Same(1, 1), examples) != pytest.approx(retrieval_ndcg(examples))
+
+
+def share_equal(found, one, other):
+    """Of requests on which two orders are worth exactly the same, as they would be if they were the same."""
+    mine, others = found.ndcg10[one], found.ndcg10[other]
+    return np.mean(mine[~np.isnan(mine)] == others[~np.isnan(others)])
 
 
 def test_lambdamart_learns_the_shop(dataset, trained, examples, found):
@@ -143,7 +164,7 @@ def test_new_items_are_ranked_by_their_content(dataset, trained):
 
 
 def test_the_catalogue_protocol(dataset, trained):
-    found = evaluate_catalogue(trained.model(), dataset, trained.features)
+    found = evaluate_catalogue(trained.model(), dataset, trained.features, "test")
     assert {"ranker", "ranker's states alone", "popularity", "item_knn"} <= set(found.table)
     values = {name: row["NDCG@10"].value for name, row in found.table.items()}
     assert all(0 <= value <= 1 for value in values.values())
@@ -180,7 +201,7 @@ def test_what_a_user_had_is_left_out_where_nothing_is_bought_twice(tmp_path):
 def test_no_history_at_all_is_told(dataset, trained):
     empty = Dataset(dataset.items, dataset.events.clear(), dataset.requests, dataset.description)
     with pytest.raises(BadData, match="evaluate its requests instead"):
-        evaluate_catalogue(trained.model(), empty, trained.features)
+        evaluate_catalogue(trained.model(), empty, trained.features, "test")
 
 
 # Baselines.

@@ -6,18 +6,23 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from trirank_build.compression.chain import compress
-from trirank_build.compression.recipe import parse_recipe
+from trirank_build.compression.recipe import Thresholds, parse_recipe
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import fastest_engine
 from trirank_build.errors import BadCheckpoint, BadData, BadModel
 from trirank_build.export.beside import gate_path
 from trirank_build.export.onnx import export
+from trirank_build.features.examples import Examples
+from trirank_build.gate import verdict
 from trirank_build.gate.report import write_report
+from trirank_build.gate.stages import Stage
 from trirank_build.gate.verdict import run_gate
 from trirank_build.models.checkpoint import load_checkpoint, save_checkpoint
+from trirank_build.repository import assemble as assembling
 from trirank_build.repository.assemble import assemble
 from trirank_build.repository.release import load_manifest
 from trirank_build.repository.reports import export_run
@@ -43,6 +48,30 @@ def compressed(trained, dataset, tmp_path_factory):
     path = folder / "ranker.onnx"
     export_run(run, path)
     return run, path
+
+
+def test_no_stage_may_rank_worse_than_retrieval(dataset, trained):
+    examples = Examples.read(dataset, "valid", trained.features, 200)
+    backwards = np.where(examples.rows >= 0, np.arange(examples.rows.shape[1], dtype=np.float32), -np.inf)
+    told = {}
+    for name, scores in (("as it came", -backwards), ("backwards", backwards)):
+        stage = Stage(name, np.where(examples.rows >= 0, scores, -np.inf).astype(np.float32), name, 1.0, 1.0)
+        told[name] = verdict._row(stage, stage, None, examples, Thresholds()).failures
+    assert told["as it came"] == []
+    assert [words.partition(" is ")[0] for words in told["backwards"]] == ["NDCG@10 over retrieval's order's"]
+
+
+def test_a_ranker_worse_than_retrieval_is_not_assembled(trained, dataset, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(assembling, "valid_ndcg", lambda *_: 0.01)
+    with pytest.raises(
+        BadModel, match=r"NDCG@10 on \d+ validation requests is 0.0100, that of the order in which cand"
+    ):
+        assemble(trained, dataset, world.onnx, tmp_path / "releases", engine="onnxruntime")
+    assert not (tmp_path / "releases").exists()
+    release = assemble(
+        trained, dataset, world.onnx, tmp_path / "releases", engine="onnxruntime", allow_failing_gate=True
+    )
+    assert load_manifest(release)["failing_gate_allowed"]
 
 
 @pytest.fixture
@@ -79,7 +108,7 @@ def test_an_honest_chain_passes(compressed, dataset):
     assert graph.difference < 0.05
     assert graph.size_mb < dense.size_mb
     assert all(row.latency_ms > 0 for row in report.rows)
-    assert report.facts["split"] == "test"
+    assert report.facts["split"] == "valid"
 
 
 def test_random_rows_fail_and_their_step_is_named(spoilt, dataset):

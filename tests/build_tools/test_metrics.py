@@ -83,10 +83,16 @@ def test_accuracy_at_a_threshold():
 
 
 def test_ties_do_not_flatter():
-    """A ranker that says the same of all keeps the candidates' order, whatever the labels."""
+    """What is equal keeps the candidates' order, whatever the labels; broken, it comes in any order."""
     labels = np.array([[0, 0, 3]], np.float32)
     gains = metrics.order_gains(np.zeros((1, 3), np.float32), labels, np.ones((1, 3), bool))
     assert gains.tolist() == labels.tolist()
+    scores = np.array([[1.0, 5.0, 1.0, 1.0]] * 3_000, np.float32)
+    broken = metrics.ties_broken(scores)
+    assert (broken.argmax(1) == 1).all()
+    last = np.bincount(broken.argmin(1), minlength=4) / len(scores)
+    assert last == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3], abs=0.04)
+    assert np.array_equal(broken, metrics.ties_broken(scores))
 
 
 def test_what_retrieval_missed_counts_against_the_ranking():

@@ -141,7 +141,7 @@ def test_the_ranking_step_starts_where_pre_training_ended(pretrained, chains, tm
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert not moved & {"embedding", "encoder", "position", "norm_memory", "log_temperature"}
     assert {"cross", "head", "dense_head"} <= moved
-    found = evaluate_catalogue(run.model(), chains, run.features, others={})
+    found = evaluate_catalogue(run.model(), chains, run.features, "test", others={})
     assert found.table["ranker"]["NDCG@10"].value > 0.9
 
 
@@ -254,7 +254,7 @@ def test_users_with_one_event_have_no_next_item(tmp_path):
 
 
 def test_the_simple_baselines_know_the_chain_less_well(pretrained, chains):
-    found = evaluate_catalogue(pretrained.model(), chains, pretrained.features)
+    found = evaluate_catalogue(pretrained.model(), chains, pretrained.features, "test")
     assert set(contenders(chains, pretrained.features)) == {"popularity", "item_knn", "matrix_factorisation"}
     for name in ("popularity", "matrix_factorisation"):
         assert found.differences[name].low > 0, name
@@ -262,7 +262,7 @@ def test_the_simple_baselines_know_the_chain_less_well(pretrained, chains):
 
 
 def test_sampled_negatives_flatter(pretrained, chains):
-    whole = evaluate_catalogue(pretrained.model(), chains, pretrained.features, others={})
-    sampled = evaluate_catalogue(pretrained.model(), chains, pretrained.features, others={}, negatives=5)
+    whole = evaluate_catalogue(pretrained.model(), chains, pretrained.features, "test", others={})
+    sampled = evaluate_catalogue(pretrained.model(), chains, pretrained.features, "test", others={}, negatives=5)
     assert sampled.table["ranker"]["Hit@10"].value == 1  # six candidates, ten places
     assert sampled.table["ranker"]["NDCG@10"].value >= whole.table["ranker"]["NDCG@10"].value - 0.05

@@ -33,6 +33,8 @@ class Thresholds(BaseModel):
     """NDCG@10 of every stage over that of the dense ranker."""
     min_ndcg_ratio_low: Share = 0.97
     """The low end of its 95 % interval."""
+    min_retrieval_ratio: Annotated[float, Field(ge=0)] = 1.0
+    """NDCG@10 of every stage over that of retrieval's order, which costs nothing."""
     min_kendall_tau: Annotated[float, Field(ge=-1, le=1)] = 0.7
     """Mean over requests, against the dense ranker's order."""
     min_overlap: Share = 0.7

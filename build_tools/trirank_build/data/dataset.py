@@ -152,11 +152,6 @@ class Dataset:
         """The training events, each user's in their order, one user after the other."""
         return self.events.filter(pl.col("split") == "train").sort("user_id", "timestamp", maintain_order=True)
 
-    def training_showings(self) -> NDArray[np.int64]:
-        """Item ids of the candidates of the training requests."""
-        train = self.requests.filter(pl.col("split") == "train")
-        return train.select(pl.col("item_ids").explode()).collect().to_series().to_numpy()
-
     def check_ids(self) -> None:
         """Hold events and candidates to the item table.
 

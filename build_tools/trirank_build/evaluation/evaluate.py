@@ -42,20 +42,19 @@ def evaluate(
     """Order the candidates of the same requests by the ranker, retrieval, chance, the contenders (by default all that
     fit), further scores [R, N] by name, and, where it is known, the optimum."""
     valid = examples.rows >= 0
-    rng = np.random.default_rng(seed)
     width = examples.rows.shape[1]
+    own = score(model, examples)
     rankings: dict[str, NDArray[np.float32]] = {
-        RANKER: score(model, examples),
+        RANKER: own,
         "retrieval": np.broadcast_to(-np.arange(width, dtype=np.float32), examples.rows.shape),
     }
     for name, contender in (contenders(dataset, features) if others is None else others).items():
         rankings[name] = order_candidates(contender, examples)
     rankings |= scored or {}
     rankings["random"] = np.zeros(examples.rows.shape, np.float32)
-    for name in [
-        name for name in rankings if name not in (RANKER, "retrieval")
-    ]:  # whose ties say nothing; chance must not fall back on order
-        rankings[name] = _ties_broken(rankings[name], rng)
+    for number, name in enumerate(rankings):
+        if name != "retrieval":
+            rankings[name] = metrics.ties_broken(rankings[name], seed + number)
     if examples.optimum is not None:
         rankings["optimum"] = examples.optimum
     ideal = metrics.ideal_gains(examples.labels, examples.missed)
@@ -69,10 +68,10 @@ def evaluate(
             "recall@10": metrics.recall(gains, ideal),
             "precision@10": metrics.precision(gains, ideal),
             "F1@10": metrics.f1(gains, ideal),
-            "AUC": metrics.auc(scores, examples.labels, valid),
+            "AUC": metrics.auc(own if name == RANKER else scores, examples.labels, valid),
         }
         orders[name] = Order(values, metrics.order_rows(scores, examples.rows)[:, :TOP])
-    shares = _shares(rankings[RANKER], valid)
+    shares = _shares(own, valid)
     equal = valid.sum(1, keepdims=True)
     orders[RANKER].metrics["accuracy"] = metrics.accuracy(shares * equal, examples.labels, valid, THRESHOLD)
     best = examples.labels.argmax(1)
@@ -89,7 +88,7 @@ def evaluate_catalogue(
     model: SequenceRanker,
     dataset: Dataset,
     features: Features,
-    split: str = "test",
+    split: str = "valid",
     others: dict[str, Contender] | None = None,
     found: dict[str, Found] | None = None,
     negatives: int | None = None,
@@ -131,14 +130,6 @@ def _of_ranks(found: Found, among: int) -> dict[str, NDArray[np.float64]]:
         "NDCG@10": found.ndcg(), "MRR": found.mrr(), "Hit@10": hit, "recall@10": hit, "precision@10": hit / TOP,
         "F1@10": hit * 2 / (TOP + 1), "AUC": 1 - np.minimum(found.ranks, among - 1) / max(among - 1, 1),
     }  # fmt: skip
-
-
-def _ties_broken(scores: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """[R, N] places by score, equal scores in random order."""
-    order = np.lexsort((rng.random(scores.shape), scores), axis=1)
-    places = np.empty(scores.shape, np.float32)
-    np.put_along_axis(places, order, np.broadcast_to(np.arange(scores.shape[1], dtype=np.float32), scores.shape), 1)
-    return places
 
 
 def _shares(scores: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:

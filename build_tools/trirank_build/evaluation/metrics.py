@@ -14,9 +14,18 @@ PerRequest = NDArray[np.float64]
 
 
 def order_gains(scores: NDArray[np.float32], labels: Gains, valid: NDArray[np.bool_]) -> Gains:
-    """[R, N] gains by descending score. Ties keep the candidates' order; padding comes last."""
+    """[R, N] gains by descending score. Ties keep the candidates' order, see ties_broken; padding comes last."""
     order = np.argsort(np.where(valid, -scores.astype(np.float64), np.inf), axis=1, kind="stable")
     return np.take_along_axis(np.where(valid, labels, 0), order, 1)
+
+
+def ties_broken(scores: NDArray[np.float32], seed: int = 0) -> NDArray[np.float32]:
+    """[R, N] places by score, equal scores in random order: candidates come in retrieval's, and who says the same of
+    all is worth what chance is, not what retrieval is."""
+    order = np.lexsort((np.random.default_rng(seed).random(scores.shape), scores), axis=1)
+    places = np.empty(scores.shape, np.float32)
+    np.put_along_axis(places, order, np.broadcast_to(np.arange(scores.shape[1], dtype=np.float32), scores.shape), 1)
+    return places
 
 
 def order_rows(scores: NDArray[np.float32], rows: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -38,6 +38,14 @@ def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
     return scores
 
 
+def retrieval_ndcg(examples: Examples) -> float:
+    """Mean NDCG@10 of the order in which candidates came."""
+    valid = examples.rows >= 0
+    places = np.broadcast_to(-np.arange(examples.rows.shape[1], dtype=np.float32), examples.rows.shape)
+    gains = metrics.order_gains(places, examples.labels, valid)
+    return float(np.nanmean(metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))))
+
+
 def log_propensities(positions: NDArray[np.int32], bias: float) -> NDArray[np.float32]:
     """log k^-bias: of the chance that a position k (from 1; 0: not known, taken as looked at) was looked at."""
     return np.float32(-bias) * np.log(np.maximum(positions, 1), dtype=np.float32)
@@ -56,7 +64,7 @@ def valid_ndcg(model: nn.Module, examples: Examples, position_bias: float = 0.0)
             chosen for agreeing with the order that was shown.
     """
     valid = examples.rows >= 0
-    gains = metrics.order_gains(score(model, examples), examples.labels, valid)
+    gains = metrics.order_gains(metrics.ties_broken(score(model, examples)), examples.labels, valid)
     found = metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))
     known = ~np.isnan(found)
     if not position_bias or not known.any():

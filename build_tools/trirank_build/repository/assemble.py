@@ -24,7 +24,9 @@ from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import chosen_engine
 from trirank_build.engines.plan import PlanManifest, load_plan_manifest
 from trirank_build.errors import BadModel
+from trirank_build.evaluation.scoring import retrieval_ndcg, valid_ndcg
 from trirank_build.export.onnx import check_onnx
+from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import refresh_features
 from trirank_build.features.rule_attributes import rule_attributes
 from trirank_build.features.vocabulary import FILE as VOCABULARY
@@ -46,6 +48,8 @@ from trirank_build.repository.store import assembling, settle
 from trirank_build.training.run import TrainedRun
 
 _RECORDED = 8
+_COMPARED = 500
+"""Validation requests on which a ranker is compared with retrieval."""
 _PACKAGES = ("trirank", "torch", "onnx", "onnxruntime", "openvino", "numpy", "tokenizers")
 
 
@@ -76,12 +80,13 @@ def assemble(
         plans: for the runtime ``tensorrt``, one a GPU architecture.
         engine: what runs the graph with the runtime ``python``; None: the gate's, else the fastest that is exact.
         provider, threads: of the runtime ``onnxruntime``.
-        allow_failing_gate: take a graph whose gate failed, or a compressed one that went through none. The manifest
-            says so.
+        allow_failing_gate: take a graph whose gate failed, a compressed one that went through none, or a ranker worse
+            than retrieval's order. The manifest says so.
         policies: scenario → policy, beside the shipped ones or in their place.
 
     Raises:
-        BadModel: the graph or a plan does not fit the contract, the features or its report, or its gate failed.
+        BadModel: the graph or a plan does not fit the contract, the features or its report, its gate failed, or the
+            ranker is worse than retrieval's order.
         BadData: the dataset is of another kind or shop than the run was trained on, or the ranker holds its catalogue.
         InvalidRelease: a policy does not fit the items or the ranker.
     """
@@ -92,6 +97,8 @@ def assemble(
     check_onnx(onnx_path, spec)
     parity = parity_of(onnx_path)
     gate = gate_of(onnx_path, run, allow_failing_gate)
+    if gate is None and not refreshed and not allow_failing_gate:
+        _check_above_retrieval(run, dataset)
     if engine is not None and runtime != "python":
         raise BadModel(f"an engine is for --runtime python, not {runtime}")
     if engine is not None and engine not in ENGINES:
@@ -217,6 +224,20 @@ def _recorded(dataset: Dataset) -> list[dict[str, Any]]:
         }
         for row in picked.iter_rows(named=True)
     ]
+
+
+def _check_above_retrieval(run: TrainedRun, dataset: Dataset) -> None:
+    """Raises BadModel where a ranker that went through no gate orders validation requests worse than they came."""
+    examples = Examples.read(dataset, "valid", run.features, _COMPARED)
+    if not (examples.labels > 0).any():
+        return
+    own, retrieval = valid_ndcg(run.model(), examples), retrieval_ndcg(examples)
+    if own < retrieval:
+        raise BadModel(
+            f"the ranker's NDCG@10 on {len(examples)} validation requests is {own:.4f}, that of the order in which "
+            f"candidates come {retrieval:.4f}: it would do harm. `trirank evaluate` tells more; train on more data, or "
+            "say --allow-failing-gate"
+        )
 
 
 def _metrics(run: TrainedRun, gate: dict[str, Any] | None) -> dict[str, Any]:
