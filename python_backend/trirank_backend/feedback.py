@@ -58,7 +58,7 @@ class Known:
         self._release: Path | None = None
         self._ids = self._ids_before = np.zeros(0, np.int64)
         self._kinds: dict[str, str] = {}
-        self._takes_unknown = False
+        self._takes_unknown, self._problem = False, ""
         self._next = 0.0
 
     def refresh(self) -> None:
@@ -67,9 +67,13 @@ class Known:
         Raises:
             StoreFailed: none could be read so far.
         """
-        if (now := time.monotonic()) < self._next:
-            return
-        self._next = now + 1.0
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + 1.0
+            self._look()
+        if self._release is None:
+            raise StoreFailed(f"{self._problem}, so no item can be looked up; tell it again")
+
+    def _look(self) -> None:
         release = self._link.resolve()
         if release == self._release:
             return
@@ -78,9 +82,8 @@ class Known:
             kinds = json.loads((release / "manifest.json").read_text()).get("ids", {})
             keeping = any(policy.keep_unknown for policy in load_policies(release / FEATURES / POLICIES).values())
         except (OSError, ValueError, BackendError) as error:
-            if self._release is None:
-                raise StoreFailed(f"release {release} cannot be read ({error}), so no item can be looked up") from error
-            _log.warning("%s cannot be read (%s); items are looked up in the release before", release, error)
+            self._problem = f"release {release} cannot be read ({error})"
+            _log.warning("%s; items are looked up in the release before", self._problem)
             return
         self._ids_before = self._ids
         self._release, self._ids, self._kinds, self._takes_unknown = release, ids, kinds, keeping

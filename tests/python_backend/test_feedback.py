@@ -37,8 +37,9 @@ def tell(served, tmp_path):
     store, known = open_store(f"sqlite:{tmp_path / 'users.sqlite'}"), Known(served.link)
     feedback = Feedback(store, known)
 
-    def told(*items):
-        known._next = 0.0  # look again
+    def told(*items, again=True):
+        if again:
+            known._next = 0.0  # look again
         rows = [
             {"event_id": f"{time.monotonic_ns()}-{at}", "item_id": item, "kind": "click", "timestamp": int(time.time())}
             for at, item in enumerate(items)
@@ -70,6 +71,7 @@ def test_every_strange_item_is_named(served, tell):
 def test_without_a_release_events_are_not_refused_for_good(served, tell):
     """A link that cannot be read yet is not the caller's fault: told again, the events are taken."""
     assert isinstance(tell(1), StoreFailed)
+    assert isinstance(tell(1, again=False), StoreFailed)  # nor before it is looked for again
     served("one", [1])
     assert tell(1)["STORED"].tolist() == [[1, 0]]
 

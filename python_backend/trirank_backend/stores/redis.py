@@ -223,7 +223,8 @@ class RedisStore:
         def put(pipe: Any) -> None:
             records = change(np.frombuffer(pipe.get(key) or b"", RECORD))
             pipe.multi()
-            pipe.set(key, records.tobytes())
+            if len(records):  # else the user was forgotten meanwhile
+                pipe.set(key, records.tobytes())
 
         self._asked(partial(self._redis.transaction, put, key))
 
