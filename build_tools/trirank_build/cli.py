@@ -135,6 +135,13 @@ def train(
         row = (str(point["epoch"]), f"{point['loss']:.4f}", f"{point['valid_ndcg10']:.4f}")
         table.add_row(point["phase"], *row)
     out.print(table)
+    if (retrieved := run.facts.get("valid_retrieval_ndcg10")) is not None:
+        last = run.facts["curve"][-1]["phase"]
+        best = max(point["valid_ndcg10"] for point in run.facts["curve"] if point["phase"] == last)
+        out.print(f"validation NDCG@10: the ranker {best:.4f}, the order in which candidates come {retrieved:.4f}")
+        if best < retrieved:
+            warn("the ranker is worse than the order in which candidates come: there is too little to learn from, or "
+                 "the recipe does not fit")  # fmt: skip
 
 
 @app.command()

@@ -93,7 +93,13 @@ def test_cleaning_is_a_table(line):
 
 
 def test_training_shows_its_curve(line):
-    assert re.search(r"1\s+│\s+\d\.\d+\s+│\s+0\.\d+", line[1]["train"].stdout)
+    trained = line[1]["train"]
+    assert re.search(r"1\s+│\s+\d\.\d+\s+│\s+0\.\d+", trained.stdout)
+    said = re.search(
+        r"the ranker (0\.\d+), the order in which candidates come (0\.\d+)", " ".join(trained.stdout.split())
+    )
+    assert float(said[1]) < float(said[2])
+    assert "the ranker is worse than the order in which candidates come" in " ".join(trained.stderr.split())
 
 
 def test_evaluation_compares(line):

@@ -11,7 +11,7 @@ from trirank_build.compression.step import FineTuning
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, TrirankBuildError
 from trirank_build.evaluation.evaluate import evaluate
-from trirank_build.evaluation.scoring import log_propensities, propensity_weights
+from trirank_build.evaluation.scoring import log_propensities, propensity_weights, retrieval_ndcg
 from trirank_build.features.examples import Examples, HistoryIndex
 from trirank_build.features.fitting import Features, fit_features
 from trirank_build.features.negatives import NegativeSampler
@@ -59,6 +59,14 @@ def test_the_same_seed_gives_the_same_weights(recipe, dataset, world, tmp_path):
 
 def test_the_run_keeps_its_recipe_with_every_default(recipe, trained):
     assert trained.recipe == recipe
+
+
+def test_a_run_knows_what_it_had_to_beat(trained, dataset):
+    examples = Examples.read(dataset, "valid", trained.features)
+    found = trained.facts["valid_retrieval_ndcg10"]
+    assert found == pytest.approx(retrieval_ndcg(examples), abs=1e-6)
+    assert found < max(point["valid_ndcg10"] for point in trained.facts["curve"])
+    assert retrieval_ndcg(examples, 1.0) == pytest.approx(found, abs=1e-6)  # no position is known
 
 
 def test_another_seed_gives_others(recipe, dataset, world, tmp_path):

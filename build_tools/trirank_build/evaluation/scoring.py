@@ -38,14 +38,6 @@ def score(model: nn.Module, examples: Examples) -> NDArray[np.float32]:
     return scores
 
 
-def retrieval_ndcg(examples: Examples) -> float:
-    """Mean NDCG@10 of the order in which candidates came."""
-    valid = examples.rows >= 0
-    places = np.broadcast_to(-np.arange(examples.rows.shape[1], dtype=np.float32), examples.rows.shape)
-    gains = metrics.order_gains(places, examples.labels, valid)
-    return float(np.nanmean(metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))))
-
-
 def log_propensities(positions: NDArray[np.int32], bias: float) -> NDArray[np.float32]:
     """log k^-bias: of the chance that a position k (from 1; 0: not known, taken as looked at) was looked at."""
     return np.float32(-bias) * np.log(np.maximum(positions, 1), dtype=np.float32)
@@ -63,8 +55,19 @@ def valid_ndcg(model: nn.Module, examples: Examples, position_bias: float = 0.0)
         position_bias: above 0 each request counts what its choices' positions do on average, so that a ranker is not
             chosen for agreeing with the order that was shown.
     """
-    valid = examples.rows >= 0
-    gains = metrics.order_gains(metrics.ties_broken(score(model, examples)), examples.labels, valid)
+    return _mean_ndcg(metrics.ties_broken(score(model, examples)), examples, position_bias)
+
+
+def retrieval_ndcg(examples: Examples, position_bias: float = 0.0) -> float:
+    """The same of the order in which candidates came."""
+    width = examples.rows.shape[1]
+    return _mean_ndcg(
+        np.broadcast_to(-np.arange(width, dtype=np.float32), examples.rows.shape), examples, position_bias
+    )
+
+
+def _mean_ndcg(scores: NDArray[np.float32], examples: Examples, position_bias: float) -> float:
+    gains = metrics.order_gains(scores, examples.labels, examples.rows >= 0)
     found = metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))
     known = ~np.isnan(found)
     if not position_bias or not known.any():

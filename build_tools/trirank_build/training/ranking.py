@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
-from trirank_build.evaluation.scoring import log_propensities, propensity_weights, valid_ndcg
+from trirank_build.evaluation.scoring import log_propensities, propensity_weights, retrieval_ndcg, valid_ndcg
 from trirank_build.features.examples import Batch, Examples
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
@@ -134,6 +134,10 @@ class Ranking:
     def validate(self) -> float:
         """NDCG@10 over the candidates of validation requests, weighted for positions as training is."""
         return valid_ndcg(self._model, self._valid, self.settings.position_bias)
+
+    def retrieved(self) -> float:
+        """The same of the order in which candidates came: what a ranker has to be better than."""
+        return retrieval_ndcg(self._valid, self.settings.position_bias)
 
 
 def logged(

@@ -120,13 +120,19 @@ def _run(
     def pretraining() -> Phase:
         return Pretraining(model, recipe.pretraining, dataset, features, recipe.seed)
 
+    retrieved: dict[str, float] = {}
+
     def ranking() -> Phase:
         settings, seed = recipe.training, recipe.seed
         if settings.requests == "held_out":
             with working("retrieving candidates for the held-out choices"):
-                return Ranking(model, settings, dataset, *held_out(dataset, features, model, settings, seed))
-        with working("unpacking requests"):
-            return Ranking(model, settings, dataset, *logged(dataset, features, settings, seed, unpacked))
+                requests = held_out(dataset, features, model, settings, seed)
+        else:
+            with working("unpacking requests"):
+                requests = logged(dataset, features, settings, seed, unpacked)
+        phase = Ranking(model, settings, dataset, *requests)
+        retrieved["valid_retrieval_ndcg10"] = round(phase.retrieved(), 6)
+        return phase
 
     if not model.has_states and recipe.pretraining.objective != "none":
         raise BadRecipe(f'model.architecture = "{recipe.model.architecture}" has no states to pre-train; say '
@@ -149,6 +155,7 @@ def _run(
             "seconds": round(loop.elapsed(), 1),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": group.world,
+            **retrieved,
         }
         os.replace(loop.best(list(phases)[-1]), out / BEST)
         with atomic_file(out / RUN) as scratch:
