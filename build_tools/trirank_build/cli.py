@@ -112,7 +112,7 @@ def _escaped(text: str) -> str:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped one.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file, the name of a shipped one, or auto: one for this data.")],
     data: Data,
     target: Annotated[Path, typer.Option("--out", help="Run directory; a stopped run goes on.")],
     start_from: Annotated[Path | None, typer.Option(help="A finished run whose weights are the first ones.")] = None,
@@ -122,24 +122,31 @@ def train(
     check_target(target, "a run")
     from trirank_build.recipe import load_recipe
 
-    loaded = load_recipe(recipe)
+    loaded = None if recipe == "auto" else load_recipe(recipe)
     from trirank_build.data.dataset import Dataset
     from trirank_build.training.trainer import train as run_training
 
-    run = run_training(loaded, Dataset.load(data), target, start_from=start_from, fresh=fresh)
-    if int(os.environ.get("RANK", "0")):  # torchrun's other processes have nothing to add
+    dataset, leads = Dataset.load(data), not int(os.environ.get("RANK", "0"))
+    if loaded is None:
+        from trirank_build.training.auto import choose
+
+        loaded, reasons = choose(dataset)
+        if leads:
+            out.print("\n".join(reasons), soft_wrap=True, markup=False)
+    run = run_training(loaded, dataset, target, start_from=start_from, fresh=fresh)
+    if not leads:  # torchrun's other processes have nothing to add
         return
     title = f"{run.recipe.name}: {run.facts['parameters']:,} parameters"
     table = Table("phase", "epoch", "loss", "validation NDCG@10", title=title)
     for point in run.facts["curve"]:
-        row = (str(point["epoch"]), f"{point['loss']:.4f}", f"{point['valid_ndcg10']:.4f}")
-        table.add_row(point["phase"], *row)
+        loss = "" if point["loss"] is None else f"{point['loss']:.4f}"
+        table.add_row(point["phase"], str(point["epoch"]), loss, f"{point['valid_ndcg10']:.4f}")
     out.print(table)
-    if (retrieved := run.facts.get("valid_retrieval_ndcg10")) is not None:
-        last = run.facts["curve"][-1]["phase"]
-        best = max(point["valid_ndcg10"] for point in run.facts["curve"] if point["phase"] == last)
-        out.print(f"validation NDCG@10: the ranker {best:.4f}, the order in which candidates come {retrieved:.4f}")
-        if best < retrieved:
+    from trirank_build.presentation import standing
+
+    if (said := standing(run.facts)) is not None:
+        out.print(said.text, soft_wrap=True, highlight=False)
+        if said.harmful:
             warn("the ranker is worse than the order in which candidates come: there is too little to learn from, or "
                  "the recipe does not fit")  # fmt: skip
 
@@ -299,8 +306,8 @@ def evaluate(
     from trirank_build.features.examples import Examples
     from trirank_build.training.run import TrainedRun
 
-    trained, dataset = TrainedRun.load(run), Dataset.load(data)
-    trained.check_data(dataset)
+    trained = TrainedRun.load(run)
+    dataset = trained.judged(Dataset.load(data))
     with working("evaluating"):
         if protocol == "requests":
             examples = Examples.read(dataset, split, trained.features)

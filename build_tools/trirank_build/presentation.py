@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 from rich.table import Table
@@ -32,6 +32,12 @@ _WORDS = {
     Reason.QUOTA: "quota",
     Reason.BEST_VARIANT: "best variant",
 }
+
+_ALONE = {
+    "retrieval_rank": "retrieval's scores", "popularity": "popularity", "transition": "transitions",
+    "attribute_match": "attributes", "query_coverage": "the query's words", "affinity": "the states' affinity",
+}  # fmt: skip
+"""Columns whose order training tries by itself."""
 
 
 def reason_words(reasons: Reason) -> str:
@@ -128,3 +134,30 @@ def _items(release: Path | None) -> dict[str, dict[str, Any]]:
 
 def _price(price: float | None) -> str:
     return "" if price is None or price != price else f"{price:.2f}"
+
+
+class Standing(NamedTuple):
+    """How a run's ranker stands on validation, in words, and whether retrieval's order is better."""
+
+    text: str
+    harmful: bool
+
+
+def standing(facts: dict[str, Any]) -> Standing | None:
+    """What training ends by saying; None of a run that ordered no requests.
+
+    Args:
+        facts: a run's.
+    """
+    retrieved = facts.get("valid_retrieval_ndcg10")
+    if retrieved is None:
+        return None
+    own, start = facts["valid_ndcg10"], facts.get("start")
+    said = [f"Validation NDCG@10: the ranker {own:.4f}, the order in which candidates come {retrieved:.4f}"]
+    if start is not None:
+        alone = {name: ndcg for name, ndcg in start["orders"].items() if name != "linear"}
+        said += [f"{_ALONE.get(name, name)} alone {ndcg:.4f}" for name, ndcg in alone.items()]
+        begun = start["orders"][start["name"]]
+        kept = "which no epoch bettered, so it is the ranker" if own <= begun else "which training bettered"
+        said.append(f"the start ({start['name']}) {begun:.4f}, {kept}")
+    return Standing("; ".join(said) + ".", own < retrieved)

@@ -41,6 +41,9 @@ class FeatureRecipe(_Section):
     """Attributes of an item that are kept."""
     vocabulary: Annotated[int, Field(ge=100, le=100_000)] = 8_000
     """Subwords of the tokeniser."""
+    transitions: bool = False
+    """Whether it is counted which item follows which, for a column of its own and to find candidates by. For recipes
+    that learn from held-out choices: of a choice that was counted the count says too much."""
     without: tuple[str, ...] = ()
     """Inputs to leave out, of trirank_backend.features.INPUTS; for ablations."""
 
@@ -63,7 +66,8 @@ class ModelRecipe(_Section):
     encoder_blocks: Annotated[int, Field(ge=0)] = 2
     """Transformer blocks over the history."""
     cross_blocks: Annotated[int, Field(ge=0)] = 1
-    """Blocks in which candidates attend to the encoded history."""
+    """Blocks in which candidates attend to the encoded history. 0: candidates meet the user in the affinity and the
+    dense features alone, which costs a small part of the time."""
     ffn: PositiveInt = 128
     """Width of the feed-forward layers."""
     dropout: Share = 0.1
@@ -113,7 +117,7 @@ class TrainingRecipe(_Section):
     """How the ranker learns to rank requests."""
 
     epochs: Annotated[int, Field(ge=0)] = 10
-    """0: what pre-training gave is the ranker."""
+    """0: what it starts from is the ranker."""
     patience: PositiveInt = 2
     """Epochs without a better validation NDCG@10 before it stops."""
     batch_size: PositiveInt = 128
@@ -124,6 +128,13 @@ class TrainingRecipe(_Section):
     """``logged``: the dataset's training requests. ``held_out``: four fifths of the validation split's choices, among
     what the pre-trained states and item-to-item similarity retrieve. Pre-training has not seen those choices, so the
     ranker learns how far its affinity is to be trusted; on training choices it would learn to trust it too much."""
+    start: Literal["linear", "nothing"] = "linear"
+    """What the ranker begins with: the best order that is linear in the dense features and the affinity, or in one of
+    them (training.start), or what pre-training gave. Training keeps the start where no epoch is better."""
+    refit: bool = False
+    """With held-out requests and ``epochs = 0``: whether the ranker is pre-trained once more at the end, as many epochs
+    as were best, on the choices that were held out besides, whose counts of transitions and popularity are added, too.
+    The linear weights stay as they were learned when these choices were new."""
     objective: Literal["listwise", "pointwise", "lambda"] = "listwise"
     """Softmax over the candidates, a classifier of each candidate and task, or LambdaLoss over pairs."""
     task_weights: Literal["learned"] | dict[str, Positive] | None = None
@@ -201,8 +212,25 @@ class Recipe(_Section):
                     f"{key} cannot be tuned: validation has the same bias and cannot judge it; show some pages in "
                     "random order, and see how clicks fall with the position"
                 )
-        if not self.training.epochs and self.pretraining.objective == "none":
-            raise ValueError("training.epochs = 0 and no pre-training leave nothing to learn")
+        if not self.training.epochs and self.pretraining.objective == "none" and self.training.start == "nothing":
+            raise ValueError(
+                'training.epochs = 0, training.start = "nothing" and no pre-training leave nothing to learn'
+            )
+        if self.features.transitions and self.training.requests == "logged":
+            raise ValueError(
+                'features.transitions goes with training.requests = "held_out": of logged requests each choice is '
+                "among what was counted"
+            )
+        if self.training.refit:
+            if self.training.requests != "held_out" or self.training.epochs or self.pretraining.objective == "none":
+                raise ValueError(
+                    'training.refit goes with training.requests = "held_out", training.epochs = 0 and pre-training: '
+                    "what else learned from the held-out choices would not fit states that have seen them"
+                )
+            if self.training.start != "linear" or self.model.architecture != "shared_context":
+                raise ValueError(
+                    'training.refit goes with training.start = "linear" and the architecture shared_context'
+                )
         return self
 
     def changed(self, changes: dict[str, Any]) -> Recipe:

@@ -10,7 +10,7 @@ from trirank import contract
 
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.errors import InvalidRelease
-from trirank_backend.features import FeatureSpec, Packer
+from trirank_backend.features import FeatureSpec, Packer, Transitions
 from trirank_backend.text import TextEncoder
 
 POLICIES = "policies"
@@ -39,7 +39,10 @@ def load_packer(directory: Path) -> tuple[Packer, TextEncoder]:
             f"{directory / 'token_idf.npy'} holds {idf.dtype} of shape {list(idf.shape)}, not one float32 for each of "
             f"{spec.vocabulary_size} ids; assemble again"
         )
-    return Packer(spec, catalogue, idf), TextEncoder.load(directory / "tokenizer.json", spec.tables["token"][0])
+    transitions = Transitions.load(directory, len(catalogue))
+    return Packer(spec, catalogue, idf, transitions), TextEncoder.load(
+        directory / "tokenizer.json", spec.tables["token"][0]
+    )
 
 
 def check_contract(release: Path) -> None:

@@ -140,7 +140,11 @@ def test_the_ranking_step_starts_where_pre_training_ended(pretrained, chains, tm
     before, after = (load_checkpoint(r.directory / "best.safetensors")[0] for r in (pretrained, run))
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert not moved & {"embedding", "encoder", "position", "norm_memory", "log_temperature"}
-    assert {"cross", "head", "dense_head"} <= moved
+    first, *others = [point["valid_ndcg10"] for point in run.facts["curve"]]
+    best = load_checkpoint(run.directory / "best.safetensors")[1]["epoch"]
+    assert max([first, *others]) == run.facts["curve"][best]["valid_ndcg10"]
+    assert moved == ({"cross", "head", "dense_head", "affinity"} & moved)
+    assert bool(moved) == (best > 0)
     found = evaluate_catalogue(run.model(), chains, run.features, "test", others={})
     assert found.table["ranker"]["NDCG@10"].value > 0.9
 

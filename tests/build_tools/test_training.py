@@ -11,7 +11,7 @@ from trirank_build.compression.step import FineTuning
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, TrirankBuildError
 from trirank_build.evaluation.evaluate import evaluate
-from trirank_build.evaluation.scoring import log_propensities, propensity_weights, retrieval_ndcg
+from trirank_build.evaluation.scoring import log_propensities, propensity_weights, retrieval_ndcg, score, valid_ndcg
 from trirank_build.features.examples import Examples, HistoryIndex
 from trirank_build.features.fitting import Features, fit_features
 from trirank_build.features.negatives import NegativeSampler
@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_at_the_very_batch(recipe, dataset, world, tmp_path
     monkeypatch.setattr(ranking.Ranking, "batch", plain)
     run = train(often, dataset, tmp_path / "run")
     assert same(weights(tmp_path / "run"), weights(world.run))
-    assert len(run.facts["curve"]) == recipe.training.epochs
+    assert len(run.facts["curve"]) == 1 + recipe.training.epochs
 
 
 def test_a_finished_run_is_used_again(recipe, dataset, world, monkeypatch):
@@ -117,11 +117,29 @@ def test_a_folder_that_is_no_run_is_never_replaced(recipe, dataset, tmp_path):
 
 
 def test_early_stopping(recipe, dataset, tmp_path, monkeypatch):
-    curve = iter([0.5, 0.4, 0.3, 0.9])
+    curve = iter([0.2, 0.5, 0.4, 0.3, 0.9])
     monkeypatch.setattr(ranking, "valid_ndcg", lambda *_: next(curve))
     run = train(changed(recipe, epochs=4, patience=2), dataset, tmp_path / "run")
-    assert [point["valid_ndcg10"] for point in run.facts["curve"]] == [0.5, 0.4, 0.3]
+    assert [point["valid_ndcg10"] for point in run.facts["curve"]] == [0.2, 0.5, 0.4, 0.3]
     assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1] == {"phase": "ranking", "epoch": 1}
+
+
+def test_where_no_epoch_is_better_the_start_is_the_ranker(recipe, dataset, tmp_path, monkeypatch):
+    """A linear order of what is known of each candidate, and no worse on validation than retrieval's."""
+    curve = iter([0.6, 0.5, 0.4, 0.9])
+    monkeypatch.setattr(ranking, "valid_ndcg", lambda *_: next(curve))
+    run = train(changed(recipe, epochs=4, patience=2), dataset, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1] == {"phase": "ranking", "epoch": 0}
+    examples = Examples.read(dataset, "valid", run.features)
+    scores, linear = score(run.model(), examples), run.model().dense_head
+    for at in range(0, len(examples), 50):
+        dense = torch.from_numpy(examples.whole(np.array([at])).packed.dense[0])
+        torch.testing.assert_close(torch.from_numpy(scores[at]), linear(dense).mean(-1), atol=1e-5, rtol=1e-5)
+    monkeypatch.undo()
+    tried = run.facts["start"]["orders"]
+    assert valid_ndcg(run.model(), examples) == pytest.approx(max(tried.values()), abs=1e-6)
+    assert max(tried.values()) >= tried["retrieval_rank"]
+    assert tried["retrieval_rank"] == pytest.approx(retrieval_ndcg(examples), abs=1e-6)
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(recipe, dataset, tmp_path, monkeypatch):

@@ -39,8 +39,20 @@ class _Batch:
 class ReferencePacker:
     """Packer of an unfolded specification that leaves nothing out."""
 
-    def __init__(self, spec: Any, catalogue: Any, token_idf: NDArray[np.float32]) -> None:
+    def __init__(self, spec: Any, catalogue: Any, token_idf: NDArray[np.float32], transitions: Any) -> None:
         self.spec, self.catalogue, self.token_idf = spec, catalogue, token_idf
+        rows = np.repeat(np.arange(len(catalogue) + 1), np.diff(transitions.starts))
+        self._follows = np.zeros((len(catalogue) + 1,) * 2, np.float32)
+        self._follows[rows, transitions.rows] = transitions.weights
+        slots = [at for at, name in enumerate(spec.item_fields) if name.startswith("attribute_")]
+        has = np.zeros((len(catalogue) + 1, spec.vocabulary_size), np.float32)
+        for slot in slots:
+            ids = catalogue.fields[:, slot]
+            np.add.at(has, (np.arange(len(ids)), ids), np.where(ids > 0, token_idf[ids], 0))
+        lengths = np.sqrt(
+            (np.where(catalogue.fields[:, slots] > 0, token_idf[catalogue.fields[:, slots]], 0) ** 2).sum(1)
+        )
+        self._tastes = has / np.maximum(lengths, 1e-12)[:, None]
         self._brand, self._category = spec.item_fields.index("brand"), spec.item_fields.index("category")
 
     def pack(self, lines: Lines) -> dict[str, NDArray[Any]]:
@@ -89,6 +101,10 @@ class ReferencePacker:
             dense[..., 17:21] = _fuzzy_match(catalogue.trigrams[rows], batch.words)
             dense[..., 11:21] *= batch.query.any(1)[:, None, None]  # others of the batch may have no query
             flags[..., 6] = dense[..., 11] >= MATCH_COVERAGE
+        dense[..., 21] = np.einsum("bl,bln->bn", _ages(batch.history_rows, 0.6),
+                                   self._follows[batch.history_rows[:, :, None], rows[:, None, :]])  # fmt: skip
+        taste = np.einsum("bl,blv->bv", _ages(batch.history_rows, 0.8), self._tastes[batch.history_rows])
+        dense[..., 22] = np.einsum("bv,bnv->bn", taste, self._tastes[rows])
         dense *= valid[..., None]
         return dense, np.where(valid, catalogue.signals[rows] | flags @ _SIGNALS, 0).astype(np.int32, copy=False)
 
@@ -146,6 +162,14 @@ class ReferencePacker:
             context[:, 4::2] = np.sin(turns)
             context[:, 5::2] = np.cos(turns)
         return context
+
+
+def _ages(history: NDArray[np.int32], decay: float) -> NDArray[np.float32]:
+    """[B, L] weights of events that sum to 1: each ``decay`` times that of the next."""
+    there = history >= 0
+    after = there[:, ::-1].cumsum(1)[:, ::-1] - there
+    weights = np.where(there, decay**after, 0)
+    return (weights / np.maximum(weights.sum(1, keepdims=True), 1e-12)).astype(np.float32)
 
 
 def _fuzzy_match(titles: NDArray[np.uint8], words: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from reference import ReferencePacker
 from trirank.contract import Behaviour, Signal
 from trirank_backend.catalogue import Catalogue
 from trirank_backend.errors import InvalidRelease
-from trirank_backend.features import CONTEXT, DENSE, INPUTS, FeatureSpec, Lines, Packed, Packer
+from trirank_backend.features import CONTEXT, DENSE, INPUTS, FeatureSpec, Lines, Packed, Packer, Transitions
 from trirank_backend.features.kernels import fill
 from trirank_backend.features.table import CONTEXT_TABLE, DENSE_TABLE, left_out
 from trirank_backend.histories import UNKNOWN_TIME
@@ -26,19 +26,19 @@ from trirank_backend.text import query_trigrams, title_trigrams
 NOW = 1_770_000_000
 D = {name: at for at, name in enumerate(DENSE)}
 C = {name: at for at, name in enumerate(CONTEXT)}
-# A joint vocabulary small enough to read: 1-4 items, 5-6 brands, 7-8 categories, 20-29 tokens, …
+# A joint vocabulary small enough to read: 1-4 items, 5-6 brands, 7-8 categories, 12-14 attributes, 20-29 tokens, …
 SPEC = FeatureSpec(
     history_length=4,
     query_length=3,
-    item_fields=("item", "brand", "category", "price"),
-    tables={"item": (0, 5), "brand": (4, 3), "category": (6, 3), "price": (8, 3), "token": (19, 11),
-            "behaviour": (30, 6), "time_gap": (37, 17)},
+    item_fields=("item", "brand", "category", "price", "attribute_0", "attribute_1"),
+    tables={"item": (0, 5), "brand": (4, 3), "category": (6, 3), "price": (8, 3), "attribute": (11, 4),
+            "token": (19, 11), "behaviour": (30, 6), "time_gap": (37, 17)},
     tasks=("click",),
 )  # fmt: skip
 TITLES = ["red shoe", "blue shoe", "green lamp", "odd thing"]
 CATALOGUE = Catalogue(
     ids=np.array([10, 20, 30, 40]),
-    fields=np.array([[1, 5, 7, 9], [2, 5, 7, 9], [3, 6, 8, 10], [0, 0, 0, 0], [0, 0, 0, 0]], np.int32),
+    fields=np.array([[1, 5, 7, 9, 12, 13], [2, 5, 7, 9, 12, 0], [3, 6, 8, 10, 14, 13], [0] * 6, [0] * 6], np.int32),
     dense=np.array([[1, 2], [0, 1], [-1, 0], [0, 0], [0, 0]], np.float32),
     products=np.array([0, 0, 1, 2, -1], np.int32),
     created_at=np.array([NOW - 86_400, NOW - 100 * 86_400, 0, 0, 0]),
@@ -46,7 +46,13 @@ CATALOGUE = Catalogue(
     titles=np.array([[20, 21], [22, 21], [23, 24], [25, 26], [0, 0]], np.int32),
     trigrams=np.concatenate([title_trigrams(TITLES), np.zeros((1, 64), np.uint8)]),
 )
-PACKER = Packer(SPEC, CATALOGUE, np.ones(SPEC.vocabulary_size, np.float32))
+TRANSITIONS = Transitions(
+    starts=np.array([0, 2, 3, 3, 4, 4]),
+    rows=np.array([1, 2, 0, 3], np.int32),
+    weights=np.array([1, 2, 4, 8], np.float32),
+)
+"""Item 1 and item 2 came after item 0, item 0 after item 1, item 3 after itself."""
+PACKER = Packer(SPEC, CATALOGUE, np.ones(SPEC.vocabulary_size, np.float32), TRANSITIONS)
 
 
 def request(
@@ -93,7 +99,7 @@ def signals(**kinds):
 
 def test_items_bring_their_fields_and_padding_brings_zeros():
     packed = PACKER.pack(request())
-    assert packed.candidates.tolist() == [[1, 5, 7, 9], [2, 5, 7, 9], [3, 6, 8, 10], [0, 0, 0, 0]]
+    assert packed.candidates.tolist() == [[1, 5, 7, 9, 12, 13], [2, 5, 7, 9, 12, 0], [3, 6, 8, 10, 14, 13], [0] * 6]
     assert not packed.dense[3].any()
     assert packed.signals[3] == 0
 
@@ -131,6 +137,39 @@ def test_what_the_history_says_of_each_candidate():
     assert dense("seen_product", history=[0, 0, 2]) == pytest.approx(np.log1p([2, 2, 1, 0]))
     assert dense("seen_brand", history=[0]) == pytest.approx(np.log1p([1, 1, 0, 0]))
     assert dense("seen_category", history=[2]) == pytest.approx(np.log1p([0, 0, 1, 0]))
+
+
+def test_what_followed_the_history_counts_newer_events_more():
+    assert dense("transition", history=[0]) == [0, 1, 2, 0]
+    # of two events the newer one has 1 / 1.6 of the weight, the older one 0.6 / 1.6
+    assert dense("transition", history=[1, 0]) == pytest.approx([4 * 0.375, 0.625, 2 * 0.625, 0])
+    assert dense("transition", rows=(2, 1, 2, -1), history=[0]) == [2, 1, 2, 0]
+    assert dense("transition") == [0, 0, 0, 0]
+
+
+def test_attributes_are_compared_by_the_cosine():
+    half = 1 / np.sqrt(2)
+    assert dense("attribute_match", history=[0]) == pytest.approx([1, half, 0.5, 0])
+    assert dense("attribute_match", history=[3]) == [0, 0, 0, 0]
+    # 0.8 / 1.8 of the weight are the older event's
+    assert dense("attribute_match", history=[1, 0]) == pytest.approx(
+        [(0.8 * half + 1) / 1.8, (0.8 + half) / 1.8, 0.5 / 1.8, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"starts": np.array([0, 2, 3, 3, 4])}, {"rows": np.array([1, 2, 0, 4], np.int32)},
+     {"rows": np.array([1, 2, 0, -1], np.int32)}, {"starts": np.array([0, 3, 2, 3, 4, 4])},
+     {"weights": np.ones(3, np.float32)}, {"weights": np.ones(4)}],
+)  # fmt: skip
+def test_a_table_of_followers_that_does_not_fit_is_refused(tmp_path, broken):
+    TRANSITIONS.save(tmp_path)
+    for found, kept in zip(Transitions.load(tmp_path, 4), TRANSITIONS, strict=True):
+        np.testing.assert_array_equal(found, kept)
+    TRANSITIONS._replace(**broken).save(tmp_path)
+    with pytest.raises(InvalidRelease, match="transitions"):
+        Transitions.load(tmp_path, 4)
 
 
 def test_missing_brands_do_not_match_each_other():
@@ -252,8 +291,8 @@ def test_kernels_give_what_the_reference_gives(seed, lines, width, timed):
     rng = np.random.default_rng(seed)
     spec, rarity = replace(SPEC, timed=timed), rng.random(SPEC.vocabulary_size).astype(np.float32)
     batch = joined([drawn(rng, width) for _ in range(lines)])
-    found = Packer(spec, CATALOGUE, rarity).pack(batch).by_line()
-    for name, expected in ReferencePacker(spec, CATALOGUE, rarity).pack(batch).items():
+    found = Packer(spec, CATALOGUE, rarity, TRANSITIONS).pack(batch).by_line()
+    for name, expected in ReferencePacker(spec, CATALOGUE, rarity, TRANSITIONS).pack(batch).items():
         np.testing.assert_allclose(getattr(found, name), expected, atol=2e-6, rtol=2e-6, err_msg=name)
 
 
@@ -269,11 +308,11 @@ def test_every_feature_is_filled_by_the_kernel_that_the_table_names():
             assert set(feature.groups) <= set(INPUTS)
 
 
-@pytest.mark.parametrize("group", ["retrieval", "dense", "text", "price", "context"])
+@pytest.mark.parametrize("group", ["retrieval", "transitions", "attributes", "dense", "text", "price", "context"])
 def test_what_a_recipe_leaves_out_is_zero_and_policies_see_it_all_the_same(group):
     everything = request(scores=[3, 2, 1, 0], query=[20, 21], words="red shoe", history=[0, 2])
     plain = PACKER.pack(everything)
-    packed = Packer(replace(SPEC, without=(group,)), CATALOGUE, PACKER.token_idf).pack(everything)
+    packed = Packer(replace(SPEC, without=(group,)), CATALOGUE, PACKER.token_idf, TRANSITIONS).pack(everything)
     for table, name in ((DENSE_TABLE, "dense"), (CONTEXT_TABLE, "context")):
         hidden = left_out(table, (group,))
         assert not getattr(packed, name)[:, hidden].any()

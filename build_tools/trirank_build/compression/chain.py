@@ -86,7 +86,9 @@ def compress(
         scratch.symlink_to(folders[-1].name)
     shutil.rmtree(out / _EXAMPLES, ignore_errors=True)
     runs = {"dense": dense} | {folder.name: TrainedRun.load(folder) for folder in folders}
-    return Compressed(dense.directory, folders, [_report(name, run) for name, run in runs.items()])
+    # By the requests that the chain is judged by, which a dense ranker that learned from held-out choices was not.
+    dense_ndcg = next(reversed(runs.values())).facts["dense_valid_ndcg10"]
+    return Compressed(dense.directory, folders, [_report(name, run, dense_ndcg) for name, run in runs.items()])
 
 
 def check_chain(recipe: CompressionRecipe, dense: TrainedRun) -> tuple[nn.Module, Features]:
@@ -142,6 +144,7 @@ class _Chain:
         self._teacher = dense.model()
         self._requests = Requests(self._teacher, dense.features, dense.recipe, dataset, out / _EXAMPLES)
         self._taken: list[dict[str, Any]] = []
+        self._of_dense: float | None = None
 
     def start(self, folders: list[Path]) -> tuple[Work, int]:
         """The ranker after the steps that are finished, and how many those are."""
@@ -189,6 +192,11 @@ class _Chain:
         for name in curves:
             shutil.rmtree(folder / name)
 
+    def _dense_ndcg(self) -> float:
+        if self._of_dense is None:
+            self._of_dense = round(self._requests.valid_ndcg(self._teacher, self._dense.features), 6)
+        return self._of_dense
+
     def _write(self, folder: Path, work: Work) -> None:
         dense = self._dense
         save_checkpoint(folder / BEST, work.model.state_dict(), {"compression": work.decisions})
@@ -200,13 +208,14 @@ class _Chain:
             "dense": os.path.relpath(dense.directory.resolve(), folder.resolve()),  # so that both can be moved together
             "parameters": sum(parameter.numel() for parameter in work.model.parameters()),
             "compression": self._taken,
+            "valid_ndcg10": self._taken[-1]["valid_ndcg10"],
+            "dense_valid_ndcg10": self._dense_ndcg(),
         }
         with atomic_file(folder / RUN) as scratch:
             scratch.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def _report(name: str, run: TrainedRun) -> dict[str, Any]:
-    taken = run.facts.get("compression")
-    best = taken[-1]["valid_ndcg10"] if taken else max(point["valid_ndcg10"] for point in run.facts["curve"])
+def _report(name: str, run: TrainedRun, dense_ndcg: float) -> dict[str, Any]:
+    best = run.facts["valid_ndcg10"] if run.facts.get("compression") else dense_ndcg
     size = (run.directory / BEST).stat().st_size
     return {"step": name, "parameters": run.facts["parameters"], "bytes": size, "valid_ndcg10": best}

@@ -72,20 +72,25 @@ class Imitation(nn.Module):
 
 
 def _scores_and_expectations(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Scores [B, N, T]; the logits of the candidates at every state [B, S, N], None of an ensemble, which has no
-    states; where there is an event [B, S]."""
+    """Scores [B, N, T]; the logits of the candidates at the states [B, S, N], None of an ensemble, which has none;
+    which of these there are [B, S]. States are those that the affinity is taken from and that pre-training taught: of a
+    causal encoder one an event, of another the last place."""
     if not isinstance(model, SharedContextRanker):
         return model(**inputs), None, torch.empty(0)
-    memory, mask = model.encode(inputs["history"], inputs["query"], inputs["context"])
-    scores = model.rank(memory, mask, inputs["history"], inputs["candidates"], inputs["dense"])
-    expected = model.logits(memory, model.item_vectors(inputs["candidates"]))
-    return scores, expected, (mask[:, 0, 0] == 0).to(memory.dtype)
+    history = inputs["history"]
+    memory, mask = model.encode(history, inputs["query"], inputs["context"])
+    scores = model(**inputs) if model.head is None else model.rank(
+        memory, mask, history, inputs["candidates"], inputs["dense"]
+    )  # fmt: skip
+    places = slice(0, history.shape[1]) if model.causal else slice(-1, None)
+    expected = model.logits(memory[:, places], model.item_vectors(inputs["candidates"]))
+    return scores, expected, (mask[:, 0, 0, places] == 0).to(memory.dtype)
 
 
 class Finetuning:
     """The phase."""
 
-    decays = True
+    decays, judges_start = True, False
 
     def __init__(
         self,

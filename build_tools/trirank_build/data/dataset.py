@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +72,8 @@ _EXTRA = (OPTIMUM, POSITIONS, REQUEST_ID)
 
 GAINS = {"VIEW": 0.0, "CLICK": 1.0, "FAVOURITE": 2.0, "CART": 2.0, "PURCHASE": 3.0}
 """Behaviour → gain in NDCG and in ``labels``."""
+LENT = 0.8
+"""Share of the validation split's users."""
 TASKS = {"click": 1.0, "cart": 2.0, "purchase": 3.0}
 """Task → the smallest label that counts as a success."""
 GRADED_TASKS = {"relevance": 0.0}
@@ -143,6 +145,20 @@ class Dataset:
         total = int(self.requests.select(pl.len()).collect().item())
         for start in range(0, total, rows):
             yield self.requests.slice(start, rows).collect().filter(pl.col("split") == name)
+
+    def lent_users(self, seed: int) -> NDArray[np.int64]:
+        """Users of the validation split whose part of it a ranker with held-out requests learns from: LENT of them, all
+        but one at most."""
+        users = self.events.filter(pl.col("split") == "valid")["user_id"].unique().sort().to_numpy()
+        order = np.random.default_rng(seed).permutation(users)
+        return np.sort(order[: max(1, min(int(len(order) * LENT), len(order) - 1))])
+
+    def with_lent(self, seed: int) -> Dataset:
+        """The same data with what was lent to training in the training split: what such a ranker may be fitted on, and
+        is no longer judged by."""
+        learnt = (pl.col("split") == "valid") & pl.col("user_id").is_in(self.lent_users(seed))
+        split = pl.when(learnt).then(pl.lit("train")).otherwise(pl.col("split")).alias("split")
+        return replace(self, events=self.events.with_columns(split), requests=self.requests.with_columns(split))
 
     def training_choices(self) -> NDArray[np.int64]:
         """Item ids of the training events, one a choice; judged search has none."""

@@ -55,18 +55,17 @@ def valid_ndcg(model: nn.Module, examples: Examples, position_bias: float = 0.0)
         position_bias: above 0 each request counts what its choices' positions do on average, so that a ranker is not
             chosen for agreeing with the order that was shown.
     """
-    return _mean_ndcg(metrics.ties_broken(score(model, examples)), examples, position_bias)
+    return mean_ndcg(metrics.ties_broken(score(model, examples)), examples, position_bias)
 
 
 def retrieval_ndcg(examples: Examples, position_bias: float = 0.0) -> float:
     """The same of the order in which candidates came."""
     width = examples.rows.shape[1]
-    return _mean_ndcg(
-        np.broadcast_to(-np.arange(width, dtype=np.float32), examples.rows.shape), examples, position_bias
-    )
+    return mean_ndcg(np.broadcast_to(-np.arange(width, dtype=np.float32), examples.rows.shape), examples, position_bias)
 
 
-def _mean_ndcg(scores: NDArray[np.float32], examples: Examples, position_bias: float) -> float:
+def mean_ndcg(scores: NDArray[np.float32], examples: Examples, position_bias: float = 0.0) -> float:
+    """The same of any scores [R, N]."""
     gains = metrics.order_gains(scores, examples.labels, examples.rows >= 0)
     found = metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))
     known = ~np.isnan(found)

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from trirank.contract import Behaviour, Signal
 from trirank_backend.catalogue import Catalogue
-from trirank_backend.features import TIME_GAPS, FeatureSpec, Packer
+from trirank_backend.features import TIME_GAPS, FeatureSpec, Packer, Transitions
 from trirank_backend.release import load_packer
 from trirank_backend.text import TextEncoder, title_trigrams
 
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
+from trirank_build.features.transitions import count_transitions, training_sequences
 from trirank_build.features.vocabulary import Vocabulary
 from trirank_build.recipe import FeatureRecipe
 
@@ -56,7 +57,10 @@ class Features:
 
     def changed(self, **changes: Any) -> Features:
         """The same catalogue and tokeniser under a specification with other values."""
-        return Features(Packer(replace(self.spec, **changes), self.catalogue, self.packer.token_idf), self.text)
+        packer = self.packer
+        return Features(
+            Packer(replace(self.spec, **changes), self.catalogue, packer.token_idf, packer.transitions), self.text
+        )
 
 
 def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Features:
@@ -91,14 +95,17 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Fe
         tasks=tuple(dataset.description.tasks),
         timed=dataset.description.timed,
         embed_text=recipe.embed_text,
-        without=tuple(sorted(recipe.without)),
+        without=tuple(sorted({*recipe.without, *(() if recipe.transitions else ("transitions",))})),
     )
     text = TextEncoder(tokenizer, tables["token"][0])
     catalogue = _catalogue(items, counts, vocabulary, spec, text, titles)
     catalogue.save(directory / "catalogue")
     spec.save(directory / "features.json")
     tokenizer.save(str(directory / "tokenizer.json"))
-    np.save(directory / "token_idf.npy", _idf(catalogue.titles[:-1], spec.vocabulary_size))
+    attributes = [at for at, name in enumerate(spec.item_fields) if name.startswith("attribute_")]
+    words = np.concatenate([catalogue.titles, catalogue.fields[:, attributes]], 1)[:-1]
+    np.save(directory / "token_idf.npy", _idf(words, spec.vocabulary_size))
+    _transitions(dataset, catalogue, spec).save(directory)
     return Features.load(directory)
 
 
@@ -122,6 +129,7 @@ def refresh_features(trained: Path, dataset: Dataset, directory: Path) -> Featur
     catalogue = _catalogue(items, counts, vocabulary, old.spec, old.text, titles)
     _check_same_shop(old.catalogue, catalogue, dataset.description.source)
     catalogue.save(directory / "catalogue")
+    _transitions(dataset, catalogue, old.spec).save(directory)
     return Features.load(directory)
 
 
@@ -179,6 +187,12 @@ def _catalogue(
     )
 
 
+def _transitions(dataset: Dataset, catalogue: Catalogue, spec: FeatureSpec) -> Transitions:
+    if "transitions" in spec.without:
+        return Transitions.none(len(catalogue))
+    return count_transitions(*training_sequences(dataset, catalogue), len(catalogue))
+
+
 def _tokenizer(dataset: Dataset, vocabulary: int) -> Tokenizer:
     """Subwords (BPE) of titles and training queries. Id 0 is padding."""
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
@@ -199,7 +213,7 @@ def _joint(codes: NDArray[np.int64], offset: int) -> NDArray[np.int64]:
 
 
 def _idf(tokens: NDArray[np.int32], vocabulary_size: int) -> NDArray[np.float32]:
-    """[V] log(1 + M / (1 + titles with the token))"""
+    """[V] log(1 + M / (1 + items with the token or attribute))"""
     row = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
     pairs = np.unique(np.stack([row[tokens > 0], tokens[tokens > 0]], 1), axis=0)
     frequency = np.bincount(pairs[:, 1] if len(pairs) else np.zeros(0, np.int64), minlength=vocabulary_size)

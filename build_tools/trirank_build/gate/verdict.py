@@ -117,7 +117,7 @@ def run_gate(
         BadData: the dataset is another one than the run was trained on, or its split has no requests.
         BadCheckpoint: a step's directory is gone.
     """
-    run.check_data(dataset)
+    dataset = run.judged(dataset)
     dense = runs_of(run)["dense"]
     examples = Examples.read(dataset, split, dense.features, requests, seed)
     thresholds = thresholds_of(run)

@@ -9,6 +9,8 @@ Letters: B requests, N candidates, L history, Q query tokens, S = L + Q + 1, F f
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from trirank_backend.features import FeatureSpec
@@ -60,6 +62,12 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(normed, normed if memory is None else memory, mask))
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
+    def newest(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The last row [B, 1, D] of what ``forward`` makes of x [B, X, D], which may see all others."""
+        normed = self.norm_attention(x)
+        last = x[:, -1:] + self.dropout(self.attention(normed[:, -1:], normed, mask))
+        return last + self.dropout(self.ffn(self.norm_ffn(last)))
+
 
 class Head(nn.Sequential):
     """Scores [B, N, T] of x [B, N, D] beside its product with the context's state [B, 1, D]: Linear, GELU, Linear."""
@@ -82,8 +90,10 @@ class SharedContextRanker(SequenceRanker):
     Ids are of the joint vocabulary with 0 for "missing"; see trirank.contract.ranker_inputs. A score is the sum of
 
     - the affinity of the candidate to the user's state, which pre-training teaches;
-    - what cross-attention finds between the candidate and the history, the query and the context;
-    - a linear part of the dense features.
+    - a linear part of the dense features;
+    - what cross-attention finds between the candidate and the history, the query and the context. With
+      ``cross_blocks = 0`` there is none of it, and of a causal encoder's last block nothing but the newest event's
+      state is calculated, so that a candidate costs one product with it.
     """
 
     def __init__(self, spec: FeatureSpec, recipe: ModelRecipe) -> None:
@@ -94,20 +104,25 @@ class SharedContextRanker(SequenceRanker):
         self.position = nn.Parameter(torch.randn(shape.history_length + shape.query_length, dim) * STD)
         self.mask = nn.Parameter(torch.randn(dim) * STD)
         self.context = nn.Linear(shape.context, dim)
-        self.dense = nn.Linear(shape.dense, dim)
-        self.norm_candidate = nn.LayerNorm(dim)
         self.encoder = nn.ModuleList(Block(recipe, recipe.dropout) for _ in range(recipe.encoder_blocks))
         self.norm_memory = nn.LayerNorm(dim)
         # No dropout on the weights of candidates: there are many, and drawing so many numbers took a fifth of a step.
         self.cross = nn.ModuleList(Block(recipe, 0.0) for _ in range(recipe.cross_blocks))
-        self.norm_out = nn.LayerNorm(dim)
-        last = nn.Linear(dim, shape.tasks)
-        self.head = Head(nn.Linear(2 * dim, dim), nn.GELU(), last)
+        self.head: Head | None = None
         self.dense_head = nn.Linear(shape.dense, shape.tasks)
+        starting_at_zero = [self.dense_head]  # a ranker starts from its affinity, or from training.start, alone
+        if recipe.cross_blocks:
+            self.dense = nn.Linear(shape.dense, dim)
+            self.norm_candidate, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
+            starting_at_zero.append(last := nn.Linear(dim, shape.tasks))
+            self.head = Head(nn.Linear(2 * dim, dim), nn.GELU(), last)
         self.affinity = nn.Parameter(torch.ones(shape.tasks))
-        for layer in (last, self.dense_head):  # a pre-trained ranker starts from its affinity alone
+        for layer in starting_at_zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def linear_parts(self) -> tuple[nn.Linear, nn.Parameter]:
+        return self.dense_head, self.affinity
 
     def encode(
         self, history: Tensor, query: Tensor | None, context: Tensor | None, masked: Tensor | None = None
@@ -141,14 +156,38 @@ class SharedContextRanker(SequenceRanker):
         return self.encode(history, None, None if context is None else context.to(self.mask), masked)[0]
 
     def next_state(self, history: Tensor) -> Tensor:
-        nothing = None if self.causal else torch.zeros_like(history[..., 0], dtype=torch.bool)
-        return self.states(history, nothing)[:, -1]
+        if self.causal:
+            return self._newest_state(history)
+        return self.states(history, torch.zeros_like(history[..., 0], dtype=torch.bool))[:, -1]
+
+    def _newest_state(self, history: Tensor) -> Tensor:
+        """[B, D] of a causal encoder, whose last block is calculated for the newest event alone."""
+        items, extra = self.event_vectors(history)
+        x = self.dropout(items + extra + self.position[self.history_length - history.shape[1] : self.history_length])
+        mask = (~there(history))[:, None, None, :].to(x.dtype) * MASKED  # [B, 1, 1, L]
+        blocks, size = cast(list[Block], list(self.encoder)), history.shape[1]
+        for block in blocks[:-1]:
+            x = block(x, None, torch.clamp(mask + torch.full((size, size), MASKED).triu(1).to(mask), min=MASKED))
+        state: Tensor = self.norm_memory(blocks[-1].newest(x, mask) if blocks else x[:, -1:])[:, 0]
+        return state
 
     def forward(self, history: Tensor, query: Tensor, candidates: Tensor, dense: Tensor, context: Tensor) -> Tensor:
-        return self.rank(*self.encode(history, query, context), history, candidates, dense)
+        if self.head is not None:
+            return self.rank(*self.encode(history, query, context), history, candidates, dense)
+        affinity = self.affinities(self.request_state(history, query, context), self.item_vectors(candidates))
+        return self.dense_head(dense) + affinity[..., None] * self.affinity
+
+    def request_state(self, history: Tensor, query: Tensor, context: Tensor) -> Tensor:
+        """[B, D] what the affinity of candidates is to: the state after the newest event, zero without one; of an
+        encoder that is not causal, what it makes of all there is."""
+        if self.causal:
+            return self._newest_state(history) * there(history)[:, -1:].to(self.mask.dtype)
+        return self.encode(history, query, context)[0][:, -1]
 
     def rank(self, memory: Tensor, mask: Tensor, history: Tensor, candidates: Tensor, dense: Tensor) -> Tensor:
         """Scores [B, N, T] from what ``encode`` made of the request."""
+        if self.head is None:
+            raise TypeError("a ranker without cross blocks has no memory to rank by; call forward")
         items = self.item_vectors(candidates)
         if self.causal:  # the state after the newest event, and none without one
             known = there(history)[:, -1:].to(memory.dtype)  # [B, 1]

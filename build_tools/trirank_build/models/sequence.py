@@ -64,6 +64,15 @@ class SequenceRanker(nn.Module):
         at serving."""
         raise NotImplementedError
 
+    def linear_parts(self) -> tuple[nn.Linear, nn.Parameter] | None:
+        """What a score is made of linearly, where the ranker says so: the weights of the dense features, D to T, and
+        those of the affinity [T]. With both at zero, and all else as it was made, every score is zero."""
+        return None
+
+    def request_state(self, history: Tensor, query: Tensor, context: Tensor) -> Tensor:
+        """[B, D] what the affinity of candidates is to; only of rankers with ``linear_parts``."""
+        raise NotImplementedError
+
     def next_state(self, history: Tensor) -> Tensor:
         """[B, L, F+2] → [B, D], the state after the newest event."""
         return self.states(history)[:, -1]

@@ -1,7 +1,7 @@
 """Two steps over the whole catalogue, as a service takes them: retrieve some hundred items, let the ranker order them.
 
-Retrieval is the union of what the ranker's own states find and what item-to-item similarity finds. The similarity is
-given to the ranker as the retrieval score.
+Retrieval is the union of what item-to-item similarity finds, the ranker's own states, and, where the features have
+them, transitions and attributes. The similarity is given to the ranker as the retrieval score.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from trirank_build.features.fitting import Features
 from trirank_build.models.sequence import SequenceRanker
 from trirank_build.retrieval.item_knn import fit_item_knn
 from trirank_build.retrieval.tasks import CatalogueTasks, contender_scorer, sample_negatives, state_scorer
+from trirank_build.retrieval.transitions import Alike, Followers
 
 EACH = 100
-"""Items that each of the two finds."""
+"""Items that each of the sources finds."""
 _CHUNK = 256
 
 
 def retrieve(
     tasks: CatalogueTasks, dataset: Dataset, features: Features, model: SequenceRanker, each: int = EACH
 ) -> Examples:
-    """The tasks as requests: at most 2 · ``each`` retrieved candidates, those of the highest retrieval score first. A
-    model without states leaves retrieval to the similarity alone."""
-    if not model.has_states:
-        each *= 2
-    each = min(each, tasks.items)
+    """The tasks as requests of retrieved candidates, ``each`` of every source, those of the highest retrieval score
+    first. Where similarity is the only source it finds twice as many."""
     scorers = [contender_scorer(fit_item_knn(dataset, features))]
     if model.has_states:
         scorers.append(state_scorer(model, features))
+    if len(features.packer.transitions.rows):
+        scorers.append(contender_scorer(Followers(features)))
+        if features.packer.kernel_items.attributes.any():
+            scorers.append(contender_scorer(Alike(features)))
+    each = min(each if len(scorers) > 1 else 2 * each, tasks.items)
     examples = Examples(dataset, features, len(tasks), len(scorers) * each, missed=1)
     for start in range(0, len(tasks), _CHUNK):
         which = np.arange(start, min(start + _CHUNK, len(tasks)))

@@ -13,6 +13,7 @@ from scipy import sparse
 
 from trirank_build.data.dataset import Dataset
 from trirank_build.features.fitting import Features
+from trirank_build.features.transitions import largest
 
 NEIGHBOURS = 200
 DECAY = 0.8
@@ -29,7 +30,10 @@ class ItemKnn:
         chosen.data[:] = 1  # a pair counts once
         counts = np.asarray(chosen.sum(0)).ravel()
         scaled = chosen @ sparse.diags(1 / np.sqrt(np.maximum(counts, 1)))
-        self._similarity = _top_neighbours((scaled.T @ scaled).tocsr())
+        similarity = (scaled.T @ scaled).tocsr()
+        similarity.setdiag(0)
+        similarity.eliminate_zeros()
+        self._similarity = largest(similarity, NEIGHBOURS)
         # Fills lists that similarity alone leaves short; too small to change an order.
         self._prior = (1e-6 * counts / max(counts.max(), 1)).astype(np.float32)
         self._n_items = n_items
@@ -62,17 +66,6 @@ class ItemKnn:
             values = np.take_along_axis(scores, top, 1)
             order = np.argsort(-values, axis=1, kind="stable")
             yield np.take_along_axis(top, order, 1), np.take_along_axis(values, order, 1)
-
-
-def _top_neighbours(similarity: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Keep each row's NEIGHBOURS largest entries, without the diagonal."""
-    similarity.setdiag(0)
-    similarity.eliminate_zeros()
-    row = np.repeat(np.arange(similarity.shape[0]), np.diff(similarity.indptr))
-    order = np.lexsort((-similarity.data, row))
-    rank = np.arange(len(order)) - similarity.indptr[row[order]]
-    kept = order[rank < NEIGHBOURS]
-    return sparse.csr_matrix((similarity.data[kept], (row[kept], similarity.indices[kept])), similarity.shape)
 
 
 def fit_item_knn(dataset: Dataset, features: Features) -> ItemKnn:

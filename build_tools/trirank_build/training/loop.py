@@ -68,6 +68,11 @@ class Phase(Protocol):
         """Whether the learning rate falls."""
         ...
 
+    @property
+    def judges_start(self) -> bool:
+        """Whether what the phase begins with is validated, too, and kept where no epoch is better."""
+        ...
+
     def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
         """One epoch's batches, as numbers of examples; always as many."""
         ...
@@ -152,23 +157,29 @@ class Loop:
         total = settings.epochs * per_epoch
         with progress() as bar:
             task = bar.add_task(phase.name, total=total, completed=self._step, visible=self.ranks.leads)
+            if phase.judges_start and not self._own(phase):
+                self._judge(phase, None)
             while self._epoch < settings.epochs and not self._stalled(phase):
                 loss = self._run_epoch(phase, step, optimiser, total, lambda: bar.advance(task))
-                ndcg = self.ranks.agree(phase.validate() if self.ranks.leads else 0.0)
                 self._epoch, self._at, self._total = self._epoch + 1, 0, 0.0
-                point = {"phase": phase.name, "epoch": self._epoch, "loss": round(loss, 6),
-                         "valid_ndcg10": round(ndcg, 6)}  # fmt: skip
-                self.curve.append(point)
-                own = self._own(phase)
+                ndcg = self._judge(phase, loss)
                 if self.ranks.leads:
-                    if max(own, key=lambda p: p["valid_ndcg10"]) is point:
-                        place = {"phase": phase.name, "epoch": self._epoch}
-                        save_checkpoint(self.best(phase.name), self.model.state_dict(), place)
                     self._save(phase, optimiser)
                 bar.update(task, description=f"{phase.name}, epoch {self._epoch}: NDCG@10 {ndcg:.4f}")
                 if report is not None:
                     report(phase.name, self._epoch, ndcg)
             bar.update(task, total=self._step, completed=self._step)
+
+    def _judge(self, phase: Phase, loss: float | None) -> float:
+        """Validate, and keep the weights where they are the phase's best so far; ``loss`` None: before training."""
+        ndcg = self.ranks.agree(phase.validate() if self.ranks.leads else 0.0)
+        point = {"phase": phase.name, "epoch": self._epoch, "loss": None if loss is None else round(loss, 6),
+                 "valid_ndcg10": round(ndcg, 6)}  # fmt: skip
+        self.curve.append(point)
+        if self.ranks.leads and max(self._own(phase), key=lambda p: p["valid_ndcg10"]) is point:
+            place = {"phase": phase.name, "epoch": self._epoch}
+            save_checkpoint(self.best(phase.name), self.model.state_dict(), place)
+        return ndcg
 
     def _own(self, phase: Phase) -> list[dict[str, Any]]:
         return [point for point in self.curve if point["phase"] == phase.name]

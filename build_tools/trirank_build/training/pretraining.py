@@ -18,10 +18,13 @@ from trirank_build.evaluation.catalogue import valid_ndcg
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
 from trirank_build.features.sequences import Sequences
-from trirank_build.models.sequence import SequenceRanker
+from trirank_build.models.sequence import SequenceRanker, there
 from trirank_build.recipe import PretrainingRecipe
 from trirank_build.retrieval.tasks import CatalogueTasks, state_scorer
 from trirank_build.training.losses import sampled_softmax
+
+_GROUPS = 4
+"""Of sequences by length, within a batch."""
 
 
 class PretrainingStep(nn.Module):
@@ -49,7 +52,9 @@ class PretrainingStep(nn.Module):
         masked: Tensor | None = None,
     ) -> Tensor:
         model = self.model
-        states = model.states(history, masked).flatten(0, 1)[at]  # [P, D]
+        states = (
+            self._states(history, at) if masked is None else model.states(history, masked).flatten(0, 1)[at]
+        )  # [P, D]
         if self.all_items:  # in chunks, so that the logits of a large catalogue are never there at once
             scaled, items, prior = model.comparable(states, model.item_vectors(others))
             options = nn.LinearCrossEntropyOptions()
@@ -59,15 +64,36 @@ class PretrainingStep(nn.Module):
         own = model.pairs(states, model.item_vectors(chosen))
         return sampled_softmax(own, logits, same, (log_q, other_log_q) if self.log_q else None)
 
+    def _states(self, history: Tensor, at: Tensor) -> Tensor:
+        """[P, D] of a causal ranker at the flat places ``at`` of history [B, T, F+2], without calculating much padding:
+        sequences of like lengths go through the encoder together, and all of the batch into one loss."""
+        batch, longest = history.shape[:2]
+        lengths, order = there(history).sum(1).sort()
+        found, place = [], torch.zeros(batch * longest, dtype=torch.long, device=history.device)
+        done = 0
+        for part, length in zip(order.chunk(_GROUPS), lengths.chunk(_GROUPS), strict=True):
+            width = max(int(length[-1]), 1)
+            found.append(self.model.states(history[part, longest - width :]).flatten(0, 1))
+            flat = part[:, None] * longest + torch.arange(longest - width, longest, device=history.device)
+            place[flat.flatten()] = torch.arange(done, done + flat.numel(), device=history.device)
+            done += flat.numel()
+        return torch.cat(found)[place[at]]
+
 
 class Pretraining:
     """The phase."""
 
     def __init__(
-        self, model: SequenceRanker, recipe: PretrainingRecipe, dataset: Dataset, features: Features, seed: int
+        self,
+        model: SequenceRanker,
+        recipe: PretrainingRecipe,
+        dataset: Dataset,
+        features: Features,
+        seed: int,
+        name: str = "",
     ) -> None:
-        self.name: str = recipe.objective
-        self.settings, self.decays = recipe, recipe.decay
+        self.name: str = name or recipe.objective
+        self.settings, self.decays, self.judges_start = recipe, recipe.decay, False
         self.step = PretrainingStep(model, recipe.log_q, recipe.negatives == "all")
         self._model, self._features = model, features
         self._sequences = Sequences(dataset, features)

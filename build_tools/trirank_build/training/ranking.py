@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
-from trirank_build.evaluation.scoring import log_propensities, propensity_weights, retrieval_ndcg, valid_ndcg
+from trirank_build.evaluation.scoring import (
+    log_propensities,
+    mean_ndcg,
+    propensity_weights,
+    retrieval_ndcg,
+    valid_ndcg,
+)
 from trirank_build.features.examples import Batch, Examples
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
@@ -21,13 +27,12 @@ from trirank_build.recipe import TrainingRecipe
 from trirank_build.retrieval.cascade import retrieve, sample
 from trirank_build.retrieval.tasks import CatalogueTasks
 from trirank_build.training.losses import RANKING_LOSSES, TaskWeights, targets_of
+from trirank_build.training.start import Start, fit_start
 
 _FROZEN = {"nothing": (), "embeddings": ("embedding",), "encoder": ("embedding", "encoder", "position", "norm_memory",
                                                                    "log_temperature")}  # fmt: skip
 
 RANKING = "ranking"
-FIT = 0.8
-"""Share of the held-out choices that the ranker learns from; the others say when to stop."""
 
 
 class RankingStep(nn.Module):
@@ -84,7 +89,9 @@ class Ranking:
         self, model: nn.Module, recipe: TrainingRecipe, dataset: Dataset, train: Examples, valid: Examples
     ) -> None:
         self.name, self.settings, self.decays = RANKING, recipe, True
-        self.step = RankingStep(model, recipe, {task: dataset.description.tasks[task] for task in train.tasks})
+        self.judges_start = True
+        self._tasks = {task: dataset.description.tasks[task] for task in train.tasks}
+        self.step = RankingStep(model, recipe, self._tasks)
         for name, parameter in model.named_parameters():
             if name.split(".")[0] in _FROZEN[recipe.freeze]:
                 parameter.requires_grad_(False)
@@ -96,6 +103,23 @@ class Ranking:
         if recipe.random_negatives:
             counts = popularity(dataset.training_choices(), train.ids)
             self._sampler = NegativeSampler(recipe.negatives, counts, recipe.random_negatives)
+
+    def start(self, pretrained: bool, seed: int) -> Start | None:
+        """Begin with the best linear order, see training.start."""
+        if not isinstance(self._model, SequenceRanker):
+            return None
+        rng = np.random.default_rng(seed)
+
+        def train(which: NDArray[np.int64]) -> tuple[Batch, dict[str, Tensor]]:
+            batch, with_scores = self.draw(which, rng)
+            return batch, self.corrections(batch, with_scores)
+
+        def count(scores: NDArray[np.float32]) -> float:
+            return mean_ndcg(scores, self._valid, self.settings.position_bias)
+
+        return fit_start(
+            self._model, tuple(self._tasks.values()), train, self._teaching, self._valid, count, pretrained, seed
+        )
 
     def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
         """Requests with something chosen, in a new order."""
@@ -151,17 +175,17 @@ def logged(
 def held_out(
     dataset: Dataset, features: Features, model: SequenceRanker, recipe: TrainingRecipe, seed: int
 ) -> tuple[Examples, Examples]:
-    """The validation split's choices, which pre-training has not seen, four fifths of them to learn from: among what
-    was retrieved, and once more among drawn items, since other services' retrieval finds other candidates."""
+    """The validation split's choices, which pre-training has not seen: those lent to training among what was retrieved,
+    and once more among drawn items, since other services' retrieval finds other candidates; the others to validate."""
     tasks = CatalogueTasks.of(dataset, "valid", features)
-    if len(tasks) < 2:
+    learnt = np.isin(tasks.users, dataset.lent_users(seed))
+    held, others = tasks.take(np.flatnonzero(learnt)), np.flatnonzero(~learnt)
+    if not len(held) or not len(others):
         raise BadData("fewer than two users chose anything in the validation split, too few to hold any out; "
                       'say training.requests = "logged", or bring a longer log')  # fmt: skip
-    order = np.random.default_rng(seed).permutation(len(tasks))
-    cut = max(1, min(int(len(order) * FIT), len(order) - 1))
-    valid = np.sort(order[cut:][: recipe.validation_requests])
-    held = tasks.take(np.sort(order[:cut]))
+    if len(others) > recipe.validation_requests:
+        others = np.sort(np.random.default_rng(seed).permutation(others)[: recipe.validation_requests])
     train = retrieve(held, dataset, features, model)
     if recipe.random_negatives:
         train = train.joined(sample(held, dataset, features, recipe.random_negatives, seed))
-    return train, retrieve(tasks.take(valid), dataset, features, model)
+    return train, retrieve(tasks.take(others), dataset, features, model)

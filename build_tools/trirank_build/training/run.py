@@ -68,6 +68,15 @@ class TrainedRun:
                 f"is {dataset.description.source} (digest {given[:12]}); give the one it was trained on"
             )
 
+    def judged(self, dataset: Dataset) -> Dataset:
+        """The dataset as this ranker may be judged by it: what it learned from of the validation split is training.
+
+        Raises:
+            BadData: it is another one than it was trained on.
+        """
+        self.check_data(dataset)
+        return dataset.with_lent(self.recipe.seed) if self.recipe.training.requests == "held_out" else dataset
+
     def check_refresh(self, dataset: Dataset) -> None:
         """Hold a newer dataset of the same shop against the one the run was trained on.
 

@@ -17,7 +17,7 @@ import torch
 from trirank_build.artefacts import atomic_directory, atomic_file, file_digest
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, BadRecipe
-from trirank_build.features.fitting import Features, fit_features
+from trirank_build.features.fitting import Features, fit_features, refresh_features
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
 from trirank_build.models.family import make_ranker
 from trirank_build.progress import working
@@ -28,6 +28,7 @@ from trirank_build.training.pretraining import Pretraining
 from trirank_build.training.ranking import RANKING, Ranking, held_out, logged
 from trirank_build.training.run import BEST, FEATURES, RECIPE, RUN, TrainedRun, check_features
 
+REFIT = "refit"
 _EXAMPLES = "examples"
 """Folder of the unpacked requests while training lasts."""
 
@@ -120,7 +121,7 @@ def _run(
     def pretraining() -> Phase:
         return Pretraining(model, recipe.pretraining, dataset, features, recipe.seed)
 
-    retrieved: dict[str, float] = {}
+    begun: dict[str, Any] = {}
 
     def ranking() -> Phase:
         settings, seed = recipe.training, recipe.seed
@@ -131,8 +132,31 @@ def _run(
             with working("unpacking requests"):
                 requests = logged(dataset, features, settings, seed, unpacked)
         phase = Ranking(model, settings, dataset, *requests)
-        retrieved["valid_retrieval_ndcg10"] = round(phase.retrieved(), 6)
+        begun["valid_retrieval_ndcg10"] = round(phase.retrieved(), 6)
+        if settings.start == "linear" and first is None:
+            with working("fitting the order to start from"):
+                start = phase.start(recipe.pretraining.objective != "none", seed)
+            begun["start"] = None if start is None else start._asdict()
         return phase
+
+    def refit() -> Phase:
+        known = dataset.with_lent(recipe.seed)
+        if group.leads:  # the words stay, what is counted is counted again
+            with atomic_directory(out / FEATURES) as scratch:
+                refresh_features(out / FEATURES, known, scratch)
+        group.wait()
+        linear = model.linear_parts()
+        assert linear is not None
+        kept = {id(parameter) for parameter in (*linear[0].parameters(), linear[1])}
+        torch.manual_seed(recipe.seed)
+        fresh = make_ranker(features.spec, recipe.model)
+        with torch.no_grad():
+            for parameter, new in zip(model.parameters(), fresh.parameters(), strict=True):
+                if id(parameter) not in kept:
+                    parameter.copy_(new)
+        epochs = _best(loop.curve, recipe.pretraining.objective)["epoch"]
+        settings = recipe.pretraining.model_copy(update={"epochs": epochs, "patience": epochs})
+        return Pretraining(model, settings, known, Features.load(out / FEATURES), recipe.seed, REFIT)
 
     if not model.has_states and recipe.pretraining.objective != "none":
         raise BadRecipe(f'model.architecture = "{recipe.model.architecture}" has no states to pre-train; say '
@@ -140,8 +164,10 @@ def _run(
     phases: dict[str, Callable[[], Phase]] = {}
     if recipe.pretraining.objective != "none":
         phases[recipe.pretraining.objective] = pretraining
-    if recipe.training.epochs:
+    if recipe.training.epochs or (recipe.training.start == "linear" and model.linear_parts() is not None):
         phases[RANKING] = ranking
+    if recipe.training.refit:
+        phases[REFIT] = refit
     loop = Loop(
         model, phases, seed=recipe.seed, directory=out, identity=identity, ranks=group,
         half=recipe.training.precision == "bfloat16", checkpoint_minutes=recipe.training.checkpoint_minutes,
@@ -155,10 +181,16 @@ def _run(
             "seconds": round(loop.elapsed(), 1),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": group.world,
-            **retrieved,
+            **begun,
+            "valid_ndcg10": _best(loop.curve, RANKING if RANKING in phases else list(phases)[-1])["valid_ndcg10"],
         }
         os.replace(loop.best(list(phases)[-1]), out / BEST)
         with atomic_file(out / RUN) as scratch:
             scratch.write_text(json.dumps(facts, indent=1) + "\n")
         loop.last.unlink()
         shutil.rmtree(out / _EXAMPLES, ignore_errors=True)
+
+
+def _best(curve: list[dict[str, Any]], phase: str) -> dict[str, Any]:
+    """The phase's best point."""
+    return max((point for point in curve if point["phase"] == phase), key=lambda point: point["valid_ndcg10"])

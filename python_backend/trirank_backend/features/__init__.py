@@ -5,8 +5,9 @@ from trirank_backend.features.kernels import TIME_GAPS
 from trirank_backend.features.packer import Packer
 from trirank_backend.features.spec import FeatureSpec
 from trirank_backend.features.table import CONTEXT, DENSE, HISTORY_EXTRA, INPUTS, STATIC_DENSE
+from trirank_backend.features.transitions import Transitions
 
 __all__ = [
     "CONTEXT", "DENSE", "HISTORY_EXTRA", "INPUTS", "STATIC_DENSE", "TIME_GAPS", "FeatureSpec", "Lines", "Packed",
-    "Packer", "even_starts",
+    "Packer", "Transitions", "even_starts",
 ]  # fmt: skip

@@ -19,7 +19,11 @@ class Items(NamedTuple):
         brands, categories: [M+1] int32 ids of the joint vocabulary, 0: missing.
         prices, popularity: [M+1] float32, standardised logarithms.
         words: [M+1, 8] uint64, the titles' trigrams.
-        token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles.
+        token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles, or as an attribute.
+        attributes: [M+1, S] int32 numbers below A, 0: missing.
+        attribute_idf: [A] float32, their rarity, from token_idf.
+        attribute_scale: [M+1] float32, one over the length of an item's vector of attributes; 0 without any.
+        follower_starts, followers, follower_weights: see transitions.Transitions.
     """
 
     brands: NDArray[np.int32]
@@ -32,6 +36,12 @@ class Items(NamedTuple):
     titles: NDArray[np.int32]
     words: NDArray[np.uint64]
     token_idf: NDArray[np.float32]
+    attributes: NDArray[np.int32]
+    attribute_idf: NDArray[np.float32]
+    attribute_scale: NDArray[np.float32]
+    follower_starts: NDArray[np.int64]
+    followers: NDArray[np.int32]
+    follower_weights: NDArray[np.float32]
 
 
 class Lines(NamedTuple):

@@ -18,6 +18,7 @@ from trirank.contract import Behaviour, Signal
 
 from trirank_backend.compiled import kernel
 from trirank_backend.features.batch import Items, Lines
+from trirank_backend.features.past_kernels import attribute_match, transition
 from trirank_backend.features.table import CONTEXT_AT, DENSE_AT
 from trirank_backend.features.text_kernels import letters, tokens
 
@@ -207,6 +208,7 @@ def fill(
     signals: NDArray[np.int32],
 ) -> None:
     """Fill zeros with all features of a batch. Those that need times are left 0 where timestamps are none."""
+    profile = np.zeros(len(items.attribute_idf), np.float32)
     for line in range(len(lines.starts) - 1):
         first, end, now = lines.starts[line], lines.starts[line + 1], lines.timestamps[line]
         for at in range(first, end):
@@ -219,4 +221,6 @@ def fill(
         seen(items, lines, line, first, end, dense, signals)
         tokens(items, lines, line, first, end, dense, signals)
         letters(items, lines, line, first, end, dense)
+        transition(items, lines, line, first, end, dense)
+        attribute_match(items, lines, line, first, end, profile, dense)
         session(lines, line, context)

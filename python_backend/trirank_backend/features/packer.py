@@ -21,20 +21,29 @@ from trirank_backend.features.table import (
     fields_left_out,
     left_out,
 )
+from trirank_backend.features.transitions import Transitions
 
 
 class Packer:
     """Packs batches for one catalogue.
 
     Args:
-        token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles.
+        token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles, or as an attribute.
+        transitions: which item follows which; None: nothing was counted.
     """
 
-    def __init__(self, spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32]) -> None:
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        catalogue: Catalogue,
+        token_idf: NDArray[np.float32],
+        transitions: Transitions | None = None,
+    ) -> None:
         self.spec = spec
         self.catalogue = catalogue
         self.token_idf = token_idf
-        self._items = _items(spec, catalogue, token_idf)
+        self.transitions = Transitions.none(len(catalogue)) if transitions is None else transitions
+        self.kernel_items = _items(spec, catalogue, token_idf, self.transitions)
         self._hidden_dense = left_out(DENSE_TABLE, spec.without)
         self._hidden_context = left_out(CONTEXT_TABLE, spec.without)
         names = ("row",) if spec.folded else spec.item_fields
@@ -48,7 +57,7 @@ class Packer:
         dense = np.zeros((places, len(DENSE)), np.float32)
         context = np.zeros((len(lines.timestamps), len(CONTEXT)), np.float32)
         signals = np.empty(places, np.int32)
-        fill(self._items, lines, self.spec.timed, dense, context, signals)
+        fill(self.kernel_items, lines, self.spec.timed, dense, context, signals)
         # A policy's signals do not depend on what the ranker is allowed to see.
         if self._hidden_dense:
             dense[:, self._hidden_dense] = 0
@@ -91,8 +100,13 @@ class Packer:
         return history
 
 
-def _items(spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32]) -> Items:
+def _items(spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float32], transitions: Transitions) -> Items:
     """The catalogue as kernels read it."""
+    slots = [at for at, name in enumerate(spec.item_fields) if name.startswith("attribute_")]
+    first, size = spec.tables.get("attribute", (0, 1))
+    attributes = np.ascontiguousarray(np.maximum(catalogue.fields[:, slots] - first, 0), np.int32)
+    idf = np.concatenate([np.zeros(1, np.float32), token_idf[first + 1 : first + size]])
+    length = np.sqrt((idf[attributes] ** 2).sum(1))
     columns: dict[str, NDArray[Any]] = {
         "prices": catalogue.dense[:, STATIC_DENSE.index("price")],
         "popularity": catalogue.dense[:, STATIC_DENSE.index("popularity")],
@@ -104,5 +118,11 @@ def _items(spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float3
         "titles": catalogue.titles,
         "words": catalogue.trigrams.view(np.uint64),
         "token_idf": token_idf,
+        "attributes": attributes,
+        "attribute_idf": idf,
+        "attribute_scale": np.divide(1, length, out=np.zeros(len(length), np.float32), where=length > 0),
+        "follower_starts": transitions.starts,
+        "followers": transitions.rows,
+        "follower_weights": transitions.weights,
     }
     return Items(**{name: read_only(column) for name, column in columns.items()})

@@ -50,6 +50,8 @@ DENSE_TABLE = (
     Feature("fuzzy_words", ("text", "dense"), "letters"),  # share of the words that are mostly there
     Feature("fuzzy_worst", ("text", "dense"), "letters"),  # smallest share
     Feature("fuzzy_last", ("text", "dense"), "letters"),  # share of the last word
+    Feature("transition", ("transitions",), "transition"),  # log count of what followed the history's events
+    Feature("attribute_match", ("attributes", "dense"), "attribute_match"),  # cosine with those of the history
 )
 """Of a candidate."""
 CONTEXT_TABLE = (
@@ -74,7 +76,7 @@ HISTORY_EXTRA = ("behaviour", "time_gap")
 """Fields of an event after those of its item."""
 INPUTS = (
     "item", "brand", "category", "price", "attributes", "text", "behaviour", "time_gap", "retrieval",
-    "dense", "context",
+    "transitions", "dense", "context",
 )  # fmt: skip
 """Groups of inputs that a recipe can leave out."""
 

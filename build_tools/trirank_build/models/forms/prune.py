@@ -90,8 +90,10 @@ def axes(ranker: SharedContextRanker) -> dict[str, tuple[int, int]]:
     """Every parameter that vectors are made of or go into → the axis of their numbers, and how many vectors lie there
     side by side."""
     axes = {f"{name}.weight": (1, 1) for name in embedding_tables(ranker) or ()}
-    axes |= dict.fromkeys(("mask", "context.weight", "context.bias", "dense.weight", "dense.bias"), (0, 1))
-    axes |= {"position": (1, 1), "prior.weight": (1, 1), "head.0.weight": (1, 2)}
+    axes |= dict.fromkeys(("mask", "context.weight", "context.bias"), (0, 1))
+    axes |= {"position": (1, 1), "prior.weight": (1, 1)}
+    if ranker.head is not None:
+        axes |= {"dense.weight": (0, 1), "dense.bias": (0, 1), "head.0.weight": (1, 2)}
     for name, module in ranker.named_modules():
         if isinstance(module, nn.LayerNorm):
             axes |= {f"{name}.weight": (0, 1), f"{name}.bias": (0, 1)}

@@ -1,0 +1,55 @@
+"""Counts what follows what in the training events; trirank_backend.features.transitions says what for."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from trirank_backend.catalogue import Catalogue
+from trirank_backend.features import Transitions
+
+from trirank_build.data.dataset import Dataset
+
+WINDOW = 10
+"""Steps from an event to the last one that counts as its follower; a pair k steps apart counts 1 / sqrt(k)."""
+FOLLOWERS = 200
+"""Kept of an item, the most frequent ones."""
+
+
+def training_sequences(dataset: Dataset, catalogue: Catalogue) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Users, numbered from 0, and rows [E] of the training events, one user after the other, oldest first."""
+    events = dataset.training_events()
+    users = np.unique(events["user_id"].to_numpy(), return_inverse=True)[1].astype(np.int64)
+    return users, catalogue.rows(events["item_id"].to_numpy())
+
+
+def steps_apart(users: NDArray[np.int64], rows: NDArray[np.int32], steps: int, items: int) -> sparse.csr_matrix:
+    """[M, M] how often each item came exactly so many steps after each other one, in the events of one user."""
+    pairs = (users[steps:] == users[:-steps]) & (rows[steps:] != rows[:-steps])
+    earlier, later = rows[:-steps][pairs], rows[steps:][pairs]
+    return sparse.csr_matrix((np.ones(len(earlier), np.float32), (earlier, later)), (items, items))
+
+
+def largest(matrix: sparse.csr_matrix, count: int) -> sparse.csr_matrix:
+    """The ``count`` largest entries of each row, columns ascending."""
+    matrix = matrix.tocsr()
+    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort((matrix.indices, -matrix.data, row))
+    rank = np.arange(len(order)) - matrix.indptr[row[order]]
+    kept = order[rank < count]
+    found = sparse.csr_matrix((matrix.data[kept], (row[kept], matrix.indices[kept])), matrix.shape)
+    found.sort_indices()
+    return found
+
+
+def count_transitions(users: NDArray[np.int64], rows: NDArray[np.int32], items: int) -> Transitions:
+    """The table of ``items`` items, from users and rows as ``training_sequences`` gives them."""
+    counts = sparse.csr_matrix((items, items), dtype=np.float32)
+    for steps in range(1, WINDOW + 1):
+        counts = counts + steps_apart(users, rows, steps, items) / np.float32(np.sqrt(steps))
+    table = largest(counts, FOLLOWERS)
+    return Transitions(
+        starts=np.append(table.indptr, table.indptr[-1]).astype(np.int64),
+        rows=table.indices.astype(np.int32),
+        weights=np.log1p(table.data).astype(np.float32),
+    )

@@ -1,0 +1,51 @@
+"""Candidates and scores by what followed what the user did, and by the attributes of it: the two columns that serving
+fills for candidates (trirank_backend.features.past_kernels), here for the whole catalogue at once."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from trirank_backend.features.past_kernels import ATTRIBUTE_DECAY, TRANSITION_DECAY
+
+from trirank_build.features.fitting import Features
+
+
+class Followers:
+    """Items that came after those of the history, as the features count them."""
+
+    def __init__(self, features: Features) -> None:
+        table, items = features.packer.transitions, len(features.catalogue)
+        self._table = sparse.csr_matrix((table.weights, table.rows, table.starts[:-1]), (items, items))
+
+    def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
+        """[B, L] item rows, newest last, -1 padded → [B, M]."""
+        return np.asarray((ages(histories, TRANSITION_DECAY, self._table.shape[0]) @ self._table).toarray(), np.float32)
+
+
+class Alike:
+    """Items whose attributes are those of the history."""
+
+    def __init__(self, features: Features) -> None:
+        items = features.packer.kernel_items
+        row, slot = np.nonzero(items.attributes[:-1])
+        attribute = items.attributes[row, slot]
+        values = items.attribute_idf[attribute] * items.attribute_scale[row]
+        shape = (len(features.catalogue), len(items.attribute_idf))
+        self._items = sparse.csr_matrix((values, (row, attribute)), shape)
+        self._attributes = self._items.T.tocsr()
+
+    def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
+        """[B, L] item rows, newest last, -1 padded → [B, M]."""
+        tastes = ages(histories, ATTRIBUTE_DECAY, self._items.shape[0]) @ self._items
+        return np.asarray((tastes @ self._attributes).toarray(), np.float32)
+
+
+def ages(histories: NDArray[np.int32], decay: float, items: int) -> sparse.csr_matrix:
+    """[B, M] weights of each history's events that sum to 1, each ``decay`` times that of the event after it."""
+    there = histories >= 0
+    after: NDArray[np.int64] = there[:, ::-1].cumsum(1)[:, ::-1] - there
+    weights = np.where(there, decay**after, 0).astype(np.float32)
+    weights /= np.maximum(weights.sum(1, keepdims=True), 1e-12)
+    request, place = np.nonzero(there)
+    return sparse.csr_matrix((weights[request, place], (request, histories[request, place])), (len(histories), items))
