@@ -29,7 +29,8 @@ def recipe():
             "name": "tiny",
             "features": {"history_length": 8, "query_length": 6, "title_length": 6, "vocabulary": 300},
             "model": {"dim": 16, "heads": 2, "encoder_blocks": 1, "ffn": 32},
-            "training": {"epochs": 3, "candidates": 12, "warmup_steps": 5},
+            # From nothing, so that what it ranks by is in all of its weights, the embeddings among them.
+            "training": {"epochs": 3, "candidates": 12, "warmup_steps": 5, "start": "nothing"},
         }
     )
 

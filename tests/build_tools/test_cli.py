@@ -156,7 +156,7 @@ def test_evaluation_compares(line):
 
 
 def test_export_shows_every_bucket(line):
-    assert all(re.search(rf"{bucket}\s+│\s+\d\.\de-\d+", line[1]["export"].stdout) for bucket in (64, 256, 1024))
+    assert all(re.search(rf"{bucket}\s+│\s+\d\.\de[-+]\d+", line[1]["export"].stdout) for bucket in (64, 256, 1024))
 
 
 def test_assemble_prints_the_release_and_promotes(line):
@@ -234,14 +234,16 @@ def test_compress_export_gate_assemble(line, tmp_path):
     assert onnx.with_suffix(".gate.html").is_file()
     trirank("assemble", *of_run, "--onnx", onnx, "--out", tmp_path / "releases")
     strict = (
-        (tmp_path / "out" / "compression.toml").read_text().replace("min_kendall_tau = 0.2", "min_kendall_tau = 1.0")
+        (tmp_path / "out" / "compression.toml")
+        .read_text()
+        .replace("min_kendall_tau = 0.2", "min_kendall_tau = 0.2\nmax_size_mb = 0.001")
     )
     (tmp_path / "out" / "compression.toml").write_text(strict)
     failed = trirank("gate", *of_run, "--onnx", onnx, "--requests", 300, "--no-live", code=1)
-    assert "failed: 1-prune: Kendall's tau is" in failed.stderr.replace("\n", " ")
+    assert "failed: ONNX: " in failed.stderr.replace("\n", " ")
     refused = trirank("assemble", *of_run, "--onnx", onnx, "--out", tmp_path / "releases", code=1).stderr
-    assert "did not pass the gate: 1-prune" in refused
-    trirank("assemble", *of_run, "--onnx", onnx, "--out", tmp_path / "releases")
+    assert "did not pass the gate: ONNX: " in refused
+    trirank("assemble", *of_run, "--onnx", onnx, "--out", tmp_path / "releases", "--allow-failing-gate")
 
 
 def test_search_by_command(line, tmp_path):

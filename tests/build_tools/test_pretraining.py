@@ -15,6 +15,7 @@ from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import fit_features
 from trirank_build.features.negatives import NegativeSampler
 from trirank_build.features.sequences import Sequences
+from trirank_build.features.transitions import count_transitions, training_sequences
 from trirank_build.models.checkpoint import load_checkpoint
 from trirank_build.models.family import make_ranker
 from trirank_build.preparation.options import PrepareOptions
@@ -149,6 +150,37 @@ def test_the_ranking_step_starts_where_pre_training_ended(pretrained, chains, tm
     assert found.table["ranker"]["NDCG@10"].value > 0.9
 
 
+def test_what_was_lent_to_training_is_learned_at_the_end_and_judges_no_more(chains, features, tmp_path):
+    """States and counts are fitted once more with the held-out choices; the linear weights stay as they were."""
+    whole = recipe(
+        features={"transitions": True}, model={"cross_blocks": 0}, training={"requests": "held_out", "refit": True}
+    )
+    run = train(whole, chains, tmp_path / "run")
+    curve = run.facts["curve"]
+    first = [point for point in curve if point["phase"] == "next_item"]
+    assert [point["epoch"] for point in curve if point["phase"] == "ranking"] == [0]
+    best = max(first, key=lambda point: point["valid_ndcg10"])["epoch"]
+    assert sum(point["phase"] == "refit" for point in curve) == best
+    one, two = (load_checkpoint(tmp_path / "run" / f"{name}.safetensors")[0] for name in ("ranking", "best"))
+    same = {name for name in one if torch.equal(one[name], two[name])}
+    assert {"dense_head.weight", "affinity"} <= same
+    assert not {"embedding.weight", "position"} & same
+
+    lent, known = chains.lent_users(whole.seed), chains.with_lent(whole.seed)
+    judged = run.judged(chains)
+    valid = judged.events.filter(judged.events["split"] == "valid")["user_id"].unique().to_numpy()
+    assert len(valid) == pytest.approx(0.2 * USERS, abs=2)
+    assert not np.isin(valid, lent).any()
+    assert not np.isin(judged.split("valid")["user_id"].to_numpy(), lent).any()
+    with_lent = count_transitions(*training_sequences(known, features.catalogue), len(features.catalogue))
+    for found, expected in zip(run.features.packer.transitions, with_lent, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    before = count_transitions(*training_sequences(chains, features.catalogue), len(features.catalogue))
+    assert with_lent.weights.sum() > before.weights.sum()
+    found = evaluate_catalogue(run.model(), judged, run.features, "test", others={})
+    assert found.table["ranker"]["NDCG@10"].value > 0.9
+
+
 def test_held_out_choices_need_states(chains, tmp_path):
     with pytest.raises(BadRecipe, match="choose pretraining.objective, or start from a run"):
         train(
@@ -221,7 +253,16 @@ def test_popular_negatives_follow_the_flattened_counts(rng):
 def test_in_batch_negatives_are_the_other_choices(rng):
     drawn = NegativeSampler("in_batch", np.array([5, 1, 3, 9]), 7).draw(rng, np.array([[3, -1], [1, 3]], np.int32))
     assert sorted(drawn.rows.tolist()) == [1, 3]
-    assert np.exp(drawn.log_q) == pytest.approx(np.array([1, 9]) / 18, rel=1e-5)
+    assert np.exp(drawn.log_q) == pytest.approx(1 - (1 - np.array([1, 9]) / 18) ** 3, rel=1e-5)  # of three choices
+
+
+def test_an_in_batch_draw_is_as_likely_as_it_is_to_be_among_the_choices(rng):
+    """Counted over many batches of 50 choices: the popular item is in nearly all of them, and in none 25 times."""
+    share = np.array([0.5, 0.3, 0.15, 0.04, 0.01])
+    sampler = NegativeSampler("in_batch", (share * 10_000).astype(np.int64), 0)
+    batches = [sampler.draw(rng, rng.choice(5, 50, p=share).astype(np.int32)) for _ in range(2_000)]
+    seen = np.bincount(np.concatenate([batch.rows for batch in batches]), minlength=5) / len(batches)
+    np.testing.assert_allclose(np.exp(sampler.log_q(np.arange(5, dtype=np.int32), 50)), seen, atol=0.03)
 
 
 def test_all_negatives_are_all(rng):

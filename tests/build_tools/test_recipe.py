@@ -21,7 +21,18 @@ BAD = {
     "no name": ("seed = 1", "name: Field required"),
     "a bad name": ('name = "My Recipe"', "name: .*'My Recipe'"),
     "not a number": ('name = "x"\n[training]\nepochs = "many"', r"training\.epochs: .*'many'"),
-    "zero epochs": ('name = "x"\n[training]\nepochs = 0', "epochs = 0 and no pre-training leave nothing to learn"),
+    "zero epochs": (
+        'name = "x"\n[training]\nepochs = 0\nstart = "nothing"',
+        'start = "nothing" and no pre-training leave nothing to learn',
+    ),
+    "counted choices": (
+        'name = "x"\n[features]\ntransitions = true',
+        'transitions goes with training.requests = "held_out"',
+    ),
+    "refit of logged requests": (
+        'name = "x"\n[training]\nrefit = true',
+        'refit goes with training.requests = "held_out"',
+    ),
     "negative rate": ('name = "x"\n[training]\nlearning_rate = -1.0', r"learning_rate: .*greater than 0"),
     "heads": ('name = "x"\n[model]\ndim = 30\nheads = 4', "heads = 4 does not divide dim = 30"),
     "policies": ('name = "x"\n[policies.home]', "policies: unknown key"),

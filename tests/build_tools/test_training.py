@@ -128,7 +128,7 @@ def test_where_no_epoch_is_better_the_start_is_the_ranker(recipe, dataset, tmp_p
     """A linear order of what is known of each candidate, and no worse on validation than retrieval's."""
     curve = iter([0.6, 0.5, 0.4, 0.9])
     monkeypatch.setattr(ranking, "valid_ndcg", lambda *_: next(curve))
-    run = train(changed(recipe, epochs=4, patience=2), dataset, tmp_path / "run")
+    run = train(changed(recipe, epochs=4, patience=2, start="linear"), dataset, tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1] == {"phase": "ranking", "epoch": 0}
     examples = Examples.read(dataset, "valid", run.features)
     scores, linear = score(run.model(), examples), run.model().dense_head
@@ -189,7 +189,7 @@ class TestPositionsOfFeedback:
         assert own[:, : drawn.listed] == pytest.approx(log_propensities(listed, 1.0))
         # Drawn items stood nowhere: they are seen as the request's choices were, on average.
         chosen = np.ma.masked_array(log_propensities(listed, 1.0), drawn.labels[:, : drawn.listed] == 0).mean(1).data
-        even = -(sampler.log_q(others) + np.log(sampler.items))
+        even = -(sampler.log_q(others, 1) + np.log(sampler.items))
         assert own[:, drawn.listed :] == pytest.approx(even + chosen[:, None], rel=1e-4, abs=1e-4)
 
     def test_they_change_the_loss(self, recipe, dataset, examples):

@@ -22,7 +22,7 @@ class Negatives:
 
     Attributes:
         rows: [K] catalogue rows.
-        log_q: [K] log of the chance of a draw.
+        log_q: [K] see NegativeSampler.log_q.
     """
 
     rows: NDArray[np.int32]
@@ -53,7 +53,7 @@ class NegativeSampler:
             rows = np.unique(chosen[chosen >= 0]).astype(np.int32)
         else:
             rows = self._independent(rng, (self.count,))
-        return Negatives(rows, self.log_q(rows))
+        return Negatives(rows, self.log_q(rows, int((chosen >= 0).sum())))
 
     def draw_each(self, rng: np.random.Generator, requests: int, chosen: NDArray[np.int32]) -> NDArray[np.int32]:
         """[B, K] rows, other ones for each request; ``chosen`` [B, …] as for draw."""
@@ -68,8 +68,14 @@ class NegativeSampler:
         at = np.searchsorted(self._cumulative, rng.random(shape))
         return np.minimum(at, self.items - 1).astype(np.int32)
 
-    def log_q(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        """[...] log of the chance that one draw gives each row; of no matter where all are alike."""
+    def log_q(self, rows: NDArray[np.int32], choices: int) -> NDArray[np.float32]:
+        """[...] log of the chance that a draw gives each row, up to a number that is the same for all; of no matter
+        where all are alike. An item that a batch of ``choices`` chose is drawn once, however often it was chosen: what
+        counts of the in-batch draw is the chance to be chosen at all, which of popular items is far less than their
+        share times the choices."""
         if self.kind in ("all", "uniform"):
             return np.full(rows.shape, -np.log(self.items), np.float32)
+        if self.kind == "in_batch":
+            share = np.exp(self._log_share[rows].astype(np.float64))
+            return np.log(-np.expm1(choices * np.log1p(-np.minimum(share, 1 - 1e-12)))).astype(np.float32)
         return self._log_share[rows]

@@ -126,8 +126,8 @@ class Pretraining:
             chosen = _without_ids(chosen, self.settings.item_dropout, rng)
         tensors = {
             "history": batch.history, "at": at, "chosen": chosen, "chosen_row": rows.astype(np.int64),
-            "others": others, "other_rows": negatives.rows.astype(np.int64), "log_q": self._sampler.log_q(rows),
-            "other_log_q": negatives.log_q,
+            "others": others, "other_rows": negatives.rows.astype(np.int64),
+            "log_q": self._sampler.log_q(rows, len(rows)), "other_log_q": negatives.log_q,
         }  # fmt: skip
         if masked is not None:
             tensors["masked"] = masked

@@ -149,7 +149,8 @@ class Ranking:
         found = position_corrections(batch, self.settings)
         if self.settings.log_q and not with_scores and self._sampler is not None:
             # What the list holds was put there; the others are corrected relative to an even draw.
-            relative = self._sampler.log_q(batch.rows) + np.float32(np.log(self._sampler.items))
+            choices = int((batch.labels > 0).sum())
+            relative = self._sampler.log_q(batch.rows, choices) + np.float32(np.log(self._sampler.items))
             drawn = np.arange(batch.rows.shape[1]) >= batch.listed
             even = torch.from_numpy(np.where(drawn, -relative, np.float32(0)))
             found["offsets"] = found["offsets"] + even if "offsets" in found else even
