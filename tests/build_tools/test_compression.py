@@ -187,7 +187,7 @@ def quantised(trained, dataset, tmp_path_factory):
     wide = train(
         Recipe.model_validate(trained.recipe.model_dump() | {
             "model": trained.recipe.model.model_dump() | {"dim": 32}, "training": trained.recipe.training.model_dump()
-            | {"epochs": 1}}),
+            | {"epochs": 1, "start": "linear"}}),
         dataset, folder / "run",
     )  # fmt: skip
     done = compress(recipe_of({"kind": "quantise", "requests": 64}), wide, dataset, folder / "out")
