@@ -67,7 +67,7 @@ class ModelRecipe(_Section):
     """Transformer blocks over the history."""
     cross_blocks: Annotated[int, Field(ge=0)] = 1
     """Blocks in which candidates attend to the encoded history. 0: candidates meet the user in the affinity and the
-    dense features alone, which costs a small part of the time."""
+    dense features alone, and of a causal encoder's last block nothing but the newest event's state is calculated."""
     ffn: PositiveInt = 128
     """Width of the feed-forward layers."""
     dropout: Share = 0.1
@@ -129,8 +129,9 @@ class TrainingRecipe(_Section):
     what the pre-trained states and item-to-item similarity retrieve. Pre-training has not seen those choices, so the
     ranker learns how far its affinity is to be trusted; on training choices it would learn to trust it too much."""
     start: Literal["linear", "nothing"] = "linear"
-    """What the ranker begins with: the best order that is linear in the dense features and the affinity, or in one of
-    them (training.start), or what pre-training gave. Training keeps the start where no epoch is better."""
+    """What the ranker begins with: the best order that is linear in the dense features and the affinity (training.start
+    says which single ones are tried besides), or what pre-training gave. Training keeps the start where no epoch is
+    better."""
     refit: bool = False
     """With held-out requests and ``epochs = 0``: whether the ranker is pre-trained once more at the end, as many epochs
     as were best, on the choices that were held out besides, whose counts of transitions and popularity are added, too.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from trirank_backend.features import DENSE
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, BadData, BadRecipe, Diverged
 from trirank_build.evaluation.catalogue import rank_catalogue
@@ -21,7 +25,10 @@ from trirank_build.models.family import make_ranker
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.prepare import prepare
 from trirank_build.recipe import Recipe
+from trirank_build.retrieval.counting import Pctm, PctmSettings, SeqRules, SeqRulesSettings, Steps
 from trirank_build.retrieval.tasks import CatalogueTasks, state_scorer
+from trirank_build.retrieval.transitions import Alike, Followers
+from trirank_build.training.auto import choose
 from trirank_build.training.pretraining import Pretraining
 from trirank_build.training.trainer import train
 
@@ -37,7 +44,7 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory) -> Dataset:
-    """Everyone goes from item i to i + 1, round and round, so the next item is known; attributes say odd or even."""
+    """Everyone goes from item i to i + 1, round and round, so the next item is known."""
     folder, rng = tmp_path_factory.mktemp("chains"), np.random.default_rng(0)
     lines = []
     for user in range(1, USERS + 1):
@@ -311,3 +318,68 @@ def test_sampled_negatives_flatter(pretrained, chains):
     sampled = evaluate_catalogue(pretrained.model(), chains, pretrained.features, "test", others={}, negatives=5)
     assert sampled.table["ranker"]["Hit@10"].value == 1  # six candidates, ten places
     assert sampled.table["ranker"]["NDCG@10"].value >= whole.table["ranker"]["NDCG@10"].value - 0.05
+
+
+# Counting.
+
+
+@pytest.fixture(scope="module")
+def counted(chains, tmp_path_factory):
+    odd = pl.Series([[["even", "odd"][at % 2], f"ten {at // 10}"] for at in range(chains.items.height)])
+    chains = replace(chains, items=chains.items.with_columns(odd.alias("attributes")))
+    return fit_features(
+        chains,
+        recipe(features={"transitions": True}, training={"requests": "held_out"}).features,
+        tmp_path_factory.mktemp("counted"),
+    )
+
+
+def test_candidates_are_found_by_the_numbers_that_the_ranker_is_given_of_them(chains, counted):
+    """Every item's transition and attribute match, from the whole catalogue at once and from serving's kernels."""
+    tasks = CatalogueTasks.of(chains, "test", counted)
+    examples = Examples(chains, counted, 50, ITEMS)
+    examples.users[:], examples.times[:] = tasks.users[:50], tasks.times[:50]
+    examples.rows[:] = np.arange(ITEMS)
+    dense = examples.whole(np.arange(50)).packed.dense
+    histories = examples.histories(np.arange(50), counted.spec.history_length)
+    for name, source in (("transition", Followers(counted)), ("attribute_match", Alike(counted))):
+        column = dense[..., DENSE.index(name)]
+        assert column.any()
+        np.testing.assert_allclose(source.scores(histories), column, atol=1e-5, rtol=1e-5)
+
+
+USERS_OF_THREE, ROWS_OF_THREE = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 0, 2], np.int32)
+"""One user took items 0, 1, 2, another 0, 2."""
+
+
+def test_pctm_is_a_sum_of_smoothed_log_counts():
+    steps = Steps(USERS_OF_THREE, ROWS_OF_THREE, 3)
+    settings = PctmSettings(window=2, counted="inverse", count_rate=1.0, tau=6.0, decay=0.5, popularity=-1.0)
+    found = Pctm(steps, settings).scores(np.array([[-1, 0, 1]], np.int32))[0]
+    # after 0 came 1 once, 2 once next and once two steps on; after 1 came 2 once; item 1 is newer, 2/3 of the weight
+    background = -np.log((np.array([2, 1, 2]) + 1) / 8)
+    evidence = [0, np.log1p(1 * 3 / 6) / 3, np.log1p(1.5 * 3 / 6) / 3 + np.log1p(1 * 3 / 6) * 2 / 3]
+    np.testing.assert_allclose(found, background + evidence, rtol=1e-5)
+
+
+def test_an_even_tail_has_the_mass_that_the_newest_events_leave():
+    steps = Steps(USERS_OF_THREE, ROWS_OF_THREE, 3)
+    settings = PctmSettings(window=1, tau=3.0, head=1, recent=0.8, decay=0.5)
+    found = Pctm(steps, settings).scores(np.array([[1, 1, 0]], np.int32))[0]
+    np.testing.assert_allclose(found, [0, 0.8 * np.log1p(1), 0.8 * np.log1p(1) + 0.2 * np.log1p(1)], rtol=1e-5)
+
+
+def test_sequential_rules_keep_the_strongest_and_weigh_older_events():
+    steps = Steps(USERS_OF_THREE, ROWS_OF_THREE, 3)
+    settings = SeqRulesSettings(window=2, counted="inverse", kept=1, events=2, aged="inverse")
+    found = SeqRules(steps, settings).scores(np.array([[2, 0, 1]], np.int32))[0]
+    # of item 0's rules 1 (1.0) and 2 (1.5) the second stays, and counts half; item 2 is too old to start any
+    np.testing.assert_allclose(found, [0, 0, 1 + 1.5 / 2], rtol=1e-6)
+
+
+def test_sizes_come_from_the_data(chains):
+    chosen, reasons = choose(chains)
+    assert (chosen.name, chosen.model.dim, chosen.features.history_length) == ("auto", 16, 16)
+    assert chosen.pretraining.negative_samples == ITEMS
+    assert reasons[0] == "recipe sequences: events have an order and no times: one choice follows the other"
+    assert any(reason == f"pretraining.negative_samples = {ITEMS}: {ITEMS} items" for reason in reasons)

@@ -7,6 +7,7 @@ sequential rules are of Ludewig and Jannach ("Evaluation of session-based recomm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,9 +131,8 @@ class SeqRules:
         return weights
 
 
-def weigh(histories: NDArray[np.int32], weights: object, items: int) -> sparse.csr_matrix:
-    """[B, M] histories with ``weights(length)`` on their events, the newest first."""
-    assert callable(weights)
+def weigh(histories: NDArray[np.int32], weights: Callable[[int], NDArray[np.float32]], items: int) -> sparse.csr_matrix:
+    """[B, M] histories [B, L] with ``weights(length)`` on their events, the newest first."""
     there = histories >= 0
     lengths = there.sum(1)
     values = np.zeros(histories.shape, np.float32)

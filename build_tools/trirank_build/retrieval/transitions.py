@@ -3,12 +3,15 @@ fills for candidates (trirank_backend.features.past_kernels), here for the whole
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 from trirank_backend.features.past_kernels import ATTRIBUTE_DECAY, TRANSITION_DECAY
 
 from trirank_build.features.fitting import Features
+from trirank_build.retrieval.counting import falling, weigh
 
 
 class Followers:
@@ -20,7 +23,9 @@ class Followers:
 
     def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
         """[B, L] item rows, newest last, -1 padded → [B, M]."""
-        return np.asarray((ages(histories, TRANSITION_DECAY, self._table.shape[0]) @ self._table).toarray(), np.float32)
+        return np.asarray(
+            (weigh(histories, _fading(TRANSITION_DECAY), self._table.shape[0]) @ self._table).toarray(), np.float32
+        )
 
 
 class Alike:
@@ -37,15 +42,15 @@ class Alike:
 
     def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
         """[B, L] item rows, newest last, -1 padded → [B, M]."""
-        tastes = ages(histories, ATTRIBUTE_DECAY, self._items.shape[0]) @ self._items
+        tastes = weigh(histories, _fading(ATTRIBUTE_DECAY), self._items.shape[0]) @ self._items
         return np.asarray((tastes @ self._attributes).toarray(), np.float32)
 
 
-def ages(histories: NDArray[np.int32], decay: float, items: int) -> sparse.csr_matrix:
-    """[B, M] weights of each history's events that sum to 1, each ``decay`` times that of the event after it."""
-    there = histories >= 0
-    after: NDArray[np.int64] = there[:, ::-1].cumsum(1)[:, ::-1] - there
-    weights = np.where(there, decay**after, 0).astype(np.float32)
-    weights /= np.maximum(weights.sum(1, keepdims=True), 1e-12)
-    request, place = np.nonzero(there)
-    return sparse.csr_matrix((weights[request, place], (request, histories[request, place])), (len(histories), items))
+def _fading(decay: float) -> Callable[[int], NDArray[np.float32]]:
+    """Weights that sum to 1, each ``decay`` times that of the event after it."""
+
+    def weights(length: int) -> NDArray[np.float32]:
+        found = falling("exponential", length, decay)
+        return found / found.sum()
+
+    return weights

@@ -29,6 +29,8 @@ from trirank_build.training.ranking import RANKING, Ranking, held_out, logged
 from trirank_build.training.run import BEST, FEATURES, RECIPE, RUN, TrainedRun, check_features
 
 REFIT = "refit"
+_BEGUN = "begun.json"
+"""What was found before ranking began, for the facts at the end."""
 _EXAMPLES = "examples"
 """Folder of the unpacked requests while training lasts."""
 
@@ -137,6 +139,9 @@ def _run(
             with working("fitting the order to start from"):
                 start = phase.start(recipe.pretraining.objective != "none", seed)
             begun["start"] = None if start is None else start._asdict()
+        if group.leads:  # a run that is killed in a later phase does not come here again
+            with atomic_file(out / _BEGUN) as scratch:
+                scratch.write_text(json.dumps(begun))
         return phase
 
     def refit() -> Phase:
@@ -181,13 +186,14 @@ def _run(
             "seconds": round(loop.elapsed(), 1),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": group.world,
-            **begun,
+            **(json.loads((out / _BEGUN).read_text()) if (out / _BEGUN).is_file() else {}),
             "valid_ndcg10": _best(loop.curve, RANKING if RANKING in phases else list(phases)[-1])["valid_ndcg10"],
         }
         os.replace(loop.best(list(phases)[-1]), out / BEST)
         with atomic_file(out / RUN) as scratch:
             scratch.write_text(json.dumps(facts, indent=1) + "\n")
         loop.last.unlink()
+        (out / _BEGUN).unlink(missing_ok=True)
         shutil.rmtree(out / _EXAMPLES, ignore_errors=True)
 
 
