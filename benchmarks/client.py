@@ -33,7 +33,7 @@ import tritonclient.grpc as triton
 import tritonclient.utils.shared_memory as shm
 from results import ROOT, Figure, write
 from serving import make_requests
-from trirank import AsyncRankClient, HedgePolicy, RankClient, RankError, RankRequest, _codec
+from trirank import AsyncRankClient, HedgePolicy, RankClient, RankError, RankRequest, _codec, packing
 from trirank import contract as c
 from trirank._channels import OPTIONS
 from trirank_build.demo import build
@@ -53,9 +53,10 @@ def ready_answer() -> service_pb2.ModelInferResponse:
         "RANKED_IDS": np.arange(1, TOP_K + 1, dtype=np.int64), "SCORES": np.linspace(1, 0, TOP_K, dtype=np.float32),
         "REASONS": np.zeros(TOP_K, np.int32), "STATUS": np.zeros(4, np.int32),
     }  # fmt: skip
-    for spec in (spec for spec in c.RESPONSE if not spec.optional):
-        reply.outputs.add(name=spec.name, datatype=spec.dtype, shape=[1, len(values[spec.name])])
-        reply.raw_output_contents.append(values[spec.name].tobytes())
+    places = packing.places(c.RESPONSE)
+    raw = packing.pack({places[name]: array.tobytes() for name, array in values.items()})
+    reply.outputs.add(name=c.PACKED_RESPONSE.name, datatype=c.PACKED_RESPONSE.dtype, shape=[1, len(raw)])
+    reply.raw_output_contents.append(raw)
     return reply
 
 
@@ -277,31 +278,23 @@ def overruns(calls: int = 100, deadline_s: float = 0.05) -> list[Figure]:
 
 
 def shared(calls: int, rounds: int, size: int = 1000) -> list[Figure]:
-    """What shared memory would save: the same message to a real server with its two large tensors inline, and in a
-    region that is registered once and written before each call."""
+    """What shared memory would save: the same message to a real server with its tensor inline, and in a region that is
+    registered once and written before each call."""
     release = build(ROOT / "work" / "demo")
     ids = np.load(release / "features" / "catalogue" / "ids.npy")[:size]
     request = RankRequest(item_ids=ids, top_k=TOP_K, retrieval_scores=np.linspace(1, 0, len(ids)))
-    large = ("ITEM_IDS", "RETRIEVAL_SCORES")
     inline = service_pb2.ModelInferRequest.FromString(_codec.encode(request, c.ENSEMBLE)[0])
-    contents = dict(zip([tensor.name for tensor in inline.inputs], inline.raw_input_contents, strict=True))
+    (tensor,), (content,) = inline.inputs, inline.raw_input_contents
     there = service_pb2.ModelInferRequest(model_name=c.ENSEMBLE)
-    offset = 0
-    for tensor in inline.inputs:
-        added = there.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        if tensor.name in large:
-            added.parameters["shared_memory_region"].string_param = "trirank"
-            added.parameters["shared_memory_offset"].int64_param = offset
-            added.parameters["shared_memory_byte_size"].int64_param = len(contents[tensor.name])
-            offset += len(contents[tensor.name])
-        else:
-            there.raw_input_contents.append(contents[tensor.name])
-    region = shm.create_shared_memory_region("trirank", f"/trirank_bench_{os.getpid()}", offset)
-    arrays = [np.frombuffer(contents[name], np.int64 if name == "ITEM_IDS" else np.float32) for name in large]
+    added = there.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    added.parameters["shared_memory_region"].string_param = "trirank"
+    added.parameters["shared_memory_byte_size"].int64_param = size_in_region = len(content)
+    region = shm.create_shared_memory_region("trirank", f"/trirank_bench_{os.getpid()}", size_in_region)
+    arrays = [np.frombuffer(content, np.uint8)]
     with TritonServer(release) as server:
         server.wait_ready()
         client = triton.InferenceServerClient(server.grpc)
-        client.register_system_shared_memory("trirank", f"/trirank_bench_{os.getpid()}", offset)
+        client.register_system_shared_memory("trirank", f"/trirank_bench_{os.getpid()}", size_in_region)
         channel = grpc.insecure_channel(server.grpc, options=OPTIONS)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
 

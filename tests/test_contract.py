@@ -18,7 +18,7 @@ from trirank_build.repository.configs import (
 from trirank_build.repository.release import MODELS, TEMPLATES
 from tritonclient.grpc import model_config_pb2 as pb
 
-REQUEST, RESPONSE = contract.REQUEST, contract.RESPONSE
+REQUEST, RESPONSE = contract.INPUTS, contract.OUTPUTS
 
 
 def described(tensors):

@@ -1,7 +1,8 @@
 """RankRequest → protobuf and protobuf → RankResponse; no side effects, shared by every kind of client.
 
-A request is written as bytes: what most requests have in common is kept, the tensors are appended. protobuf reads
-messages that were joined as one (the encoding guide's "last one wins" and "repeated fields are appended").
+A request is one packed tensor (trirank.packing). Its message is written as bytes: what most requests have in common is
+kept, the rest is appended. protobuf reads messages that were joined as one (the encoding guide's "last one wins" and
+"repeated fields are appended").
 """
 
 from __future__ import annotations
@@ -18,19 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
-from trirank import contract
+from trirank import contract, packing
 from trirank._errors import IncompatibleServer, InvalidRequest, ServerError
 from trirank._types import History, ItemIds, RankRequest, RankResponse
 
-_SPECS = {spec.name: spec for spec in contract.REQUEST}
+_PLACES = packing.places(contract.REQUEST)
 _ARRAYS = tuple(spec for spec in contract.RESPONSE if not spec.optional)
 _NUMPY = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32}
 _INT64, _INT32 = struct.Struct("<q"), struct.Struct("<i")
 _WIDTH = {"INT64": 8, "INT32": 4, "FP32": 4}
 _PAD = _INT64.pack(contract.PAD_ITEM_ID)
 _INSTALL = f"this client speaks contract {contract.CONTRACT_VERSION}: install the client that fits the server"
-_PADDING = _PAD * contract.MAX_CANDIDATES
-_ZEROS = bytes(4 * contract.MAX_CANDIDATES)
 _FIELDS = service_pb2.ModelInferRequest.DESCRIPTOR.fields_by_name
 _CONTENT = bytes([_FIELDS["raw_input_contents"].number << 3 | 2])
 """Tag of one tensor's bytes; 2: they come with their length."""
@@ -47,7 +46,7 @@ def encode(request: RankRequest, model: str) -> tuple[bytes, dict[int, str]]:
     if _PAD in raw_ids and (ids == contract.PAD_ITEM_ID).any():
         raise InvalidRequest(f"item_ids holds {contract.PAD_ITEM_ID}, which stands for padding; leave it out")
     try:
-        bucket = contract.bucket_for(len(ids))
+        contract.bucket_for(len(ids))
     except ValueError as error:
         raise InvalidRequest(str(error)) from None
     top_k = _whole(request.top_k, "top_k")
@@ -58,40 +57,31 @@ def encode(request: RankRequest, model: str) -> tuple[bytes, dict[int, str]]:
         raise InvalidRequest(f"query has {len(query)} bytes; the limit is {contract.MAX_QUERY_BYTES}")
     scenario = request.scenario or ("search" if request.query else "home")
 
-    contents = [
-        _INT64.pack(_user(request.user_id)),
-        _padded(raw_ids, bucket * 8, _PADDING),
-        _INT32.pack(top_k),
-        _with_length(_text(scenario, "scenario")),
-        # Empty too: Triton batches only requests that have the same optional tensors, and home pages come beside
-        # searches.
-        _with_length(query),
-    ]
+    contents = {
+        "USER_ID": _INT64.pack(_user(request.user_id)),
+        "ITEM_IDS": raw_ids,
+        "TOP_K": _INT32.pack(top_k),
+        "SCENARIO": _text(scenario, "scenario"),
+        "QUERY": query,
+    }
     if request.retrieval_scores is not None:
-        scores = _scores(request.retrieval_scores, ids)
-        contents.append(_padded(scores.tobytes(), bucket * 4, _ZEROS))
+        contents["RETRIEVAL_SCORES"] = _scores(request.retrieval_scores, ids).tobytes()
     if request.timestamp is not None:
         timestamp = _whole(request.timestamp, "timestamp")
         if not 0 <= timestamp < 2**63:
             raise InvalidRequest(f"timestamp is {timestamp}; it is seconds since 1970, 0 or more")
-        contents.append(_INT64.pack(timestamp))
-    given = request.retrieval_scores is not None, request.timestamp is not None
-    parts = [_header(model, bucket, *given)]
+        contents["TIMESTAMP"] = _INT64.pack(timestamp)
     if request.history is not None:
-        # Their lengths are many, and a header for each would not stay.
-        columns = _history(request.history)
-        parts.append(_inputs({name: len(column) for name, column in columns.items()}).SerializeToString())
-        contents += [column.tobytes() for column in columns.values()]
+        contents |= {name: column.tobytes() for name, column in _history(request.history).items()}
     if request.filters:
-        parts.append(_inputs({"FILTERS": 1}).SerializeToString())
-        contents.append(_with_length(_filters(request.filters)))
+        contents["FILTERS"] = _filters(request.filters)
     if request.trace:
-        parts.append(_inputs({"TRACE": 1}).SerializeToString())
-        contents.append(_INT32.pack(1))
+        contents["TRACE"] = _INT32.pack(1)
+    packed = packing.pack({_PLACES[name]: content for name, content in contents.items()})
+    parts = [_header(model, len(packed))]
     if request.request_id:
         parts.append(_with_id(request.request_id))
-    for content in contents:
-        parts += (_CONTENT, _varint(len(content)), content)
+    parts += (_CONTENT, _varint(len(packed)), packed)
     return b"".join(parts), names
 
 
@@ -103,22 +93,14 @@ def with_deadline(message: bytes, moment_us: int) -> bytes:
     return message + written
 
 
-@lru_cache(256)
-def _header(model: str, bucket: int, scores: bool, timestamp: bool) -> bytes:
-    """A message with everything but contents and history. Requests of a service have few different ones."""
-    lengths = {"USER_ID": 1, "ITEM_IDS": bucket, "TOP_K": 1, "SCENARIO": 1, "QUERY": 1}
-    optional = {"RETRIEVAL_SCORES": scores and bucket, "TIMESTAMP": timestamp and 1}
-    message = _inputs(lengths | {name: length for name, length in optional.items() if length})
-    message.model_name = model
+@lru_cache(1024)
+def _header(model: str, size: int) -> bytes:
+    """A message with everything but the packed request of ``size`` bytes and what few requests have."""
+    message = service_pb2.ModelInferRequest(model_name=model)
+    spec = contract.PACKED_REQUEST
+    message.inputs.add(name=spec.name, datatype=spec.dtype, shape=(1, size))
     written: bytes = message.SerializeToString()
     return written
-
-
-def _inputs(lengths: dict[str, int]) -> Any:
-    message = service_pb2.ModelInferRequest()
-    for name, length in lengths.items():
-        message.inputs.add(name=name, datatype=_SPECS[name].dtype, shape=(1, length))
-    return message
 
 
 def _filters(filters: Mapping[str, Any]) -> bytes:
@@ -158,17 +140,23 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
     outputs, contents = reply.outputs, reply.raw_output_contents
     if len(outputs) != len(contents):
         raise IncompatibleServer(f"the reply has {len(outputs)} outputs and {len(contents)} contents; {_INSTALL}")
-    found = {output.name: (output.datatype, raw) for output, raw in zip(outputs, contents, strict=True)}
+    name, datatype = contract.PACKED_RESPONSE.name, contract.PACKED_RESPONSE.dtype
+    packed = {output.name: (output.datatype, raw) for output, raw in zip(outputs, contents, strict=True)}
+    if (found := packed.get(name, ("absent", b"")))[0] != datatype:
+        raise IncompatibleServer(f"output {name} is {found[0]}, not {datatype}; {_INSTALL}")
+    try:
+        parts = packing.unpack(found[1], contract.RESPONSE)
+    except ValueError as error:
+        raise IncompatibleServer(f"output {name} {error}; {_INSTALL}") from None
     arrays: dict[str, NDArray[Any]] = {}
     for spec in _ARRAYS:
-        datatype, raw = found.get(spec.name, ("absent", b""))
-        if datatype != spec.dtype:
-            raise IncompatibleServer(f"output {spec.name} is {datatype}, not {spec.dtype}; {_INSTALL}")
-        if len(raw) % _WIDTH[datatype]:
+        if (raw := parts.get(spec.name)) is None:
+            raise IncompatibleServer(f"output {name} lacks {spec.name}; {_INSTALL}")
+        if len(raw) % _WIDTH[spec.dtype]:
             raise IncompatibleServer(
-                f"output {spec.name} has {len(raw)} bytes, which is no number of {datatype}; {_INSTALL}"
+                f"{spec.name} has {len(raw)} bytes, which is no number of {spec.dtype}; {_INSTALL}"
             )
-        arrays[spec.name] = np.frombuffer(raw, _NUMPY[datatype])
+        arrays[spec.name] = np.frombuffer(raw, _NUMPY[spec.dtype])
     ids, scores, reasons = arrays["RANKED_IDS"], arrays["SCORES"], arrays["REASONS"]
     if len(arrays["STATUS"]) != 4 or not len(ids) == len(scores) == len(reasons):
         lengths = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
@@ -188,14 +176,14 @@ def decode(reply: Any, names: dict[int, str]) -> RankResponse:
         unknown=unknown,
         duplicates=duplicates,
         filtered=filtered,
-        trace=_trace(found["TRACE_JSON"][1], names) if "TRACE_JSON" in found else None,
+        trace=_trace(bytes(parts["TRACE_JSON"]), names) if "TRACE_JSON" in parts else None,
     )
 
 
 def _trace(raw: bytes, names: dict[int, str]) -> dict[str, Any]:
     """The trace, with ids as they were sent."""
     try:
-        found: dict[str, Any] = json.loads(raw[4:])
+        found: dict[str, Any] = json.loads(raw)
         for item in found["items"]:
             item["item"] = names.get(item["item"], item["item"])
     except (ValueError, KeyError, TypeError) as error:
@@ -305,11 +293,6 @@ def _user(user: int | str | None) -> int:
     return int(_ids(cast("list[str]", [user]), "user_id")[0][0])
 
 
-def _padded(raw: bytes, length: int, padding: bytes) -> bytes:
-    """``raw`` filled up to ``length`` bytes."""
-    return raw + padding[: length - len(raw)]
-
-
 def _varint(value: int) -> bytes:
     """Seven bits a byte, the lowest first."""
     groups = bytearray()
@@ -318,11 +301,6 @@ def _varint(value: int) -> bytes:
         value >>= 7
     groups.append(value)
     return bytes(groups)
-
-
-def _with_length(value: bytes) -> bytes:
-    """One element of a BYTES tensor."""
-    return len(value).to_bytes(4, "little") + value
 
 
 def _scores(values: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -354,7 +332,7 @@ def _history(history: History) -> dict[str, NDArray[Any]]:
         if column.shape != ids.shape:
             raise InvalidRequest(f"history.{name} has shape {column.shape}, history.item_ids {ids.shape}")
     if not len(ids):
-        # Triton has no room for an empty tensor here; one padding event says the same.
+        # One padding event: an empty column reads like one that is not there.
         ids = np.array([contract.PAD_ITEM_ID], np.int64)
         columns = {name: np.zeros(1, column.dtype) for name, column in columns.items()}
     return {"HISTORY_IDS": ids, **{f"HISTORY_{name.upper()}": column for name, column in columns.items()}}

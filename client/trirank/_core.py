@@ -487,4 +487,4 @@ def _contract_of(config: Any) -> str:
     if said:
         return said
     outputs = {tensor.name for tensor in config.output}
-    return str(contract.CONTRACT_VERSION) if outputs >= {s.name for s in contract.RESPONSE} else "none"
+    return str(contract.CONTRACT_VERSION) if outputs >= {s.name for s in contract.OUTPUTS} else "none"

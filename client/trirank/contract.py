@@ -13,7 +13,7 @@ import hashlib
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-CONTRACT_VERSION = 3
+CONTRACT_VERSION = 4
 """Raised whenever a client or a release of the older version could not be understood."""
 
 BUCKETS = (64, 128, 256, 512, 1024)
@@ -61,10 +61,10 @@ class TensorSpec(NamedTuple):
 
 # --- the ensemble: what a service sends and gets back --------------------------------------------------------
 REQUEST = (
-    TensorSpec("USER_ID", "INT64", (1,), "the user; -1: anonymous"),
-    TensorSpec("ITEM_IDS", "INT64", (-1,), "candidates [N], padded with -1 up to a bucket"),
-    TensorSpec("TOP_K", "INT32", (1,), f"how many to return, 1 to {MAX_TOP_K}"),
-    TensorSpec("SCENARIO", "BYTES", (1,), "UTF-8; names the rerank policy: search, home, …"),
+    TensorSpec("USER_ID", "INT64", (1,), "the user; -1: anonymous", optional=True),
+    TensorSpec("ITEM_IDS", "INT64", (-1,), "candidates [N], padded with -1 up to a bucket", optional=True),
+    TensorSpec("TOP_K", "INT32", (1,), f"how many to return, 1 to {MAX_TOP_K}", optional=True),
+    TensorSpec("SCENARIO", "BYTES", (1,), "UTF-8; names the rerank policy: search, home, …", optional=True),
     TensorSpec("QUERY", "BYTES", (1,), "UTF-8; empty or absent: no query", optional=True),
     TensorSpec("RETRIEVAL_SCORES", "FP32", (-1,), "[N], one a candidate, finite", optional=True),
     TensorSpec("TIMESTAMP", "INT64", (1,), "seconds since 1970; absent: the server's clock", optional=True),
@@ -73,6 +73,12 @@ REQUEST = (
     TensorSpec("HISTORY_TIMESTAMPS", "INT64", (-1,), "[H] seconds since 1970", optional=True),
     TensorSpec("FILTERS", "BYTES", (1,), "JSON object of FILTERS: what this page shall leave out", optional=True),
     TensorSpec("TRACE", "INT32", (1,), "1: TRACE_JSON is asked for, too", optional=True),
+)
+"""What a request may say, in tensors of their own or packed into one. Which are there decides what Triton batches."""
+REQUIRED = ("USER_ID", "ITEM_IDS", "TOP_K", "SCENARIO")
+"""Of REQUEST, what no request goes without. Triton may not know, since they may come packed."""
+PACKED_REQUEST = TensorSpec(
+    "PACKED_REQUEST", "UINT8", (-1,), "all of REQUEST in one tensor, see trirank.packing; alone", optional=True
 )
 # An ensemble's tensors share one namespace: an output named like an input would answer with the input.
 RESPONSE = (
@@ -84,6 +90,11 @@ RESPONSE = (
         "TRACE_JSON", "BYTES", (1,), "JSON: which rule moved which item; only where it was asked for", optional=True
     ),
 )
+PACKED_RESPONSE = TensorSpec(
+    "PACKED_RESPONSE", "UINT8", (-1,), "all of RESPONSE in one tensor, as PACKED_REQUEST asks; alone", optional=True
+)
+INPUTS, OUTPUTS = (*REQUEST, PACKED_REQUEST), (*RESPONSE, PACKED_RESPONSE)
+"""What Triton knows of."""
 FILTERS = ("region", "min_price", "max_price", "min_stock")
 """Keys of the request's FILTERS: text, and numbers in the catalogue's currency and pieces."""
 

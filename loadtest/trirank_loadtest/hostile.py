@@ -11,11 +11,11 @@ from typing import Any
 
 import grpc
 import numpy as np
-from trirank import contract
+from trirank import contract, packing
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-_WHOLE: dict[str, Any] = {"INT64": np.int64, "INT32": np.int32}
+_WHOLE: dict[str, Any] = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8}
 _SIZES, _ROWS = (0, 1, 2, 3, 8, 64, 100, 256, 1024, 1025), (1, 1, 1, 1, 1, 2, 33, 0)
 
 
@@ -42,8 +42,9 @@ def hostile_calls(address: str, model: str, count: int, seed: int = 0, timeout_s
 def _hostile(config: Any, rng: np.random.Generator) -> Any:
     message = service_pb2.ModelInferRequest(model_name=config.name)
     varied, rows = int(rng.choice(_SIZES)), int(rng.choice(_ROWS))
+    packed = contract.PACKED_REQUEST.name in {tensor.name for tensor in config.input} and rng.random() < 0.3
     for tensor in config.input:
-        if tensor.optional and rng.random() < 0.5:
+        if _left_out(tensor, packed, rng):
             continue
         dtype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
         # Mostly of lengths that fit each other, so that a call gets through to where lengths are no longer looked at.
@@ -54,6 +55,9 @@ def _hostile(config: Any, rng: np.random.Generator) -> Any:
         raw = _contents(dtype, int(np.prod(shape)), rng)
         if tensor.name == contract.HANDOVER.name and rng.random() < 0.8:
             raw = _mostly_lawful(raw, shape)
+        if tensor.name == contract.PACKED_REQUEST.name:
+            rows, raw = 1, _packed(rng)
+            shape = [rows, len(raw)]
         luck = rng.random()
         if luck < 0.02:
             shape = [*shape, 1]
@@ -64,6 +68,36 @@ def _hostile(config: Any, rng: np.random.Generator) -> Any:
         message.inputs.add(name=tensor.name, datatype=dtype, shape=shape)
         message.raw_input_contents.append(raw)
     return message
+
+
+def _left_out(tensor: Any, packed: bool, rng: np.random.Generator) -> bool:
+    """Mostly so that a call gets through the door: what is required, or all in one."""
+    if tensor.name == contract.PACKED_REQUEST.name:
+        return not packed and rng.random() < 0.98
+    if packed:
+        return bool(rng.random() < 0.98)
+    needed = tensor.name in contract.REQUIRED
+    return bool(tensor.optional and rng.random() < (0.03 if needed else 0.5))
+
+
+def _packed(rng: np.random.Generator) -> bytes:
+    """All tensors in one, of lawful and odd contents, and now and then with a byte, a number or its end changed."""
+    length, contents = int(rng.choice(_SIZES)), {}
+    for place, spec in enumerate(contract.REQUEST):
+        if spec.optional and rng.random() < (0.03 if spec.name in contract.REQUIRED else 0.5):
+            continue
+        raw = _contents(spec.dtype, length if spec.shape == (-1,) else 1, rng)
+        contents[place] = raw[4:] if spec.dtype == "BYTES" else raw
+    raw = bytearray(packing.pack(contents))
+    luck = rng.random()
+    if luck < 0.1:
+        raw[int(rng.integers(len(raw)))] ^= 1 << int(rng.integers(8))
+    elif luck < 0.2:
+        at = 4 * int(rng.integers(min(len(raw) // 4, 1 + 2 * len(contents))))
+        raw[at : at + 4] = int(rng.choice([-(2**31), -1, 0, 3, 2**31 - 1])).to_bytes(4, "little", signed=True)
+    elif luck < 0.3:
+        del raw[int(rng.integers(len(raw))) :]
+    return bytes(raw)
 
 
 def _mostly_lawful(raw: bytes, shape: list[int]) -> bytes:

@@ -29,7 +29,7 @@ HEADER = np.dtype(
         ("min_stock", "<i4"),
         ("min_price", "<f4"),
         ("max_price", "<f4"),
-        ("", "<i4"),
+        ("packed", "<i4"),  # whether the answer shall be one tensor
     ]
 )
 """Of a line."""
@@ -41,6 +41,7 @@ _LIMITS = {
     "kept": (0, contract.MAX_CANDIDATES),
     "scored": (0, 1),
     "trace": (0, 1),
+    "packed": (0, 1),
     "region": (0, MAX_REGIONS),
 }
 

@@ -44,7 +44,7 @@ class Pipeline:
         self._preprocess.close()
 
     def __call__(self, requests: list[Tensors], deadlines: list[float] | None = None) -> list[Tensors | BackendError]:
-        """RANKED_IDS, SCORES, REASONS and STATUS of each request, or why there are none.
+        """What rerank answers each request, or why there is nothing.
 
         Args:
             deadlines: moments in µs since 1970 after which a request is not worked on any more. The ranker takes the

@@ -166,6 +166,7 @@ class Preprocess:
         header["top_k"] = [top_k for request in requests for top_k in request.top_k]
         header["policy"], header["moment"] = policies, moments
         header["trace"] = [trace for request in requests for trace in request.trace]
+        header["packed"] = [request.packed for request in requests for _ in range(len(request))]
         header["min_price"], header["max_price"] = -np.inf, np.inf
         known = history.behaviours[:, -1] != 0
         for line, (policy, (unknown, repeats)) in enumerate(zip(policies, counts.tolist(), strict=True)):

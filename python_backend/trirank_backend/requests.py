@@ -14,6 +14,7 @@ from trirank import contract
 
 from trirank_backend.errors import InvalidInput, shortened
 from trirank_backend.histories import UNKNOWN_TIME, Events
+from trirank_backend.packed import unpacked_request
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -46,14 +47,21 @@ class Request:
         retrieval_scores: [R, n] float32, if there are any.
         histories: of each line; None: the stored one.
         request_id: the caller's; empty: it has given none.
+        packed: whether it came as one tensor, and is to be answered with one.
         filters: of each line, None: there are none; see contract.FILTERS.
         trace: of each line, whether TRACE is asked for.
     """
 
     def __init__(self, tensors: Tensors, policies: Mapping[str, int]) -> None:
         """Raises InvalidInput for what the contract does not allow."""
-        self.item_ids: NDArray[np.int64] = tensors["ITEM_IDS"]
         self.request_id: str = getattr(tensors, "request_id", "")
+        self.packed = contract.PACKED_REQUEST.name in tensors
+        if self.packed:
+            tensors = unpacked_request(tensors)
+        for name in contract.REQUIRED:
+            if name not in tensors:
+                raise InvalidInput(f"{name} is missing; every request has {', '.join(contract.REQUIRED)}")
+        self.item_ids: NDArray[np.int64] = tensors["ITEM_IDS"]
         size, sent = self.item_ids.shape
         try:
             self.bucket = contract.bucket_for(sent)

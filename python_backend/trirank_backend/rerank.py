@@ -16,6 +16,7 @@ from trirank_backend.catalogue import read_only
 from trirank_backend.compiled import compile_all
 from trirank_backend.errors import InvalidInput, InvalidRelease
 from trirank_backend.handover import Handover
+from trirank_backend.packed import packed_answer
 from trirank_backend.policies import Asked, Live, Page, Policy, Release, Rule
 from trirank_backend.policies.page import admit, emit
 from trirank_backend.policies.rule import Step
@@ -100,7 +101,8 @@ class Rerank:
         return self(scores, handover)
 
     def __call__(self, scores: NDArray[np.float32], handover: Handover) -> Tensors:
-        """RANKED_IDS, SCORES, REASONS, STATUS of one request, and TRACE_JSON where it was asked for.
+        """RANKED_IDS, SCORES, REASONS, STATUS of one request, and TRACE_JSON where it was asked for; or all of it as
+        PACKED_RESPONSE, where the request came so.
 
         Args:
             scores: [R, N, T] of the ranker.
@@ -134,7 +136,7 @@ class Rerank:
                 min_stock,
                 least,
                 most,
-                _,
+                packed,
             ) = numbers
             page = Page(rows[line], signals[line], scores[line], retrieval[line], top_k, moment, seed, query)
             steps = self._steps[policy]
@@ -166,7 +168,7 @@ class Rerank:
             every = iter(traces)
             told = [next(every) if asked else b"" for asked in header["trace"].tolist()]
             answer["TRACE_JSON"] = np.array(told, object)[:, None]
-        return answer
+        return packed_answer(answer) if packed and len(header) == 1 else answer
 
     def _admit(self, page: Page, policy: int, asked: Asked) -> None:
         """Fill the page, with prices and stock of now."""

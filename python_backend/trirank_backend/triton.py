@@ -27,7 +27,7 @@ except ImportError:
 
 Run = Callable[[list[Tensors], list[float]], list[Any]]
 """Tensors of requests, and their deadlines (µs since 1970) → an answer each: tensors, or a BackendError."""
-_OPTIONAL = frozenset(spec.name for spec in contract.RESPONSE if spec.optional)
+_OPTIONAL = frozenset(spec.name for spec in contract.OUTPUTS if spec.optional)
 REPORT_EVERY_S = 1.0
 
 
@@ -154,10 +154,13 @@ class Stage:
     def _response(self, answer: Any) -> Any:
         try:
             if not isinstance(answer, BackendError):
+                names = self._outputs
+                if contract.PACKED_RESPONSE.name in answer:  # whoever asks with all in one is answered with all in one
+                    names = [contract.PACKED_RESPONSE.name]
                 return pb_utils.InferenceResponse(
                     [
                         pb_utils.Tensor(name, np.ascontiguousarray(answer[name]))
-                        for name in self._outputs
+                        for name in names
                         if name in answer or name not in _OPTIONAL
                     ]
                 )

@@ -27,6 +27,7 @@ from trirank import (
     Status,
     Tls,
     contract,
+    packing,
 )
 from trirank._codec import candidate_ids, check_kinds, own_ids
 from trirank._core import retrieval_order
@@ -36,15 +37,16 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 REQUEST = RankRequest(item_ids=[5, 6, 7], user_id=42, top_k=2)
 
 
-def answer():
+def answer(scores=(2, 1)):
     reply = service_pb2.ModelInferResponse(model_name="rank")
     values = {
-        "RANKED_IDS": np.array([7, 5], np.int64), "SCORES": np.array([2, 1], np.float32),
+        "RANKED_IDS": np.array([7, 5], np.int64), "SCORES": np.array(scores, np.float32),
         "REASONS": np.zeros(2, np.int32), "STATUS": np.zeros(4, np.int32),
     }  # fmt: skip
-    for spec in (spec for spec in contract.RESPONSE if not spec.optional):
-        reply.outputs.add(name=spec.name, datatype=spec.dtype, shape=[1, len(values[spec.name])])
-        reply.raw_output_contents.append(values[spec.name].tobytes())
+    places = packing.places(contract.RESPONSE)
+    raw = packing.pack({places[name]: array.tobytes() for name, array in values.items()})
+    reply.outputs.add(name="PACKED_RESPONSE", datatype="UINT8", shape=[1, len(raw)])
+    reply.raw_output_contents.append(raw)
     return reply
 
 
@@ -75,9 +77,7 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
             time.sleep(step)
             context.abort(grpc.StatusCode.INTERNAL, "on purpose, and late")
         if step is not None and np.isnan(step):
-            broken = answer()
-            broken.raw_output_contents[1] = np.array([2, np.nan], np.float32).tobytes()
-            return broken
+            return answer(scores=(2, np.nan))
         if step is not None:
             time.sleep(step)
         return answer()

@@ -224,7 +224,7 @@ def _ranked(client: RankClient, request: RankRequest) -> tuple[grpc.StatusCode, 
 
 def _is_rank(model: Model) -> bool:
     """Whether it is an ensemble of this project's contract."""
-    return {tensor.name for tensor in model.config.output} == {spec.name for spec in contract.RESPONSE}
+    return {tensor.name for tensor in model.config.output} == {spec.name for spec in contract.OUTPUTS}
 
 
 def _outcome(stub: Any, request: Any) -> tuple[grpc.StatusCode, str] | None:

@@ -104,8 +104,8 @@ def model_configs(
         _tell_ids(single, ids or {})
         return {contract.ENSEMBLE: config_text(single)}
     packed, scores = contract.ranker_inputs(shape), contract.ranker_outputs(shape)
-    preprocess = _python(contract.PREPROCESS, contract.REQUEST, (*packed, contract.HANDOVER), instances.preprocess)
-    rerank = _python(contract.RERANK, (*scores, contract.HANDOVER), contract.RESPONSE, instances.rerank)
+    preprocess = _python(contract.PREPROCESS, contract.INPUTS, (*packed, contract.HANDOVER), instances.preprocess)
+    rerank = _python(contract.RERANK, (*scores, contract.HANDOVER), contract.OUTPUTS, instances.rerank)
     ranker = _ranker(packed, scores, runtime, instances.ranker)
     configs = {config.name: config for config in (preprocess, ranker, rerank, _ensemble(preprocess, ranker, rerank))}
     _tell_ids(configs[contract.ENSEMBLE], ids or {})
@@ -160,10 +160,10 @@ def problems_of(config: Any) -> list[str]:
     """In what a stage's configuration, or the ensemble's, differs from the contract."""
     packed, scores = contract.ranker_inputs(OPEN_SHAPE), contract.ranker_outputs(OPEN_SHAPE)
     wanted = {
-        contract.ENSEMBLE: (contract.REQUEST, contract.RESPONSE),
-        contract.PREPROCESS: (contract.REQUEST, (*packed, contract.HANDOVER)),
+        contract.ENSEMBLE: (contract.INPUTS, contract.OUTPUTS),
+        contract.PREPROCESS: (contract.INPUTS, (*packed, contract.HANDOVER)),
         contract.RANKER: (packed, scores),
-        contract.RERANK: ((*scores, contract.HANDOVER), contract.RESPONSE),
+        contract.RERANK: ((*scores, contract.HANDOVER), contract.OUTPUTS),
     }
     problems = []
     for kind, specs, tensors in zip(
@@ -229,7 +229,7 @@ def _single(runtime: RankerRuntime, count: int) -> Any:
             f"--pipeline single runs the ranker in its own process, with --runtime python; {runtime.name} needs a "
             "model of its own: --pipeline ensemble"
         )
-    config = _python(contract.ENSEMBLE, contract.REQUEST, contract.RESPONSE, count)
+    config = _python(contract.ENSEMBLE, contract.INPUTS, contract.OUTPUTS, count)
     config.parameters["engine"].string_value = runtime.engine
     config.parameters[contract.CONTRACT_PARAMETER].string_value = str(contract.CONTRACT_VERSION)
     return config
@@ -304,7 +304,7 @@ def _warm_up(config: Any) -> None:
 
 def _ensemble(*stages: Any) -> Any:
     config = pb.ModelConfig(name=contract.ENSEMBLE, platform="ensemble", max_batch_size=contract.MAX_BATCH)
-    _add_tensors(config, contract.REQUEST, contract.RESPONSE)
+    _add_tensors(config, contract.INPUTS, contract.OUTPUTS)
     config.parameters[contract.CONTRACT_PARAMETER].string_value = str(contract.CONTRACT_VERSION)
     # No tensor is renamed on its way, which works because the contract gives no two the same name.
     for stage in stages:
