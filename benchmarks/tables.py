@@ -249,7 +249,7 @@ def tried() -> str:
     """One thing changed at a time."""
     found = read("tried")
     rows = {
-        "plain": "`single`, an instance a core", "direct": "the same, called by the model's own name",
+        "plain": "`single`, an instance a core",
         "pinned": "the same, with OpenVINO pinning its thread", "one_instance": "`single`, one instance",
         "queue_policy": "the same, with a queue policy",
     }  # fmt: skip

@@ -41,6 +41,20 @@ def encode(request: RankRequest, model: str) -> tuple[bytes, dict[int, str]]:
     Raises:
         InvalidRequest: a value that no server would accept; nothing was sent.
     """
+    packed, names = packed_request(request)
+    parts = [_header(model, len(packed))]
+    if request.request_id:
+        parts.append(_with_id(request.request_id))
+    parts += (_CONTENT, _varint(len(packed)), packed)
+    return b"".join(parts), names
+
+
+def packed_request(request: RankRequest) -> tuple[bytes, dict[int, str]]:
+    """The content of PACKED_REQUEST, and the id → string map of string ids.
+
+    Raises:
+        InvalidRequest: a value that no server would accept.
+    """
     ids, names = candidate_ids(request)
     raw_ids = ids.tobytes()
     if _PAD in raw_ids and (ids == contract.PAD_ITEM_ID).any():
@@ -77,12 +91,7 @@ def encode(request: RankRequest, model: str) -> tuple[bytes, dict[int, str]]:
         contents["FILTERS"] = _filters(request.filters)
     if request.trace:
         contents["TRACE"] = _INT32.pack(1)
-    packed = packing.pack({_PLACES[name]: content for name, content in contents.items()})
-    parts = [_header(model, len(packed))]
-    if request.request_id:
-        parts.append(_with_id(request.request_id))
-    parts += (_CONTENT, _varint(len(packed)), packed)
-    return b"".join(parts), names
+    return packing.pack({_PLACES[name]: content for name, content in contents.items()}), names
 
 
 def with_deadline(message: bytes, moment_us: int) -> bytes:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from trirank import contract
+from trirank import RankRequest, contract
+from trirank._codec import packed_request
 
-from trirank_backend.errors import BackendError, StageFailed, TooLate
+from trirank_backend.errors import BackendError, InvalidRelease, StageFailed, TooLate
 from trirank_backend.preprocess import Prepared, Preprocess
 from trirank_backend.requests import Tensors
 from trirank_backend.rerank import Rerank
@@ -38,6 +40,21 @@ class Pipeline:
             graph: the ranker's ONNX file; engine: one of scoring.ENGINES.
         """
         return cls(Preprocess.load(release), load_ranker(graph, engine), Rerank.load(release))
+
+    def rehearse(self, requests: Path, rounds: int = 3) -> None:
+        """Answer a release's recorded requests: all is warm then, and proved to work.
+
+        Args:
+            requests: their file, JSON.
+
+        Raises:
+            InvalidRelease: one of them is not answered.
+        """
+        for raw in json.loads(requests.read_text()) * rounds:
+            packed = np.frombuffer(packed_request(RankRequest.from_dict(raw))[0], np.uint8)[None]
+            (answer,) = self([{contract.PACKED_REQUEST.name: packed}])
+            if isinstance(answer, BackendError):
+                raise InvalidRelease(f"a recorded request of {requests.parent.name} failed: {answer}")
 
     def close(self) -> None:
         """Let go of the user store."""

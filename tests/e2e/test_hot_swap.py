@@ -70,7 +70,9 @@ def same(answer, expected):
     return found.keys() == expected.keys() and all(abs(found[key] - expected[key]) < 1e-4 for key in found)
 
 
-@pytest.mark.parametrize("pipelines", [("ensemble", "ensemble"), ("ensemble", "single"), ("single", "single")])
+@pytest.mark.parametrize("pipelines", [
+    ("ensemble", "ensemble"), ("ensemble", "single"), ("single", "ensemble"), ("single", "single"),
+])  # fmt: skip
 def test_swaps_under_load(world, single, others, pipelines):
     first, other = {"ensemble": world.release, "single": single}[pipelines[0]], others[pipelines[1]]
     requests = requests_of(world.release)
@@ -112,8 +114,30 @@ def test_swaps_under_load(world, single, others, pipelines):
         loaded = {
             model.name for model in stub(server).RepositoryIndex(*controlled(server)).models if model.state == "READY"
         }
-        models = ("rank",) if pipelines[1] == "single" else ("rank", "preprocess", "ranker", "rerank")
+        models = () if pipelines[1] == "single" else ("rank", "preprocess", "ranker", "rerank")
         assert loaded == {"rank", *(f"{name}_{other.name}" for name in models)}
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda r: (r / "models" / "rank" / "1" / "model.onnx").write_bytes(b"rubbish"), "cannot be loaded"),
+        (lambda r: (r / "requests.json").write_text('[{"item_ids": [1], "scenario": "none"}]'), "a recorded request"),
+    ],
+)  # fmt: skip
+def test_a_single_release_that_cannot_be_served_changes_nothing(world, single, others, tmp_path, harm, words):
+    bad = shutil.copytree(others["single"], tmp_path / "bad")
+    (bad / MANIFEST).write_text(json.dumps(load_manifest(bad) | {"release": "b" * 12}))
+    harm(bad)
+    with TritonServer(single, swappable=True) as server:
+        server.wait_ready()
+        before = answers(server.grpc, world.release)
+        with pytest.raises(ServeError, match=words):
+            server.swap(bad)
+        assert answers(server.grpc, world.release) == before
+        assert health(server) == 200
+        server.swap(others["single"])
+        assert answers(server.grpc, world.release) != before
 
 
 def health(server):

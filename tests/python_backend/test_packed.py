@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -53,11 +54,10 @@ def test_whatever_is_packed_is_unpacked(contents):
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_refused_in_words_or_understood(junk):
-    try:
+def test_any_bytes_are_refused_or_understood(junk):
+    """And harm in no other way."""
+    with suppress(InvalidInput):
         unpacked_request({"PACKED_REQUEST": np.frombuffer(junk, np.uint8)[None]})
-    except InvalidInput as error:
-        assert str(error).startswith("PACKED_REQUEST")
 
 
 PLACES = packing.places(contract.REQUEST)

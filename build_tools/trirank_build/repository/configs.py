@@ -118,17 +118,6 @@ def feedback_config() -> Any:
     return _python(contract.FEEDBACK, contract.FEEDBACK_REQUEST, contract.FEEDBACK_RESPONSE, 1, ragged=False)
 
 
-def front(model: Any, name: str) -> Any:
-    """An ensemble of one model alone. Pointing it at another model is one step, and a request holds on to the one that
-    it was taken up by."""
-    config = _ensemble(model)
-    config.name = name
-    for parameter in contract.ID_PARAMETERS.values():
-        if parameter in model.parameters:
-            config.parameters[parameter].CopyFrom(model.parameters[parameter])
-    return config
-
-
 def _tell_ids(config: Any, ids: Mapping[str, str]) -> None:
     for what, kind in ids.items():
         config.parameters[contract.ID_PARAMETERS[what]].string_value = kind

@@ -1,26 +1,27 @@
 """The repository that a running server reads: models of one release, or of two while one takes the other's place.
 
 Every stage is named after its release (``ranker_8c8d4e1ce682``), and so is an ensemble of them; the ensemble ``rank``
-has the steps of one release, or its one model where the stages share a process. So no request can meet features of one
-release and scores of another: whichever configuration of ``rank`` it is taken up by names one release alone.
+has the steps of one release. So no request can meet features of one release and scores of another: whichever
+configuration of ``rank`` it is taken up by names one release alone. Where the stages share a process, ``rank`` is that
+model itself: Triton loads the new one beside the old one, and goes over to it in one step.
 """
 
 from __future__ import annotations
 
 import py_compile
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trirank import contract
 
-from trirank_build.artefacts import atomic_directory, atomic_file
+from trirank_build.artefacts import atomic_directory
 from trirank_build.repository.configs import (
     RankerRuntime,
     config_text,
     feedback_config,
-    front,
     packed_shape,
     ranker_config,
 )
@@ -59,8 +60,8 @@ class Served:
 
     @property
     def entry(self) -> str:
-        """The name of the model that answers whole requests with this release: its ensemble, or its only model."""
-        return self.model(contract.ENSEMBLE)
+        """The name of the model that answers whole requests with this release: its ensemble, or ``rank`` itself."""
+        return contract.ENSEMBLE if self.pipeline == "single" else self.model(contract.ENSEMBLE)
 
     @property
     def stages(self) -> list[str]:
@@ -69,15 +70,12 @@ class Served:
 
     @property
     def models(self) -> list[str]:
-        """Names of all its models, those first that others need."""
-        return list(dict.fromkeys([*self.stages, self.entry]))
+        """Names of the models that are this release's alone, those first that others need."""
+        return [] if self.pipeline == "single" else [*self.stages, self.entry]
 
     def ensemble(self, name: str) -> Any:
         """Configuration of an ensemble of its models."""
         config = model_config(self.release, contract.ENSEMBLE)
-        if self.pipeline == "single":
-            config.name = self.entry
-            return front(config, name)
         config.name = name
         for step in config.ensemble_scheduling.step:
             step.model_name = self.model(step.model_name)
@@ -93,29 +91,17 @@ class LiveRepository:
 
     def add(self, served: Served) -> None:
         """Put a release's models beside those that are there."""
-        for stage in (contract.ENSEMBLE,) if served.pipeline == "single" else contract.STAGES:
+        if served.pipeline == "single":
+            return
+        for stage in contract.STAGES:
             config = model_config(served.release, stage)
             files = list((served.release / MODELS / stage / "1").iterdir())
             if stage == contract.RANKER and served.fallback is not None:
                 config = ranker_config(packed_shape(config), RankerRuntime("python", served.fallback))
                 files = [*(file for file in files if file.name == GRAPH), TEMPLATES / stage / "1" / "model.py"]
             config.name = served.model(stage)
-            if config.backend == "python":
-                config.parameters["release"].string_value = str(served.release)
-            with atomic_directory(self.folder / config.name) as scratch:
-                (scratch / "config.pbtxt").write_text(config_text(config))
-                (scratch / "1").mkdir()
-                for file in files:
-                    # Python puts compiled code beside what it imports, and a release stays what it was.
-                    if file.suffix == ".py":
-                        shutil.copyfile(file, scratch / "1" / file.name)
-                        # Else the stub writes it, and Triton loads the model once more at its next occasion: it has
-                        # changed since.
-                        py_compile.compile(str(scratch / "1" / file.name))
-                    elif file.is_file():
-                        (scratch / "1" / file.name).symlink_to(file)
-        if served.pipeline != "single":
-            self._write(served.ensemble(served.entry))
+            self._write(config, served.release, files)
+        self._write(served.ensemble(served.entry))
 
     def add_feedback(self) -> None:
         """Put the model that takes feedback beside them; it is no release's."""
@@ -126,15 +112,30 @@ class LiveRepository:
         py_compile.compile(str(folder / "1" / "model.py"))
 
     def point(self, served: Served) -> None:
-        """Give ``rank`` the steps of a release that has been added."""
-        self._write(served.ensemble(contract.ENSEMBLE))
+        """Give ``rank`` the steps of a release that has been added, or make it its only model."""
+        if served.pipeline == "single":
+            files = list((served.release / MODELS / contract.ENSEMBLE / "1").iterdir())
+            self._write(model_config(served.release, contract.ENSEMBLE), served.release, files)
+        else:
+            self._write(served.ensemble(contract.ENSEMBLE))
 
     def remove(self, served: Served) -> None:
         """Take a release's models away."""
         for name in served.models:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def _write(self, ensemble: Any) -> None:
-        (self.folder / ensemble.name / "1").mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / ensemble.name / "config.pbtxt") as scratch:
-            scratch.write_text(config_text(ensemble))
+    def _write(self, config: Any, release: Path | None = None, files: Iterable[Path] = ()) -> None:
+        if config.backend == "python":
+            config.parameters["release"].string_value = str(release)
+        with atomic_directory(self.folder / config.name) as scratch:
+            (scratch / "config.pbtxt").write_text(config_text(config))
+            (scratch / "1").mkdir()
+            for file in files:
+                # Python puts compiled code beside what it imports, and a release stays what it was.
+                if file.suffix == ".py":
+                    shutil.copyfile(file, scratch / "1" / file.name)
+                    # Else the stub writes it, and Triton loads the model once more at its next occasion: it has
+                    # changed since.
+                    py_compile.compile(str(scratch / "1" / file.name))
+                elif file.is_file():
+                    (scratch / "1" / file.name).symlink_to(file)

@@ -1,7 +1,8 @@
 """From one release to the next while requests are answered.
 
 What was tried is in docs/releases.md. In short: Triton has no step that replaces four models at once, but replacing one
-ensemble's configuration is one step, and an ensemble holds on to the models it was loaded with.
+ensemble's configuration, or one model, is one step; an ensemble holds on to the models it was loaded with, and a model
+to the requests that it has.
 """
 
 from __future__ import annotations
@@ -83,10 +84,10 @@ def switch(control: Control, address: str, live: LiveRepository, old: Served, ne
     """
     with _nothing_left_of(new, control, live):
         live.add(new)
-        control.load(
-            new.entry
-        )  # and with it, at a time, the models that it has; naming those too would load them twice
-        warm_up(address, new, new.entry)
+        if new.pipeline != "single":
+            control.load(new.entry)  # and with it the models that it has; naming those too would load them twice
+            warm_up(address, new, new.entry)
+        # A single model is proved as it is loaded (Pipeline.rehearse), while Triton still serves the one before.
         try:
             live.point(new)
             control.load(contract.ENSEMBLE)
@@ -121,6 +122,8 @@ def warm_up(address: str, served: Served, ensemble: str) -> None:
 
 def _drain(control: Control, old: Served) -> None:
     """Until requests that were under way in the old release have gone through all its stages."""
+    if not old.models:  # Triton ends it once its requests are answered
+        return
     started = quiet_since = time.monotonic()
     before = None
     while time.monotonic() - quiet_since < DRAIN_S and time.monotonic() - started < DRAIN_TIMEOUT_S:

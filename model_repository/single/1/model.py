@@ -8,6 +8,7 @@ class TritonPythonModel:
     def initialize(self, args):
         release = release_of(args)
         self.pipeline = Pipeline.load(release, *graph_of(args))
+        self.pipeline.rehearse(release / "requests.json")
         self.stage = Stage(args, self.pipeline)
         self.quality = report_quality(release)
         self.times = StageTimes(args["model_name"], self.pipeline.seconds)
