@@ -309,7 +309,10 @@ def shared(calls: int, rounds: int, size: int = 1000) -> list[Figure]:
         channel.close()
     shm.destroy_shared_memory_region(region)
     saved = list(np.median(times[..., 0] - times[..., 1], 1))
-    note = f"{len(ids)} candidates, {size_in_region:,} bytes in the region, {rounds} rounds of {calls} calls of a real server"
+    note = (
+        f"{len(ids)} candidates, {size_in_region:,} bytes in the region, {rounds} rounds of {calls} calls of a real "
+        "server"
+    )
     return [_spread("shared_memory_saves_us_1000", saved, note)]
 
 

@@ -1,11 +1,12 @@
 """All three steps in one process: the model ``rank`` of the pipeline ``single``."""
 
 from trirank_backend.pipeline import Pipeline
-from trirank_backend.triton import Stage, StageTimes, graph_of, release_of, report_quality
+from trirank_backend.triton import Stage, StageTimes, graph_of, release_of, report_quality, stay_on_a_core
 
 
 class TritonPythonModel:
     def initialize(self, args):
+        stay_on_a_core(args)
         release = release_of(args)
         self.pipeline = Pipeline.load(release, *graph_of(args))
         self.pipeline.rehearse(release / "requests.json")
