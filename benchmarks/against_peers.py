@@ -205,7 +205,8 @@ def servers(names: list[str], rounds: int, seconds: float) -> list[Figure]:
                 found.note(f"{name}_capacity_server_cpu_ms", at.run.server_cpu_ms)
                 found.note(f"{name}_capacity_load_cpu_ms", at.run.load_cpu_ms)
             print(
-                f"round {number}: {name:14} holds {at.rate:6.0f}, not {at.failing[0]:6.0f} (p99 {at.failing[1]:.0f} ms); one caller {one:.3f} ms",
+                f"round {number}: {name:14} holds {at.rate:6.0f}, not {at.failing[0]:6.0f} "
+                f"(p99 {at.failing[1]:.0f} ms); one caller {one:.3f} ms",
                 flush=True,
             )
         rates = {name: found.last(f"{name}_capacity_rps") for name in best}
@@ -345,7 +346,7 @@ def bst(rounds: int) -> list[Figure]:
         recipe = load_recipe(name)
         graph = WORK / "bst" / f"{name}.onnx"
         graph.parent.mkdir(parents=True, exist_ok=True)
-        module = make_ranker(spec, recipe.model_copy(update={"model": recipe.model.model_copy(update=size)})).eval()
+        module = make_ranker(spec, recipe.model.model_copy(update=size)).eval()
         write_graph(module, spec, graph)
         engines[name], _ = fastest_engine(graph, spec, exact_engines(), 500)
         rankers[name] = (load_ranker(graph, engines[name]), spec)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import grpc
 
-from trirank.contract import TOO_LATE
+from trirank.contract import OVERLOADED, TOO_LATE
 
 
 class RankError(Exception):
@@ -88,8 +88,8 @@ _BY_STATUS: dict[grpc.StatusCode, type[RankError]] = {
     grpc.StatusCode.NOT_FOUND: IncompatibleServer,
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleServer,
 }
-_TURNED_AWAY = ("Request timeout expired", "Exceeds maximum queue size")
-"""What Triton says, as UNAVAILABLE, of a request that waited too long in a queue or found it full."""
+_TURNED_AWAY = ("Request timeout expired", "Exceeds maximum queue size", OVERLOADED)
+"""What is said, as UNAVAILABLE, of a request that waited too long, found the queue full, or would have been late."""
 
 
 def kind_of(status: grpc.StatusCode, details: str) -> type[RankError]:

@@ -36,6 +36,8 @@ DEADLINE_PARAMETER = "trirank_deadline_us"
 in every step of an ensemble (triton-inference-server/server #7512); a moment is not."""
 TOO_LATE = "its deadline has passed"
 """What a stage says, as UNAVAILABLE, of a request that it did not work on for that reason."""
+OVERLOADED = "more has come in than can be answered in time"
+"""What a stage says, as UNAVAILABLE, of a request that it could not have answered before its deadline."""
 CONTRACT_PARAMETER = "contract"
 """Of the ensemble's configuration: CONTRACT_VERSION."""
 

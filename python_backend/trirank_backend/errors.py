@@ -1,6 +1,7 @@
 """BackendError
 ├── InvalidInput       a request breaks the contract; becomes INVALID_ARGUMENT
 ├── TooLate            its caller's deadline has passed; becomes UNAVAILABLE
+├── Overloaded         it could not be answered before its deadline; becomes UNAVAILABLE
 ├── BrokenScores       the ranker gave what is no number; becomes INTERNAL
 ├── StageFailed        something else went wrong in one request; becomes INTERNAL
 ├── StoreFailed        a store did not answer, or not in time; becomes UNAVAILABLE
@@ -34,6 +35,10 @@ class InvalidInput(BackendError, ValueError):
 
 class TooLate(BackendError):
     """Nobody waits for the answer any more."""
+
+
+class Overloaded(BackendError):
+    """Nobody would wait for the answer any more by the time that it is there."""
 
 
 class BrokenScores(BackendError):

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from trirank import contract
 
-from trirank_backend.errors import BackendError, InvalidInput, StageFailed, StoreFailed, TooLate
+from trirank_backend.admission import Admission
+from trirank_backend.errors import BackendError, InvalidInput, Overloaded, StageFailed, StoreFailed, TooLate
 from trirank_backend.requests import NamedTensors, Tensors
 
 try:
@@ -130,27 +131,35 @@ class Stage:
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._outputs = [tensor["name"] for tensor in config["output"]]
         self._run = run
+        self._admission = Admission()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request, in order. What comes too late for its caller is refused, not worked on."""
-        now = time.time() * 1e6
+        """One response a request, in order. What comes, or would be answered, too late for its caller is refused, not
+        worked on."""
+        started = time.time()
         answers: list[Any] = [None] * len(requests)
+        moments = [_deadline(request) for request in requests]
+        in_time = [at for at, moment in enumerate(moments) if moment >= started * 1e6]
+        taken = self._admission.admitted([moments[at] / 1e6 - started for at in in_time])
         places, batch, deadlines = [], [], []
-        for at, request in enumerate(requests):
+        for at, is_taken in zip(in_time, taken, strict=True):
+            if not is_taken:
+                answers[at] = Overloaded(f"{self._name} did not work on it: {contract.OVERLOADED}")
+                continue
             try:
-                deadline = _deadline(request)
-                if deadline < now:
-                    answers[at] = TooLate(f"{self._name} did not work on it: {contract.TOO_LATE}")
-                    continue
-                batch.append(self._read(request))
+                batch.append(self._read(requests[at]))
             except Exception as error:  # a tensor that cannot be read is its own request's fault
                 answers[at] = self._failed(error)
                 continue
             places.append(at)
-            deadlines.append(deadline)
+            deadlines.append(moments[at])
         for at, answer in zip(places, self._answers(batch, deadlines), strict=True):
             answers[at] = answer
-        return [self._response(answer) for answer in answers]
+        late = TooLate(f"{self._name} did not work on it: {contract.TOO_LATE}")
+        responses = [self._response(late if answer is None else answer) for answer in answers]
+        if batch:
+            self._admission.took(time.time() - started, len(batch))
+        return responses
 
     def _answers(self, batch: list[Tensors], deadlines: list[float]) -> list[Any]:
         if not batch:
@@ -183,7 +192,7 @@ class Stage:
                 )
         except Exception as error:  # of an answer that is none: its own request's matter too
             answer = self._failed(error)
-        if not isinstance(answer, InvalidInput | TooLate):  # nobody's fault but ours
+        if not isinstance(answer, InvalidInput | TooLate | Overloaded):  # nobody's fault but ours
             pb_utils.Logger.log_error(f"{self._name}: {''.join(traceback.format_exception(answer))}")
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _code(answer)))
 
@@ -211,7 +220,7 @@ def each(step: Callable[[Tensors], Tensors]) -> Run:
 def _code(error: BackendError) -> Any:
     if isinstance(error, InvalidInput):
         return pb_utils.TritonError.INVALID_ARG
-    late = isinstance(error, TooLate | StoreFailed)
+    late = isinstance(error, TooLate | Overloaded | StoreFailed)
     return pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INTERNAL
 
 

@@ -92,3 +92,15 @@ def test_nothing_is_run_for_nobody(stage):
     stage, seen = stage
     assert stage.execute([request(1, -1)])[0].code == "UNAVAILABLE"
     assert seen == []
+
+
+def test_what_would_be_answered_too_late_is_told_at_once(stage):
+    """A stage that works on everything in order under overload answers everybody too late."""
+    stage, seen = stage
+    stage._admission.took(1.0, 1)
+    one, other, patient = stage.execute([request(1, 0.5), request(2, 1.5), request(3)])
+    assert patient == {"X": [3]}
+    assert (one.code, other.code) == ("UNAVAILABLE", "UNAVAILABLE")
+    assert contract.OVERLOADED in one.message
+    assert contract.TOO_LATE not in one.message  # or a client would take the clocks for different ones
+    assert seen == [[3]]

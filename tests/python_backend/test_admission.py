@@ -1,0 +1,52 @@
+"""Under overload a stage works for those that it can answer in time, and for nobody in vain."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+from trirank_backend.admission import Admission
+
+
+def knowing(cost_s):
+    found = Admission()
+    found.took(cost_s, 1)
+    return found
+
+
+def test_without_deadlines_all_are_taken():
+    assert knowing(10.0).admitted([math.inf] * 32) == [True] * 32
+
+
+def test_nobody_has_learned_yet():
+    assert Admission().admitted([0.001] * 4) == [True] * 4
+
+
+def test_those_with_the_most_time_are_taken():
+    assert knowing(0.01).admitted([0.005, 0.03, 0.002, 0.04]) == [False, True, False, True]
+
+
+def test_one_is_always_taken_so_that_a_cost_that_was_high_is_unlearned():
+    admission = knowing(5.0)
+    assert admission.admitted([0.01, 0.02]) == [False, True]
+    for _ in range(60):
+        assert any(admission.admitted([0.01, 0.02]))
+        admission.took(0.001, 1)
+    assert admission.admitted([0.01, 0.02]) == [True, True]
+
+
+def test_an_empty_batch():
+    assert knowing(1.0).admitted([]) == []
+
+
+@given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=32), st.floats(1e-4, 0.1))
+def test_as_many_as_can_all_be_answered_in_time(left_s, cost_s):
+    taken = [left for left, is_taken in zip(left_s, knowing(cost_s).admitted(left_s), strict=True) if is_taken]
+    assert taken
+    if len(taken) > 1:
+        assert len(taken) * cost_s <= min(taken)
+    others = len(left_s) - len(taken)
+    if others:  # one more would be late, or make another late
+        ordered = sorted(left_s, reverse=True)
+        assert (len(taken) + 1) * cost_s * 1.25 > ordered[len(taken)]
