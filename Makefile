@@ -48,7 +48,7 @@ unit: install
 
 # 20 seconds of rank requests at a fixed rate against the demo's release.
 loadtest: install
-	@$(BIN)/python -m trirank_loadtest.run --release work/demo/releases/current
+	@$(BIN)/trirank loadtest work/demo/releases/current
 
 bench: install
 	$(BIN)/python benchmarks/serving.py

@@ -24,16 +24,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import load
 import numpy as np
 import psutil
 from hops import bare_triton
-from peer_servers import CORES, PEERS, Peer, served
+from peer_servers import CORES, PEERS, Peer, answer_of, served
 from results import ROOT, WORK, Figure, write
 from serving import CANDIDATES, Rounds, engine_of, make_requests, releases, stores_of
-from trirank import RankRequest
+from trirank import RankRequest, packing
 from trirank import contract as c
 from trirank._codec import packed_request
 from trirank_backend.pipeline import Pipeline
@@ -45,7 +46,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 P99_MS = 50.0
 KEPT = 0.97
 """Share of what was offered that must be answered within the run, or the queue only grows."""
-STEP, HALVINGS = 1.2, 3
+STEP, HALVINGS = 1.2, 2
 OURS = "trirank"
 NOTHING = """import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -84,7 +85,7 @@ class Capacity:
 
 
 def capacity(running: Running, guess: float, seconds: float, seed: int) -> Capacity:
-    """Bracket the highest rate that holds by steps of a fifth, then halve the bracket (geometrically) a few times."""
+    """Bracket the highest rate that holds by steps of a fifth, then halve the bracket (geometrically) twice, to 5 %."""
     low, high, kept, failing = 0.0, np.inf, None, (np.inf, np.inf)
     rate, halved = guess, 0
     while halved < HALVINGS and rate > 5:
@@ -107,14 +108,35 @@ def ours(release: Path, requests: list[RankRequest]) -> Iterator[Running]:
     """Triton with a release of ours."""
     with TritonServer(release, stores=stores_of(release), log=WORK / "against.log") as server:
         server.wait_ready()
-        yield Running(load.triton(server.grpc, requests), server.pid)
+        target = load.triton(server.grpc, requests)
+        assert np.array_equal(_ranked(answer_of(target, "")), expected(release, requests[0]))
+        yield Running(target, server.pid)
 
 
 @contextmanager
 def theirs(peer: Peer, release: Path, settings: dict[str, str], requests: list[RankRequest]) -> Iterator[Running]:
     """A peer with the same release."""
     with served(peer, release, settings, requests[0]) as (address, pid):
-        yield Running(peer.target(address, requests), pid)
+        target = peer.target(address, requests)
+        if not np.array_equal(_ranked(answer_of(target, peer.wire)), expected(release, requests[0])):
+            raise RuntimeError(f"{peer.title} answers something else")
+        yield Running(target, pid)
+
+
+def _ranked(packed: bytes) -> np.ndarray:
+    return np.frombuffer(packing.unpack(packed, c.RESPONSE)["RANKED_IDS"], np.int64)
+
+
+@cache
+def _pipeline(release: Path) -> Pipeline:
+    return Pipeline.load(release, release / graph_place(load_manifest(release)["pipeline"]), engine_of(release))
+
+
+def expected(release: Path, request: RankRequest) -> np.ndarray:
+    """What the stages in this process answer."""
+    packed = np.frombuffer(packed_request(request)[0], np.uint8)[None]
+    (answer,) = _pipeline(release)([{c.PACKED_REQUEST.name: packed}])
+    return _ranked(answer[c.PACKED_RESPONSE.name].tobytes())
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     python benchmarks/peer_servers.py install [NAME …]
 
-makes the environments, each below work/peers, with what ``peers/requirements.toml`` pins.
+makes the environments, each below work/peers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import load
 import psutil
-import tomllib
 from results import ROOT
 from trirank import RankRequest
 from trirank._codec import packed_request
@@ -72,6 +73,23 @@ class Peer:
         return load.Target(address, packed, "/rank", _HTTP, http1=True)
 
 
+def answer_of(target: load.Target, wire: str) -> bytes:
+    """The packed answer to the first body, for the check that all servers answer the same."""
+    if target.http1:
+        headers = dict(header.split(": ") for header in target.headers)
+        asked = urllib.request.Request(target.url, target.bodies[0], headers)
+        with urllib.request.urlopen(asked, timeout=30) as reply:
+            said = reply.read()
+        return base64.b64decode(json.loads(said)[0]) if said[:1] == b"[" else said
+    with grpc.insecure_channel(target.address) as channel:
+        call = channel.unary_unary(target.path, request_serializer=None, response_deserializer=None)
+        said = call(target.bodies[0][5:], timeout=30)
+    if wire == "grpc":
+        return said
+    (content,) = service_pb2.ModelInferResponse.FromString(said).raw_output_contents
+    return content[4:] if wire == "kserve" else content
+
+
 def _one_tensor(body: bytes) -> bytes:
     message = service_pb2.ModelInferRequest(model_name="rank")
     message.inputs.add(name="REQUEST", datatype="BYTES", shape=(1, 1))
@@ -104,6 +122,21 @@ PEERS = {
     "ray": Peer("Ray Serve", "ray", "ray_serve.py", _grid(_COUNTS, (32,))),
 }  # fmt: skip
 """In the order of the tables."""
+EVERYWHERE = (
+    "numpy==1.26.4", "numba==0.68.1", "onnxruntime==1.32.0", "openvino==2026.4.1", "tokenizers==0.23.3",
+    "grpcio==1.85.3",
+)  # fmt: skip
+REQUIREMENTS = {
+    "fastapi": ("fastapi==0.165.0", "uvicorn[standard]==0.54.0", "uvloop==0.23.0", "httptools==0.9.0"),
+    "pytriton": ("nvidia-pytriton==0.7.0",),
+    "litserve": ("litserve==0.2.19", "uvloop==0.23.0", "httptools==0.9.0"),
+    "bentoml": ("bentoml==1.4.40", "uvloop==0.23.0", "httptools==0.9.0"),
+    "ray": ("ray[serve]==2.60.0",),
+}
+"""What each peer's environment holds beside trirank's own runtime, which is the same in all of them."""
+INTERPRETERS = {"pytriton": "/usr/bin/python3"}
+"""PyTriton's stub brings the core of an early CPython 3.11 along, which the library of 3.11.7 does not fit
+(multiprocessing asks a lock for its _recursion_count); Debian 12's 3.11.2 does."""
 
 
 @contextmanager
@@ -133,7 +166,7 @@ def served(peer: Peer, release: Path, settings: dict[str, str], request: RankReq
         )
     family: list[psutil.Process] = []
     try:
-        _wait(process, peer.target(f"127.0.0.1:{port}", [request]), log)
+        _wait(process, peer, peer.target(f"127.0.0.1:{port}", [request]), log)
         family = psutil.Process(process.pid).children(recursive=True)
         yield f"127.0.0.1:{port}", process.pid
     finally:
@@ -148,13 +181,16 @@ def served(peer: Peer, release: Path, settings: dict[str, str], request: RankReq
             child.kill()
 
 
-def _wait(process: subprocess.Popen[bytes], target: load.Target, log: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], peer: Peer, target: load.Target, log: Path) -> None:
     deadline = time.monotonic() + START_S
     while True:
         try:
+            answer_of(target, peer.wire)  # h2load would take an error of gRPC's for an answer
             load.closed_loop(target, 1, 0.3, [])
-            return
-        except RuntimeError as error:  # noqa: PERF203  # not ready yet
+            # Some load their stages at their first call, each worker by itself.
+            if load.closed_loop(target, 8, 1.0, []).latencies_ms.max() < 500:
+                return
+        except (RuntimeError, OSError, grpc.RpcError) as error:  # noqa: PERF203  # not ready yet
             if process.poll() is not None or time.monotonic() > deadline:
                 words = log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{target.url} does not answer ({error}): {words}") from error
@@ -163,12 +199,11 @@ def _wait(process: subprocess.Popen[bytes], target: load.Target, log: Path) -> N
 
 def install(names: list[str]) -> None:
     """Make environments anew."""
-    pinned = tomllib.loads((FOLDER / "requirements.toml").read_text())
-    for name in names or list(pinned["peers"]):
+    for name in names or list(REQUIREMENTS):
         folder = ENVIRONMENTS / name
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([INTERPRETERS.get(name, sys.executable), "-m", "venv", "--clear", str(folder)], check=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, *pinned["all"], *pinned["peers"][name], "-e", f"{ROOT}[runtime,openvino]"], check=True)
+        subprocess.run([*pip, *EVERYWHERE, *REQUIREMENTS[name], "-e", f"{ROOT}[runtime,openvino]"], check=True)
 
 
 if __name__ == "__main__":

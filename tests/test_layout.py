@@ -19,7 +19,7 @@ PACKAGES = {
 MAY_IMPORT = {
     "trirank": set(),
     "trirank_backend": {"trirank"},
-    "trirank_build": {"trirank", "trirank_backend"},
+    "trirank_build": {"trirank", "trirank_backend", "trirank_loadtest"},
     "trirank_loadtest": {"trirank"},
 }
 FILES = [

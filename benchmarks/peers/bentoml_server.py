@@ -49,7 +49,7 @@ else:
         def __init__(self) -> None:
             self.stages = Stages()
 
-        @bentoml.api(batchable=max_batch() > 1, max_batch_size=max(1, max_batch()), max_latency_ms=1000)
+        @bentoml.api(batchable=max_batch() > 1, max_batch_size=max(2, max_batch()), max_latency_ms=1000)
         def rank(self, packed: list[str]) -> list[str]:
             """Base64 in, base64 out."""
             answers = self.stages([base64.b64decode(one) for one in packed])

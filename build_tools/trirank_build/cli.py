@@ -13,10 +13,12 @@ import typer
 from rich.table import Table
 from trirank import RankError, __version__
 from trirank_backend.errors import BackendError
+from trirank_loadtest.errors import BadLoad, LoadTestError
 
 from trirank_build.commands.data import app as data_app
 from trirank_build.commands.doctor import doctor
 from trirank_build.commands.engine import app as engine_app
+from trirank_build.commands.loadtest import loadtest
 from trirank_build.commands.online import catalogue_app, policy_app, users_app
 from trirank_build.commands.options import Data, Engine, Json, Run, Seed, check_target
 from trirank_build.commands.release import app as release_app
@@ -48,6 +50,7 @@ app.add_typer(users_app, name="users")
 app.command()(doctor)
 app.command()(serve)
 app.command()(rank)
+app.command()(loadtest)
 app.command()(skew)
 app.command()(simulate)
 
@@ -98,10 +101,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
-    except (TrirankBuildError, BackendError, RankError) as error:
+    except (TrirankBuildError, BackendError, RankError, LoadTestError) as error:
         logging.getLogger("trirank").debug("where the error comes from", exc_info=True)
         errors.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, BadUsage) else 1)
+        sys.exit(2 if isinstance(error, BadUsage | BadLoad) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
