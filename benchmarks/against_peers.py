@@ -23,17 +23,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import load
 import numpy as np
 import psutil
+import serving
 from hops import bare_triton
+from load import P99_MS, Running, capacity
 from peer_servers import CORES, PEERS, Peer, answer_of, served
 from results import ROOT, WORK, Figure, write
-from serving import CANDIDATES, Rounds, engine_of, make_requests, releases, stores_of
+from serving import CANDIDATES, Rounds, engine_of, make_requests, stores_of
 from trirank import RankRequest, packing
 from trirank import contract as c
 from trirank._codec import packed_request
@@ -43,10 +44,7 @@ from trirank_build.repository.release import graph_place, load_manifest
 from trirank_build.serving.server import TritonServer
 from tritonclient.grpc import model_config_pb2 as pb
 
-P99_MS = 50.0
-KEPT = 0.97
-"""Share of what was offered that must be answered within the run, or the queue only grows."""
-STEP, HALVINGS = 1.2, 2
+releases = cache(serving.releases)
 OURS = "trirank"
 NOTHING = """import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -59,54 +57,13 @@ class TritonPythonModel:
 """
 
 
-@dataclass(frozen=True)
-class Running:
-    """A server that answers: what to send where, and whose processor time counts."""
-
-    target: load.Target
-    pid: int
-
-
 Start = Callable[[], "contextmanager[Running]"]
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Of one server in one round.
-
-    Attributes:
-        rate: requests a second at which it held; run: what was seen there.
-        failing: the lowest rate at which it did not, and its p99 in ms.
-    """
-
-    rate: float
-    run: load.Run | None
-    failing: tuple[float, float]
-
-
-def capacity(running: Running, guess: float, seconds: float, seed: int) -> Capacity:
-    """Bracket the highest rate that holds by steps of a fifth, then halve the bracket (geometrically) twice, to 5 %."""
-    low, high, kept, failing = 0.0, np.inf, None, (np.inf, np.inf)
-    rate, halved = guess, 0
-    while halved < HALVINGS and rate > 5:
-        run = load.open_loop(running.target, rate, seconds, [running.pid], seed)
-        p99 = run.percentile(99)
-        if p99 <= P99_MS and run.rate >= KEPT * run.offered:
-            low, kept = rate, run
-        else:
-            high, failing = rate, (rate, p99)
-        seed += 1
-        if low and np.isfinite(high):
-            rate, halved = float(np.sqrt(low * high)), halved + 1
-        else:
-            rate = rate * STEP if low else rate / STEP
-    return Capacity(low, kept, failing)
 
 
 @contextmanager
 def ours(release: Path, requests: list[RankRequest]) -> Iterator[Running]:
     """Triton with a release of ours."""
-    with TritonServer(release, stores=stores_of(release), log=WORK / "against.log") as server:
+    with TritonServer(release, stores=stores_of(releases()["ensemble"]), log=WORK / "against.log") as server:
         server.wait_ready()
         target = load.triton(server.grpc, requests)
         assert np.array_equal(_ranked(answer_of(target, "")), expected(release, requests[0]))

@@ -36,6 +36,10 @@ OWN_START_CPU_S = 0.25
 """Of the open loop's process, before it sends."""
 WARM_SHARE = 0.2
 """Of a run that is not counted: connections open and caches fill."""
+P99_MS = 50.0
+KEPT = 0.97
+"""Share of what was offered that must be answered within the run, or the queue only grows."""
+STEP, HALVINGS = 1.2, 2
 _GRPC = ("content-type: application/grpc", "te: trailers")
 
 
@@ -91,7 +95,15 @@ class Run:
 
     def percentile(self, share: float) -> float:
         """Milliseconds below which ``share`` per cent of the requests stayed."""
-        return float(np.percentile(self.latencies_ms, share))
+        return float(np.percentile(self.latencies_ms, share, method="inverted_cdf"))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers: what to send where, and whose processor time counts."""
+
+    target: Target
+    pid: int
 
 
 def frame(message: bytes) -> bytes:
@@ -179,6 +191,39 @@ def open_loop(
         float(inside.sum()) / (seconds - first), (answered - due)[inside & (outcome == 0)] * 1e3,
         float((outcome[inside] < 0).mean()),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Of one server in one round.
+
+    Attributes:
+        rate: requests a second at which it held; run: what was seen there.
+        failing: the lowest rate at which it did not, and its p99 in ms.
+    """
+
+    rate: float
+    run: Run | None
+    failing: tuple[float, float]
+
+
+def capacity(running: Running, guess: float, seconds: float, seed: int) -> Capacity:
+    """Bracket the highest rate that holds by steps of a fifth, then halve the bracket (geometrically) twice, to 5 %."""
+    low, high, kept, failing = 0.0, np.inf, None, (np.inf, np.inf)
+    rate, halved = guess, 0
+    while halved < HALVINGS and rate > 5:
+        run = open_loop(running.target, rate, seconds, [running.pid], seed)
+        p99 = run.percentile(99)
+        if p99 <= P99_MS and run.rate >= KEPT * run.offered:
+            low, kept = rate, run
+        else:
+            high, failing = rate, (rate, p99)
+        seed += 1
+        if low and np.isfinite(high):
+            rate, halved = float(np.sqrt(low * high)), halved + 1
+        else:
+            rate = rate * STEP if low else rate / STEP
+    return Capacity(low, kept, failing)
 
 
 def _run(commands: list[list[str]], servers: list[int], timeout_s: float) -> tuple[float, float]:

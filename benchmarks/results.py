@@ -27,18 +27,19 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-def write(benchmark: str, figures: list[Figure], keep: bool = False) -> Path:
-    """Write ``results/BENCHMARK.json``; with ``keep``, figures of other names stay as they were."""
+def write(benchmark: str, figures: list[Figure], keep: bool = False, gpu: str | None = None) -> Path:
+    """Write ``results/BENCHMARK.json``; with ``keep``, figures of other names stay as they were. ``gpu``: the
+    one that they were measured on, on another machine than this."""
     path = RESULTS / f"{benchmark}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     WORK.mkdir(parents=True, exist_ok=True)
     with (WORK / "results.lock").open("w") as lock:  # parts of a benchmark may run at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _write(path, benchmark, figures, keep)
+        _write(path, benchmark, figures, keep, gpu)
     return path
 
 
-def _write(path: Path, benchmark: str, figures: list[Figure], keep: bool) -> None:
+def _write(path: Path, benchmark: str, figures: list[Figure], keep: bool, gpu: str | None) -> None:
     new = {figure.name: figure._asdict() for figure in figures}
     if keep and path.is_file():
         new = {figure["name"]: figure for figure in json.loads(path.read_text())["figures"]} | new
@@ -51,7 +52,7 @@ def _write(path: Path, benchmark: str, figures: list[Figure], keep: bool) -> Non
                 "benchmark": benchmark,
                 "commit": commit.stdout.strip(),
                 "date": datetime.now(timezone.utc).date().isoformat(),
-                "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": None},
+                "machine": {"gpu": gpu} if gpu else {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": None},
                 "figures": list(new.values()),
             },
             indent=1,

@@ -23,6 +23,12 @@ MASKED = -1e4
 """Added to the logits of what is padding; finite, so that FP16 survives it."""
 
 
+def later(size: int, like: Tensor) -> Tensor:
+    """[size, size] MASKED where a column's event is later than the row's; made where ``like`` is, since a copy from the
+    host cannot be part of a CUDA graph."""
+    return torch.full((size, size), MASKED, dtype=like.dtype, device=like.device).triu(1)
+
+
 class Attention(nn.Module):
     """Multi-head attention from x [B, X, D] to memory [B, S, D]; ``mask`` [B, 1, 1 or X, S] is added to the logits."""
 
@@ -146,7 +152,7 @@ class SharedContextRanker(SequenceRanker):
         size = sequence.shape[1]
         allowed = mask
         if self.causal:
-            allowed = torch.clamp(mask + torch.full((size, size), MASKED).triu(1).to(mask), min=MASKED)
+            allowed = torch.clamp(mask + later(size, mask), min=MASKED)
         for block in self.encoder:
             sequence = block(sequence, None, allowed)
         return self.norm_memory(sequence), mask
@@ -167,7 +173,7 @@ class SharedContextRanker(SequenceRanker):
         mask = (~there(history))[:, None, None, :].to(x.dtype) * MASKED  # [B, 1, 1, L]
         blocks, size = cast(list[Block], list(self.encoder)), history.shape[1]
         for block in blocks[:-1]:
-            x = block(x, None, torch.clamp(mask + torch.full((size, size), MASKED).triu(1).to(mask), min=MASKED))
+            x = block(x, None, torch.clamp(mask + later(size, mask), min=MASKED))
         state: Tensor = self.norm_memory(blocks[-1].newest(x, mask) if blocks else x[:, -1:])[:, 0]
         return state
 

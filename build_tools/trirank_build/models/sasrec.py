@@ -26,7 +26,7 @@ class SasRec(SequenceRanker):
         length = history.shape[1]
         x = self.dropout(items + self.position[-length:])
         padding = (~there(history))[:, None, None, :].to(x.dtype) * MASKED
-        later = torch.full((length, length), MASKED).triu(1).to(x)
+        later = torch.full((length, length), MASKED, dtype=x.dtype, device=x.device).triu(1)
         for block in self.blocks:
             x = block(x, None, torch.clamp(padding + later, min=MASKED))
         return self.norm(x)
