@@ -46,6 +46,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 releases = cache(serving.releases)
 OURS = "trirank"
+FULL = 128
+"""Callers that fill every batch."""
 NOTHING = """import numpy as np
 import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
@@ -233,23 +235,22 @@ def limits(rounds: int, seconds: float) -> list[Figure]:
     folder = str(Path(__file__).parent)
     with ours(own["single"], requests) as running:
         load.closed_loop(running.target, 8, 1.0, [running.pid])
-        guess = 2000.0
-        for number in range(rounds):
+        for _ in range(rounds):
             command = [sys.executable, "-c", IN_PROCESS, folder, str(seconds)]
             processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(CORES)]
             inside = statistics.mean(float(process.communicate()[0].split()[-1]) for process in processes)
-            at = capacity(running, guess, seconds, 1000 + 100 * number)
-            assert at.run is not None
-            guess = at.rate
+            # So many that batches are full, as they are in process.
+            full = load.closed_loop(running.target, FULL, seconds, [running.pid])
             found.note("in_process_batch_32_cpu_ms", inside)
             found.note("in_process_capacity_rps", 1e3 * CORES / inside)
-            found.note("saturation_of_in_process_ratio", inside / at.run.server_cpu_ms)
-            found.note("saturation_with_the_loads_share_ratio", at.rate * inside / 1e3 / CORES)
-            print(
-                f"limits: {inside:.3f} ms in process, {at.run.server_cpu_ms:.3f} ms served at {at.rate:.0f}/s",
-                flush=True,
-            )
-    return found.figures(f"processor time a request, {CORES} processes at once, batches of 32, against capacity")
+            found.note("saturated_server_cpu_ms", full.server_cpu_ms)
+            found.note("saturated_rps", full.rate)
+            found.note("saturation_of_in_process_ratio", inside / full.server_cpu_ms)
+            found.note("saturation_with_the_loads_share_ratio", full.rate * inside / 1e3 / CORES)
+            print(f"{inside:.3f} ms in process, {full.server_cpu_ms:.3f} ms served at {full.rate:.0f}/s", flush=True)
+    return found.figures(
+        f"processor time a request, {CORES} processes at once, batches of 32; {FULL} callers of h2load"
+    )
 
 
 def sizes(rounds: int, seconds: float) -> list[Figure]:

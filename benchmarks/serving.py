@@ -16,20 +16,20 @@ import argparse
 import itertools
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import load
 import numpy as np
+from peer_servers import PEERS, answer_of
+from peer_servers import served as peer_server
 from results import ROOT, WORK, Figure, write
 from trirank import RankClient, RankError, RankRequest
 from trirank import contract as c
@@ -52,11 +52,11 @@ BATCH = (31, 64, 1, 1000)
 """A mixed batch: so many requests of so few candidates, and one of many with a query."""
 HOSTILE = 1000
 PLAIN = {
-    "grpc_aio": (1, "direct"), "grpc_aio_batching": (1, "thread"),
-    "grpc_aio_batching_process_a_core": (os.cpu_count() or 1, "thread"),
+    "grpc_aio": (1, 0), "grpc_aio_batching": (1, c.MAX_BATCH),
+    "grpc_aio_batching_process_a_core": (os.cpu_count() or 1, c.MAX_BATCH),
 }  # fmt: skip
-"""Bare gRPC servers: processes, and how each takes requests (see plain_grpc.py). The first is what one writes first,
-the others what one comes to."""
+"""Bare gRPC servers: processes, and the largest batch, 0: a request at a time (see peers/grpc_aio.py). The first is
+what one writes first, the others what one comes to."""
 
 
 def make_requests(release: Path, count: int = 64, candidates: int = CANDIDATES) -> list[RankRequest]:
@@ -202,34 +202,6 @@ def releases() -> dict[str, Path]:
     return found
 
 
-@contextmanager
-def plain_grpc(release: Path, workers: int, mode: str) -> Iterator[tuple[str, int]]:
-    """Address and process of a bare grpc.aio server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, str(ROOT / "benchmarks" / "plain_grpc.py"), str(release), str(port)]
-    process = subprocess.Popen([*command, "--workers", str(workers), "--mode", mode])
-    try:
-        yield f"127.0.0.1:{port}", process.pid
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def wait_for(address: str, request: RankRequest) -> np.ndarray:
-    """Ids of the first answer."""
-    deadline = time.monotonic() + 60
-    with RankClient(address, deadline_s=5, retry=None) as client:
-        while True:
-            try:
-                return client.rank(request).item_ids
-            except RankError:  # noqa: PERF203  # not ready yet
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-
-
 def stage_times(before: dict, after: dict, callers: int) -> dict[str, float]:
     """``MODEL_PART`` → ms a request, and ``MODEL_batch``, between two readings of Triton's statistics."""
     found = {}
@@ -265,22 +237,28 @@ def servers(served: dict[str, Path], rounds: int, seconds: float) -> list[Figure
         }
         for server in started.values():
             server.wait_ready()
-        places = {name: (server.grpc, server.pid) for name, server in started.items()}
-        for name, (workers, mode) in PLAIN.items():
-            places[name] = running.enter_context(plain_grpc(served["ensemble"], workers, mode))
+        places = {name: (load.triton(server.grpc, requests), server.pid) for name, server in started.items()}
+        bare = PEERS["grpc_aio"]
+        for name, (workers, most) in PLAIN.items():
+            settings = {"PEER_WORKERS": str(workers), "PEER_MAX_BATCH": str(most)}
+            address, pid = running.enter_context(peer_server(bare, served["ensemble"], settings, requests[0]))
+            places[name] = (bare.target(address, requests), pid)
         # h2load sees that it is answered, not what: each request that it will send is answered alike by all first.
-        for request in requests[: load.PROCESSES]:
-            answers = [wait_for(address, request) for address, _ in places.values()]
-            assert all(np.array_equal(one, answers[0]) for one in answers), "the servers answer different things"
-        for address, pid in places.values():
-            load.closed_loop(address, requests, 8, seconds, [pid])
+        for at in range(load.PROCESSES):
+            answers = [
+                answer_of(replace(target, bodies=target.bodies[at:]), "grpc" if name in PLAIN else "")
+                for name, (target, _) in places.items()
+            ]
+            assert all(one == answers[0] for one in answers), "the servers answer different things"
+        for target, pid in places.values():
+            load.closed_loop(target, 8, seconds, [pid])
         for number in range(rounds):
             order = list(places)[number % len(places) :] + list(places)[: number % len(places)]
             for callers in CONCURRENCIES:
                 for name in order:
-                    address, pid = places[name]
+                    target, pid = places[name]
                     before = started[name].statistics() if name in started else {}
-                    run = load.closed_loop(address, requests, callers, seconds, [pid])
+                    run = load.closed_loop(target, callers, seconds, [pid])
                     if name in started:
                         for stage, value in stage_times(before, started[name].statistics(), callers).items():
                             found.note(f"{name}_{stage.replace('single_', '')}_c{callers}", value)

@@ -13,6 +13,7 @@ import sys
 
 from online_tables import ONLINE
 from results import RESULTS, ROOT, Figure, read
+from serving_tables import SERVING
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SET_NAMES = {
@@ -489,6 +490,7 @@ TABLES = {
     "stages": stages,
     "hops": hops,
     **ONLINE,
+    **SERVING,
 }
 
 

@@ -67,13 +67,13 @@ def main() -> None:
                 change(release)
             server = running.enter_context(TritonServer(release))
             server.wait_ready()
-            places[name] = (server.grpc, server.pid)
+            places[name] = (load.triton(server.grpc, requests), server.pid)
         for number in range(-1, given.rounds):  # the first is not counted
             order = list(places)[number % len(places) :] + list(places)[: number % len(places)]
             for callers in CONCURRENCIES:
                 for name in order:
-                    address, pid = places[name]
-                    run = load.closed_loop(address, requests, callers, given.seconds, [pid])
+                    target, pid = places[name]
+                    run = load.closed_loop(target, callers, given.seconds, [pid])
                     if number >= 0:
                         found.note(f"{name}_rps_c{callers}", run.rate)
                         found.note(f"{name}_p50_ms_c{callers}", run.percentile(50))

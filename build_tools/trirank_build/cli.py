@@ -368,6 +368,51 @@ def export(
     out.print(table)
 
 
+@app.command("tune-serving")
+def tune_serving(
+    run: Run,
+    data: Data,
+    onnx: Annotated[Path, typer.Option("--onnx", help="The exported ranker.")],
+    target: Annotated[Path, typer.Option("--out", help="Folder of the search; a stopped one goes on.")],
+    slo: Annotated[list[str], typer.Option(help="A promise that is kept: p99=50ms, error_rate=0.1%.")],
+    trials: Annotated[int, typer.Option(min=2, help="Settings that are tried, the usual ones among them.")] = 12,
+    seconds: Annotated[float, typer.Option(min=1, help="Of one run of the load.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="In which the best is judged against the usual settings.")] = 3,
+    allow_failing_gate: Annotated[bool, typer.Option("--allow-failing-gate", help="As of `trirank assemble`.")] = False,
+) -> None:
+    """Find what serves most on this machine within a promise: pipeline, instances, batches, engine, threads."""
+    check_target(target, "a search")
+    from trirank_loadtest.slo import read_all
+
+    slos = read_all(slo)
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.repository.assemble import assemble as make_release
+    from trirank_build.repository.settings import ServingSettings
+    from trirank_build.serving.stores import Stores
+    from trirank_build.serving.tuning import SETTINGS, TRIALS
+    from trirank_build.serving.tuning import tune as search
+    from trirank_build.training.run import TrainedRun
+
+    trained, dataset = TrainedRun.load(run), Dataset.load(data)
+
+    def made(settings: ServingSettings) -> Path:
+        return make_release(
+            trained, dataset, onnx, target / TRIALS, allow_failing_gate=allow_failing_gate, **settings.of_release()
+        )
+
+    found = search(made, target, slos, trials, seconds, rounds, Stores())
+    table = Table("trial", "settings", "requests/s that hold", title="settings tried")
+    for number, words, rate in found.trials:
+        table.add_row(str(number), words, f"{rate:.0f}")
+    out.print(table)
+    low, high = min(found.gains), max(found.gains)
+    out.print(
+        f"{found.settings.words()}: {found.rate:.0f} requests/s, {found.rate / max(found.default_rate, 1e-9):.2f} "
+        f"({low:.2f} to {high:.2f}) times the {found.default_rate:.0f} of the usual settings. "
+        f"Take them: trirank assemble … --settings {target / SETTINGS}", highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
 @app.command()
 def assemble(
     run: Run,
@@ -388,7 +433,7 @@ def assemble(
         Literal["cpu", "openvino", "cuda", "tensorrt"],
         typer.Option(help="For onnxruntime: its execution provider."),
     ] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="For onnxruntime: threads of one call on a CPU.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Of one call on a CPU; not for tensorrt.")] = 1,
     ranker_instances: Annotated[
         int, typer.Option(min=1, help="Rankers at work at a time; for single, whole pipelines. Not for tensorrt.")
     ] = 1,
@@ -409,19 +454,33 @@ def assemble(
         Path | None,
         typer.Option(help="Folder of policies SCENARIO.toml, beside the shipped ones or in their place."),
     ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(help="What `trirank tune-serving` found: pipeline, engine, threads, instances, batches."),
+    ] = None,
     promote: Annotated[bool, typer.Option("--promote", help="Point `current` at it.")] = False,
 ) -> None:
     """Make a release: a model repository with all that it needs."""
     check_target(target, "a folder of releases")
+    if settings is not None and (runtime, pipeline, threads, ranker_instances, engine) != (
+        "python", "ensemble", 1, 1, None,
+    ):  # fmt: skip
+        raise BadUsage("--settings says how the release is served: leave --runtime, --pipeline, --threads, "
+                       "--ranker-instances and --engine out")  # fmt: skip
     from trirank_backend.policies import load_policies
 
     from trirank_build.data.dataset import Dataset
     from trirank_build.repository.assemble import assemble as make_release
     from trirank_build.repository.configs import Instances
     from trirank_build.repository.release import load_manifest
+    from trirank_build.repository.settings import ServingSettings
     from trirank_build.training.run import TrainedRun
 
     own = load_policies(policies) if policies is not None else None
+    instances = Instances(ranker=ranker_instances, single=ranker_instances)
+    served: dict[str, Any] = {"pipeline": pipeline, "instances": instances, "engine": engine, "threads": threads}
+    if settings is not None:
+        served = ServingSettings.load(settings).of_release()
     with working("assembling"):
         made = make_release(
             TrainedRun.load(run),
@@ -429,24 +488,21 @@ def assemble(
             onnx,
             target,
             runtime=runtime,
-            pipeline=pipeline,
             plans=plan,
-            instances=Instances(ranker=ranker_instances, single=ranker_instances),
-            engine=engine,
             provider=provider,
-            threads=threads,
             allow_failing_gate=allow_failing_gate,
             policies=own,
+            **served,
         )
     if any(plan["flavour"] != "tensorrt" for plan in load_manifest(made)["engines"]):
         warn(
             "plans of TensorRT-RTX show the layout, but Triton's TensorRT backend cannot load them; build with "
             "--flavour tensorrt in NVIDIA's container to serve this release on a GPU"
         )
-    if runtime == "python" and pipeline == "ensemble":
+    if runtime == "python" and settings is None and pipeline == "ensemble":
         errors.print(
             "[dim]All stages could share one process (--pipeline single), which answers more requests a second on a "
-            "CPU; try both with python -m trirank_loadtest.run --release RELEASE --rate 3000.[/dim]", soft_wrap=True,
+            "CPU; `trirank tune-serving` finds what serves most here.[/dim]", soft_wrap=True,
         )  # fmt: skip
     if promote:
         promote_checked(made)

@@ -33,13 +33,13 @@ class Pipeline:
         self.seconds = dict.fromkeys(contract.STAGES, 0.0)
 
     @classmethod
-    def load(cls, release: Path, graph: Path, engine: str) -> Pipeline:
+    def load(cls, release: Path, graph: Path, engine: str, threads: int = 1) -> Pipeline:
         """Open a release's files.
 
         Args:
-            graph: the ranker's ONNX file; engine: one of scoring.ENGINES.
+            graph: the ranker's ONNX file; engine: one of scoring.ENGINES; threads: of one of its calls.
         """
-        return cls(Preprocess.load(release), load_ranker(graph, engine), Rerank.load(release))
+        return cls(Preprocess.load(release), load_ranker(graph, engine, threads), Rerank.load(release))
 
     def rehearse(self, requests: Path, rounds: int = 3) -> None:
         """Answer a release's recorded requests: all is warm then, and proved to work.

@@ -156,7 +156,7 @@ class GuardedRanker:
         self._limits = limits
 
     @classmethod
-    def load(cls, release: Path, graph: Path, engine: str) -> GuardedRanker:
+    def load(cls, release: Path, graph: Path, engine: str, threads: int = 1) -> GuardedRanker:
         """Of a release.
 
         Raises:
@@ -170,7 +170,7 @@ class GuardedRanker:
             "history": np.array(item * fields + [spec.vocabulary_size] * (spec.shape.history_fields - fields)),
             "query": np.array([spec.vocabulary_size]),
         }
-        return cls(load_ranker(graph, engine), limits)
+        return cls(load_ranker(graph, engine, threads), limits)
 
     def __call__(self, requests: list[Tensors], deadlines: list[float]) -> list[Tensors | InvalidInput]:
         """``scores`` of each request. Triton batches only equal shapes, so those that are in order run as one."""

@@ -40,10 +40,11 @@ def release_of(args: Mapping[str, str]) -> Path:
     return Path(said["string_value"]) if said else Path(args["model_repository"]).resolve().parents[1]
 
 
-def graph_of(args: Mapping[str, str]) -> tuple[Path, str]:
-    """The ranker's ONNX file beside a model, and the engine that its configuration names."""
-    engine = json.loads(args["model_config"])["parameters"]["engine"]["string_value"]
-    return Path(args["model_repository"], args["model_version"]) / "model.onnx", engine
+def graph_of(args: Mapping[str, str]) -> tuple[Path, str, int]:
+    """The ranker's ONNX file beside a model, and the engine and threads that its configuration names."""
+    said = json.loads(args["model_config"])["parameters"]
+    threads = int(said["threads"]["string_value"]) if "threads" in said else 1
+    return Path(args["model_repository"], args["model_version"]) / "model.onnx", said["engine"]["string_value"], threads
 
 
 def stay_on_a_core(args: Mapping[str, str]) -> None:

@@ -30,7 +30,7 @@ from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import refresh_features
 from trirank_build.features.rule_attributes import rule_attributes
 from trirank_build.features.vocabulary import FILE as VOCABULARY
-from trirank_build.repository.configs import Instances, RankerRuntime, model_configs
+from trirank_build.repository.configs import Batching, Instances, RankerRuntime, model_configs
 from trirank_build.repository.model_card import model_card
 from trirank_build.repository.release import (
     CARD,
@@ -66,6 +66,7 @@ def assemble(
     engine: str | None = None,
     provider: str = "cpu",
     threads: int = 1,
+    batching: Batching | None = None,
     allow_failing_gate: bool = False,
     policies: Mapping[str, Policy] | None = None,
 ) -> Path:
@@ -79,7 +80,7 @@ def assemble(
         pipeline: one of repository.configs.PIPELINES.
         plans: for the runtime ``tensorrt``, one a GPU architecture.
         engine: what runs the graph with the runtime ``python``; None: the gate's, else the fastest that is exact.
-        provider, threads: of the runtime ``onnxruntime``.
+        provider: of the runtime ``onnxruntime``; threads: of it and of ``python``.
         allow_failing_gate: take a graph whose gate failed, a compressed one that went through none, or a ranker worse
             than retrieval's order. The manifest says so.
         policies: scenario → policy, beside the shipped ones or in their place.
@@ -109,7 +110,7 @@ def assemble(
         engine = gate["engine"] if gate else chosen_engine(onnx_path, spec, exact_engines())
     compatible = [f"{m.sm}.plan" for _, m in plan_files if m.hardware_compatibility != "none"]
     chosen = RankerRuntime(runtime, engine or "", provider, threads, capabilities, next(iter(compatible), ""))
-    configs = model_configs(spec.shape, chosen, instances or Instances(), pipeline, dataset.description.ids)
+    configs = model_configs(spec.shape, chosen, instances or Instances(), pipeline, dataset.description.ids, batching)
 
     out.mkdir(parents=True, exist_ok=True)
     with assembling(out) as folder:

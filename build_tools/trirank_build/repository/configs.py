@@ -43,6 +43,27 @@ class Instances:
 
 
 @dataclass(frozen=True)
+class Batching:
+    """Of every model.
+
+    Attributes:
+        most: requests of a batch.
+        delay_us: how long the first of them waits for company; nobody does, by default: batches form while others are
+            worked on.
+    """
+
+    most: int = contract.MAX_BATCH
+    delay_us: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises BadModel for what no release can have."""
+        if not 1 <= self.most <= contract.MAX_BATCH:
+            raise BadModel(f"a batch has {self.most} requests; it has 1 to {contract.MAX_BATCH}")
+        if self.delay_us < 0:
+            raise BadModel(f"the queue delay is {self.delay_us} µs; it is 0 or more")
+
+
+@dataclass(frozen=True)
 class RankerRuntime:
     """What scores, and how.
 
@@ -50,7 +71,7 @@ class RankerRuntime:
         name: one of RUNTIMES.
         engine: for ``python``: one of trirank_backend.scoring.ENGINES.
         provider: for ``onnxruntime``: one of PROVIDERS.
-        threads: for ``onnxruntime``: of one call on a CPU.
+        threads: for ``python`` and ``onnxruntime``: of one call on a CPU.
         plans: for ``tensorrt``: compute capability ("8.6") → plan file, one optimisation profile a bucket in each.
         other_gpus: for ``tensorrt``: the plan for GPUs that ``plans`` does not name; empty: none runs on them.
     """
@@ -89,6 +110,7 @@ def model_configs(
     instances: Instances,
     pipeline: str = "ensemble",
     ids: Mapping[str, str] | None = None,
+    batching: Batching | None = None,
 ) -> dict[str, str]:
     """Model name → text of its config.pbtxt.
 
@@ -102,13 +124,22 @@ def model_configs(
     if pipeline == "single":
         single = _single(runtime, instances.single)
         _tell_ids(single, ids or {})
-        return {contract.ENSEMBLE: config_text(single)}
+        return _batched({contract.ENSEMBLE: single}, batching or Batching())
     packed, scores = contract.ranker_inputs(shape), contract.ranker_outputs(shape)
     preprocess = _python(contract.PREPROCESS, contract.INPUTS, (*packed, contract.HANDOVER), instances.preprocess)
     rerank = _python(contract.RERANK, (*scores, contract.HANDOVER), contract.OUTPUTS, instances.rerank)
     ranker = _ranker(packed, scores, runtime, instances.ranker)
     configs = {config.name: config for config in (preprocess, ranker, rerank, _ensemble(preprocess, ranker, rerank))}
     _tell_ids(configs[contract.ENSEMBLE], ids or {})
+    return _batched(configs, batching or Batching())
+
+
+def _batched(configs: dict[str, Any], batching: Batching) -> dict[str, str]:
+    """Texts of configurations, with batches as they shall be."""
+    for config in configs.values():
+        config.max_batch_size = batching.most
+        if config.HasField("dynamic_batching") and batching.delay_us:
+            config.dynamic_batching.max_queue_delay_microseconds = batching.delay_us
     return {name: config_text(config) for name, config in configs.items()}
 
 
@@ -172,8 +203,8 @@ def problems_of(config: Any) -> list[str]:
                 own != given for own, given in zip(spec.shape, tensor.dims, strict=True) if own != -1
             ):
                 problems.append(f"{kind} {spec.name} has shape {list(tensor.dims)}, not {list(spec.shape)}")
-    if config.max_batch_size != contract.MAX_BATCH:
-        problems.append(f"max_batch_size is {config.max_batch_size}, not {contract.MAX_BATCH}")
+    if not 1 <= config.max_batch_size <= contract.MAX_BATCH:
+        problems.append(f"max_batch_size is {config.max_batch_size}, not 1 to {contract.MAX_BATCH}")
     return problems
 
 
@@ -190,7 +221,7 @@ def config_text(config: Any) -> str:
 def _ranker(packed: Sequence[TensorSpec], scores: Sequence[TensorSpec], runtime: RankerRuntime, count: int) -> Any:
     if runtime.name == "python":
         config = _python(contract.RANKER, packed, scores, count, ragged=False)
-        config.parameters["engine"].string_value = runtime.engine
+        _tell_engine(config, runtime)
     elif runtime.name == "onnxruntime":
         config = _onnxruntime(packed, scores, runtime, count)
     else:
@@ -219,9 +250,15 @@ def _single(runtime: RankerRuntime, count: int) -> Any:
             "model of its own: --pipeline ensemble"
         )
     config = _python(contract.ENSEMBLE, contract.INPUTS, contract.OUTPUTS, count)
-    config.parameters["engine"].string_value = runtime.engine
+    _tell_engine(config, runtime)
     config.parameters[contract.CONTRACT_PARAMETER].string_value = str(contract.CONTRACT_VERSION)
     return config
+
+
+def _tell_engine(config: Any, runtime: RankerRuntime) -> None:
+    config.parameters["engine"].string_value = runtime.engine
+    if runtime.threads > 1:
+        config.parameters["threads"].string_value = str(runtime.threads)
 
 
 def _onnxruntime(
