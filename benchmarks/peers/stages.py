@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from trirank_backend.pipeline import Pipeline
 
 RELEASE, CONCURRENCY, MAX_BATCH = "PEER_RELEASE", "PEER_WORKERS", "PEER_MAX_BATCH"
 """Environment variables that tell a server what to serve, and its tuned settings."""
+if "PEER_SWITCH" in os.environ:  # seconds after which a thread lets another one have the interpreter
+    sys.setswitchinterval(float(os.environ["PEER_SWITCH"]))
 
 
 def workers() -> int:

@@ -389,7 +389,7 @@ def tune_serving(
     from trirank_build.repository.assemble import assemble as make_release
     from trirank_build.repository.settings import ServingSettings
     from trirank_build.serving.stores import Stores
-    from trirank_build.serving.tuning import SETTINGS, TRIALS
+    from trirank_build.serving.tuning import SETTINGS, TRIALS, served_capacity
     from trirank_build.serving.tuning import tune as search
     from trirank_build.training.run import TrainedRun
 
@@ -400,7 +400,8 @@ def tune_serving(
             trained, dataset, onnx, target / TRIALS, allow_failing_gate=allow_failing_gate, **settings.of_release()
         )
 
-    found = search(made, target, slos, trials, seconds, rounds, Stores())
+    capacity = served_capacity(made, target / TRIALS, slos, seconds, Stores())
+    found = search(capacity, target, ", ".join(one.words() for one in slos), trials, rounds)
     table = Table("trial", "settings", "requests/s that hold", title="settings tried")
     for number, words, rate in found.trials:
         table.add_row(str(number), words, f"{rate:.0f}")

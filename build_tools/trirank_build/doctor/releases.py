@@ -68,7 +68,7 @@ def other_versions(repository: Repository, around: Surroundings) -> Found:
 @rule(
     "REL05", Severity.INFO,
     "Assemble once more with --pipeline single and give both more than they can take: "
-    "python -m trirank_loadtest.run --release RELEASE --rate 3000.",
+    "trirank loadtest RELEASE --find-capacity --slo p99=50ms.",
 )  # fmt: skip
 def single_would_serve_more(repository: Repository, around: Surroundings) -> Found:
     """Stages and ranker are three Python models, which hand over to each other; all in one process serve more on a

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
@@ -33,8 +33,8 @@ _DELAYS = (0, 200, 500, 1000, 2000)
 _BATCHES = (4, 8, 16, 32)
 _FIRST_RATE = 300.0
 
-Assemble = Callable[[ServingSettings], Path]
-"""Makes a release with settings."""
+Capacity = Callable[[ServingSettings, float], float]
+"""Settings, and a rate to begin at → requests a second that hold; 0: none do."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,16 @@ class Tuned:
     trials: list[tuple[int, str, float]]
 
 
-def tune(
-    assemble: Assemble, out: Path, slos: list[Slo], trials: int, seconds: float, rounds: int, stores: Stores
-) -> Tuned:
+def tune(capacity: Capacity, out: Path, promise: str, trials: int, rounds: int) -> Tuned:
     """Search, judge, and leave the best settings in ``out``.
 
     Args:
-        seconds: of one run of the load; rounds: of the last judgement.
+        capacity: see ``served_capacity``; promise: what holds, in words.
+        rounds: of the last judgement.
 
     Raises:
         BadModel: there is another search in ``out``.
-        ServeError: not even the default settings hold any rate.
+        ServeError: neither the best nor the usual settings hold any rate.
     """
     out.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -73,7 +72,7 @@ def tune(
         storage=f"sqlite:///{(out / STUDY).resolve()}", study_name="serving", load_if_exists=True,
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=max(4, trials // 3)),
     )  # fmt: skip
-    identity = f"{[slo.words() for slo in slos]} {seconds} {cores()}"
+    identity = f"{promise} {cores()}"
     if study.user_attrs.get("identity", identity) != identity:
         raise BadModel(f"{out} holds a search for other promises, or on another machine; choose another --out")
     study.set_user_attr("identity", identity)
@@ -88,7 +87,7 @@ def tune(
             settings = _suggested(trial)
             if settings not in rates:
                 best = max(rates.values(), default=_FIRST_RATE)
-                rates[settings] = _capacity(assemble, settings, out, slos, seconds, best, 1, stores)
+                rates[settings] = capacity(settings, best)
             trial.set_user_attr("settings", settings.model_dump_json())
             study.tell(trial, rates[settings])
             bar.advance(task)
@@ -100,45 +99,51 @@ def tune(
         for number in range(rounds):
             for settings in list(found)[:: 1 if number % 2 else -1]:
                 start = study.best_value if settings == best_settings else _FIRST_RATE
-                found[settings].append(_capacity(assemble, settings, out, slos, seconds, start, 1, stores))
+                found[settings].append(capacity(settings, start))
                 bar.advance(task)
     default = found[ServingSettings()]
     if not any(default) and not any(found[best_settings]):
-        raise ServeError(f"no settings hold {', '.join(slo.words() for slo in slos)} at any rate; promise less")
+        raise ServeError(f"no settings hold {promise} at any rate; promise less")
     gains = [new / old if old else float("inf") for new, old in zip(found[best_settings], default, strict=True)]
     tuned = Tuned(
         best_settings, statistics.median(found[best_settings]), statistics.median(default), gains,
         [(one.number, settings.words(), float(one.value or 0)) for one, settings in zip(ended, tried, strict=True)],
     )  # fmt: skip
-    words = f"{tuned.rate:.0f} requests/s hold {', '.join(slo.words() for slo in slos)} on {cores()} cores;\n"
+    words = f"{tuned.rate:.0f} requests/s hold {promise} on {cores()} cores;\n"
     words += f"{tuned.default_rate:.0f} with the settings that `trirank assemble` takes by itself."
     tuned.settings.save(out / SETTINGS, words)
     return tuned
 
 
-def _capacity(
-    assemble: Assemble, settings: ServingSettings, out: Path, slos: list[Slo], seconds: float, start: float,
-    repeats: int, stores: Stores,
-) -> float:  # fmt: skip
-    """Requests a second that hold; 0 where the release cannot be served, which is an answer, too."""
-    try:
-        release = assemble(settings)
-        with TritonServer(release, stores=stores) as server:
-            server.wait_ready()
+def served_capacity(
+    assemble: Callable[[ServingSettings], Path], trials: Path, slos: list[Slo], seconds: float, stores: Stores
+) -> Capacity:
+    """Capacities of releases that are served and loaded for real.
 
-            def measure(rate: float, number: int) -> Measured:
-                percentiles = tuple(float(slo.name[1:]) for slo in slos if slo.name not in ("mean", "error_rate"))
-                return run(
-                    Load([server.grpc], release / REQUESTS, rate, seconds, through="grpc", seed=number,
-                         percentiles=percentiles)
-                )  # fmt: skip
+    Args:
+        assemble: makes a release with settings below ``trials``, a folder that is emptied after each.
+        seconds: of one run of the load.
+    """
+    percentiles = tuple(float(slo.name[1:]) for slo in slos if slo.name not in ("mean", "error_rate"))
 
-            return find_capacity(measure, slos, max(start, 20.0), repeats).rate
-    except (ServeError, LoadFailed) as error:  # of these settings, not of the search
-        warn(f"{settings.words()}: {error}")
-        return 0.0
-    finally:
-        shutil.rmtree(out / TRIALS, ignore_errors=True)
+    def capacity(settings: ServingSettings, start: float) -> float:
+        try:
+            release = assemble(settings)
+            with TritonServer(release, stores=stores) as server:
+                server.wait_ready()
+
+                def measure(rate: float, number: int) -> Measured:
+                    load = Load([server.grpc], release / REQUESTS, rate, seconds, through="grpc", seed=number)
+                    return run(replace(load, percentiles=percentiles))
+
+                return find_capacity(measure, slos, max(start, 20.0), repeats=1).rate
+        except (ServeError, LoadFailed) as error:  # of these settings, not of the search
+            warn(f"{settings.words()}: {error}")
+            return 0.0
+        finally:
+            shutil.rmtree(trials, ignore_errors=True)
+
+    return capacity
 
 
 def _suggested(trial: optuna.Trial) -> ServingSettings:
