@@ -53,6 +53,9 @@ loadtest: install
 bench: install
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/tried.py
+	$(BIN)/python benchmarks/peer_servers.py install
+	$(BIN)/python benchmarks/against_peers.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/rerank.py
 	$(BIN)/python benchmarks/feedback.py
 	$(BIN)/python benchmarks/scenarios.py

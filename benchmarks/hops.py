@@ -78,7 +78,11 @@ def bare_triton(models: Path, scratch: Path) -> Iterator[str]:
         yield address
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # it waits for connections that are gone
+            process.kill()
+            process.wait()
 
 
 def p50(client: triton.InferenceServerClient, model: str, size: int) -> float:

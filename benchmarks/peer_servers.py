@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -105,9 +107,14 @@ def _grid(workers: tuple[int, ...], batches: tuple[int, ...], **more: str) -> tu
 
 CORES = os.cpu_count() or 1
 _COUNTS = tuple(dict.fromkeys((1, CORES)))
+_OWN_BATCHES = (
+    *_grid(_COUNTS, (0, 32)),
+    *_grid(_COUNTS[-1:], (32,), PEER_SWITCH="0.0002"),
+    *_grid(_COUNTS[-1:], (32,), PEER_PIN="1"),  # as our instances are
+)
 PEERS = {
-    "grpc_aio": Peer("bare grpc.aio", "", "grpc_aio.py", _grid(_COUNTS, (0, 32)), "grpc"),
-    "fastapi": Peer("FastAPI, uvicorn", "fastapi", "fastapi_uvicorn.py", _grid(_COUNTS, (0, 32))),
+    "grpc_aio": Peer("bare grpc.aio", "", "grpc_aio.py", _OWN_BATCHES, "grpc"),
+    "fastapi": Peer("FastAPI, uvicorn", "fastapi", "fastapi_uvicorn.py", _OWN_BATCHES),
     "pytriton": Peer("PyTriton", "pytriton", "pytriton_server.py", _grid(_COUNTS, (32,)), "kserve"),
     "litserve": Peer(
         "LitServe", "litserve", "litserve_server.py",
@@ -158,6 +165,8 @@ def served(peer: Peer, release: Path, settings: dict[str, str], request: RankReq
         **os.environ, **settings, "PEER_RELEASE": str(release), "PATH": f"{python.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(FOLDER), "BENTOML_DO_NOT_TRACK": "True", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    slots = tempfile.mkdtemp(prefix="trirank-peer-")
+    environment["PEER_SLOTS"] = slots
     log = ENVIRONMENTS / f"{peer.environment or 'own'}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as words:
@@ -170,15 +179,17 @@ def served(peer: Peer, release: Path, settings: dict[str, str], request: RankReq
         family = psutil.Process(process.pid).children(recursive=True)
         yield f"127.0.0.1:{port}", process.pid
     finally:
+        later = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs({*family, *later}, timeout=10)
         for child in alive:  # some of them have sessions of their own
             child.kill()
+        shutil.rmtree(slots, ignore_errors=True)
 
 
 def _wait(process: subprocess.Popen[bytes], peer: Peer, target: load.Target, log: Path) -> None:
@@ -190,6 +201,8 @@ def _wait(process: subprocess.Popen[bytes], peer: Peer, target: load.Target, log
             # Some load their stages at their first call, each worker by itself.
             if load.closed_loop(target, 8, 1.0, []).latencies_ms.max() < 500:
                 return
+            if time.monotonic() > deadline:
+                raise RuntimeError("it is slow to the end")
         except (RuntimeError, OSError, grpc.RpcError) as error:  # noqa: PERF203  # not ready yet
             if process.poll() is not None or time.monotonic() > deadline:
                 words = log.read_text(errors="replace")[-2000:]

@@ -78,7 +78,7 @@ def main() -> None:
             found.note("two_servers_over_one_ratio", rates[2] / rates[1])
             lone = measure(1, 20.0).percentile(50.0)
             found.note("lone_p50_ms", lone)
-            model = Server(rates[1], 1, lone)
+            model = Server.holding(rates[1], PROMISE.limit, 1, lone)
             for share in SHARES:
                 seen, said = measure(1, share * rates[1]).percentile(99.0), percentile_ms(model, share * rates[1], 99.0)
                 found.note(f"p99_at_{share:.0%}_measured_ms".replace("%", ""), seen)
@@ -88,7 +88,7 @@ def main() -> None:
     figures = found.figures(note)
     figures = [figure._replace(name=figure.name.removesuffix("_ratio")) for figure in figures]
     by_name = {figure.name: figure.value for figure in figures}
-    one = Server(by_name["capacity_1_servers_rps"], 1, by_name["lone_p50_ms"])
+    one = Server.holding(by_name["capacity_1_servers_rps"], PROMISE.limit, 1, by_name["lone_p50_ms"])
     for rate in RATES:
         needed = float(machines(one, rate, 99.0, PROMISE.limit))
         note = f"servers of one instance for p99 <= {PROMISE.limit:g} ms, on paper"

@@ -93,9 +93,9 @@ def scaling() -> str:
     return "\n".join([
         *lines,
         "",
-        f"One server holds {one} requests/s, two {two}: {_cell(found['two_servers_over_one'])} times as many, while the "
-        f"load generator shares the cores. {found['capacity_1_servers_rps'].note}. Servers for p99 within 50 ms, on "
-        f"paper: {needed}.",
+        f"One server holds {one} requests/s, two {two}: {_cell(found['two_servers_over_one'])} times as many, while "
+        f"the load generator shares the cores. {found['capacity_1_servers_rps'].note}. Servers for p99 within 50 ms, "
+        f"on paper: {needed}.",
     ])  # fmt: skip
 
 

@@ -167,26 +167,6 @@ SERVERS = {
 }
 
 
-def serving() -> str:
-    """In process against the server, in short."""
-    found = read("serving")
-    lines = ["| 200 candidates | p50 ms, 1 caller | requests/s, 8 callers | 32 | p99 ms, 32 |", "|---|---|---|---|---|"]
-    lines.append(f"| the stages in process | {_cell(found['in_process_p50_ms'])} | | | |")
-    for name in ("single", "ensemble", "grpc_aio", "grpc_aio_batching_process_a_core"):
-        cells = [
-            _cell(found[f"{name}_p50_ms_c1"]), _cell(found[f"{name}_rps_c8"], 0), _cell(found[f"{name}_rps_c32"], 0),
-            _cell(found[f"{name}_p99_ms_c32"], 1),
-        ]  # fmt: skip
-        lines.append(f"| {SERVERS[name]} | " + " | ".join(cells) + " |")
-    plain, best = (_cell(found[f"single_rps_vs_{n}_c8"]) for n in ("grpc_aio", "grpc_aio_batching_process_a_core"))
-    words = [
-        "The bare servers call the same stages.",
-        f"With 8 callers `single` answers {plain} times the requests of a bare server as one writes it first,",
-        f"and {best} times those of one with micro-batching of its own and a process a core.",
-    ]
-    return "\n".join([*lines, "", " ".join(words)])
-
-
 def servers() -> str:
     """Every server at every number of callers."""
     found = read("serving")
@@ -482,7 +462,6 @@ TABLES = {
     "ablations": ablations,
     "embeddings": embeddings,
     "times": times,
-    "serving": serving,
     "servers": servers,
     "stage_costs": stage_costs,
     "tried": tried,

@@ -4,8 +4,7 @@
 
 ``plain``: as ``assemble --pipeline single`` writes it, an instance a core. ``one_instance``: one of it.
 ``queue_policy``: that with the timeout and its override that every queue had before. ``pinned``: with OpenVINO's own
-default, under which each process pins its thread to one core. ``direct``: the model called by its own name, without the
-ensemble of one in front that swaps need.
+default, under which each process pins its thread to one core.
 """
 
 from __future__ import annotations

@@ -34,10 +34,25 @@ def max_batch() -> int:
     return int(os.environ.get(MAX_BATCH, str(contract.MAX_BATCH)))
 
 
+def _stay_on_a_core() -> None:
+    """With PEER_PIN each process that loads the stages takes the next core: the first whose number is not yet a file in
+    PEER_SLOTS, where it makes one."""
+    if "PEER_PIN" not in os.environ:
+        return
+    for core in sorted(os.sched_getaffinity(0)):
+        try:
+            os.close(os.open(Path(os.environ["PEER_SLOTS"], str(core)), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:  # another process's
+            continue
+        os.sched_setaffinity(0, {core})
+        return
+
+
 class Stages:
     """The pipeline of the release that PEER_RELEASE names."""
 
     def __init__(self) -> None:
+        _stay_on_a_core()
         release = Path(os.environ[RELEASE])
         manifest = json.loads((release / "manifest.json").read_text())
         model = contract.ENSEMBLE if manifest["pipeline"] == "single" else contract.RANKER

@@ -385,6 +385,7 @@ def tune_serving(
     from trirank_loadtest.slo import read_all
 
     slos = read_all(slo)
+    from trirank_build.artefacts import file_digest
     from trirank_build.data.dataset import Dataset
     from trirank_build.repository.assemble import assemble as make_release
     from trirank_build.repository.settings import ServingSettings
@@ -394,6 +395,8 @@ def tune_serving(
     from trirank_build.training.run import TrainedRun
 
     trained, dataset = TrainedRun.load(run), Dataset.load(data)
+    if not onnx.is_file():
+        raise BadUsage(f"--onnx {onnx} is no file; `trirank export` writes one")
 
     def made(settings: ServingSettings) -> Path:
         return make_release(
@@ -401,7 +404,8 @@ def tune_serving(
         )
 
     capacity = served_capacity(made, target / TRIALS, slos, seconds, Stores())
-    found = search(capacity, target, ", ".join(one.words() for one in slos), trials, rounds)
+    what = f"{file_digest(onnx)} {dataset.description.digest} {seconds}"
+    found = search(capacity, target, ", ".join(one.words() for one in slos), trials, rounds, what)
     table = Table("trial", "settings", "requests/s that hold", title="settings tried")
     for number, words, rate in found.trials:
         table.add_row(str(number), words, f"{rate:.0f}")

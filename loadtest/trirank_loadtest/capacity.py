@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trirank_loadtest.errors import LoadFailed
 from trirank_loadtest.measured import Measured
 from trirank_loadtest.slo import Slo
 
@@ -17,6 +15,7 @@ RESOLUTION = 1.06
 KEPT_UP = 0.95
 """Share of what was due that must be answered within the run, or a queue grows that only a longer run would show."""
 _LATE_MS = 5.0
+_MOST = 1e6
 _BUSY = 0.9
 
 
@@ -45,14 +44,14 @@ class Capacity:
 
 
 def find_capacity(
-    measure: Callable[[float, int], Measured], slos: list[Slo], start: float, repeats: int, most: float = 1e6
+    measure: Callable[[float, int], Measured], slos: list[Slo], start: float, repeats: int, least: float = 1.0
 ) -> Capacity:
     """Step up until a rate fails, or down until one holds, then bisect (geometrically). A rate is judged by the
     majority of its repeats, of which there are no more than it takes.
 
     Args:
         measure: makes a run of a rate; told the number of the run as a seed.
-        start: the first rate that is tried.
+        start: the first rate that is tried; least: the lowest.
     """
     points: dict[float, Point] = {}
     made = 0
@@ -79,11 +78,11 @@ def find_capacity(
                 break
             rate = math.sqrt(low * high)
         elif low:
-            if rate * STEP > most:
+            if rate * STEP > _MOST:
                 break
             rate *= STEP
         else:
-            if rate / STEP < 0.1:
+            if rate / STEP < least:
                 break
             rate /= STEP
     ordered = [points[rate] for rate in sorted(points)]
@@ -92,7 +91,7 @@ def find_capacity(
 
 def kept(run: Measured, slos: list[Slo]) -> bool:
     """Whether a run kept every promise, and up with its load."""
-    kept_up = run.answered + run.error_rate * run.offered >= KEPT_UP * run.offered
+    kept_up = run.answered >= KEPT_UP * (1 - run.error_rate) * run.offered
     return kept_up and all(slo.kept(run) for slo in slos)
 
 
@@ -105,7 +104,8 @@ def gave_way(points: list[Point], slos: list[Slo]) -> str:
     after = _middle(failed.runs, slos)
     broken = [slo.words(slo.value(after)) for slo in slos if not slo.kept(after)] or ["it did not keep up"]
     words = f"At {failed.rate:.0f} requests/s {', '.join(broken)}: "
-    if after.lag_p99_ms > max(_LATE_MS, 0.2 * after.percentile(99.0)) and after.cpu.get("load", 0) > 0:
+    promised_ms = min((slo.limit for slo in slos if slo.name != "error_rate"), default=math.inf)
+    if after.lag_p99_ms > max(_LATE_MS, 0.2 * min(after.percentile(99.0), promised_ms)):
         return words + (
             f"the load generator itself gave way, one request in a hundred was sent {after.lag_p99_ms:.0f} ms late or "
             "later; give it more --workers, or a machine of its own."
@@ -129,15 +129,3 @@ def gave_way(points: list[Point], slos: list[Slo]) -> str:
 def _middle(runs: list[Measured], slos: list[Slo]) -> Measured:
     """The run that stands in the middle by its p99."""
     return sorted(runs, key=lambda run: run.percentile(99.0))[len(runs) // 2]
-
-
-def start_rate(measure: Callable[[float, int], Measured]) -> float:
-    """A first guess: what a tenth of a second of requests one after the other would allow.
-
-    Raises:
-        LoadFailed: nothing is answered even at one request a second and more.
-    """
-    run = measure(20.0, 999)
-    if not run.answered:
-        raise LoadFailed(f"no request was answered ({', '.join(run.errors)}); is a release served there?")
-    return max(20.0, 500.0 / max(statistics.fmean([run.percentile(50.0)]), 0.5))

@@ -1,7 +1,7 @@
 """Whether a run is worse than an earlier one beyond what chance does.
 
-Each second of a run is one observation of its percentiles (and each repeat one of a capacity). The ratio of medians has
-a 95 % interval by bootstrap; worse is what lies beyond the noise and beyond a change that nobody would mind.
+Each second of a run is one observation of its percentiles; the ratio of medians has a 95 % interval by bootstrap. A
+capacity is known as narrowly as its search went. Worse is what lies beyond that, and beyond a change that nobody minds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from trirank_loadtest.capacity import RESOLUTION
 from trirank_loadtest.errors import BadLoad
 from trirank_loadtest.measured import WARM_SHARE, Measured
 
@@ -40,18 +41,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     """Of two results of ``trirank loadtest``.
 
     Raises:
-        BadLoad: they are not of the same load.
+        BadLoad: they are not of the same load, or one of them is too short.
     """
-    for name in ("rate", "seconds", "shape", "mix", "feedback", "through", "deadline_s", "find_capacity", "slo"):
-        if old["load"].get(name) != new["load"].get(name):
-            one, other = old["load"].get(name), new["load"].get(name)
-            raise BadLoad(f"the other result is of {name} {one}, this one of {other}; compare runs of the same load")
+    check_alike(old, new["load"])
     if new["capacity"] is not None:
-        return [_difference("capacity", _capacities(old), _capacities(new), more_is_worse=False)]
+        return [_capacities(float(old["capacity"]["rate"]), float(new["capacity"]["rate"]))]
     runs = Measured.from_json(old["runs"][0]), Measured.from_json(new["runs"][0])
-    found = [
-        _difference(name, *(_seconds(run, name) for run in runs), more_is_worse=True) for name in ("p50_ms", "p99_ms")
-    ]
+    found = [_difference(name, *(_seconds(run, name) for run in runs)) for name in ("p50_ms", "p99_ms")]
     shares = [run.error_rate for run in runs]
     spread = 1.96 * math.sqrt(sum(share * (1 - share) / run.requests for share, run in zip(shares, runs, strict=True)))
     change = shares[1] - shares[0]
@@ -60,17 +56,28 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     return found
 
 
+def check_alike(old: dict[str, Any], load: dict[str, Any]) -> None:
+    """Raises BadLoad if an earlier result is of another load than ``load``, see results.described."""
+    for name in ("rate", "seconds", "shape", "mix", "feedback", "through", "deadline_s", "find_capacity", "slo"):
+        if old["load"].get(name) != load.get(name):
+            one, other = old["load"].get(name), load.get(name)
+            raise BadLoad(f"the other result is of {name} {one}, this one of {other}; compare runs of the same load")
+
+
 def _seconds(run: Measured, name: str) -> np.ndarray:
     values = [row[name] for row in run.timeline if row["second"] >= WARM_SHARE * run.seconds and row[name] is not None]
-    return np.array([math.inf if value is None else value for value in values], np.float64)
+    return np.array(values, np.float64)
 
 
-def _capacities(result: dict[str, Any]) -> np.ndarray:
-    """Of each repeat: the highest rate that held in it."""
-    return np.array(result["capacity"]["repeats"], np.float64)
+def _capacities(old: float, new: float) -> Difference:
+    """Each is known as narrowly as the search halves its bracket."""
+    ratio = new / old if old else math.inf if new else 1.0
+    low, high = ratio / RESOLUTION, ratio * RESOLUTION
+    verdict = "worse" if high < 1 - MINDED else "better" if low > 1 + MINDED else "no difference beyond noise"
+    return Difference("capacity", old, new, ratio, low, high, verdict)
 
 
-def _difference(name: str, old: np.ndarray, new: np.ndarray, more_is_worse: bool) -> Difference:
+def _difference(name: str, old: np.ndarray, new: np.ndarray) -> Difference:
     if not len(old) or not len(new):
         raise BadLoad(f"{name} was not measured in both; run longer")
     rng = np.random.default_rng(0)
@@ -82,5 +89,5 @@ def _difference(name: str, old: np.ndarray, new: np.ndarray, more_is_worse: bool
     up, down = low > 1 + MINDED, high < 1 - MINDED
     verdict = "no difference beyond noise"
     if up or down:
-        verdict = "worse" if up == more_is_worse else "better"
+        verdict = "worse" if up else "better"
     return Difference(name, before, after, after / max(before, 1e-9), low, high, verdict)

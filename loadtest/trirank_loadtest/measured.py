@@ -42,7 +42,7 @@ class Measured:
 
     Attributes:
         rate: asked for, the highest of the shape; offered: requests a second that were due; answered: that were
-            answered without an error. All while the run was counted.
+            answered without an error before the run was over. All while the run was counted.
         latencies_ms: percentiles, as text → value; a failure counts as infinitely slow, which JSON has as null.
         errors: kind → count, of ``requests``.
         lag_p99_ms: how late the load generator itself sent. What it adds is in the latencies, too.
@@ -132,9 +132,11 @@ def summarised(
     span = (1 - WARM_SHARE) * seconds
     wanted = sorted({*PERCENTILES, *percentiles})
     answered = latency[good]
+    in_the_run = good & (rows[:, 0] + rows[:, 2] < seconds)
     edges = np.geomspace(max(answered.min(), 0.01), answered.max() + 1e-6, _BINS + 1) if len(answered) else np.zeros(0)
     return Measured(
-        rate=rate, seconds=seconds, requests=len(rows), offered=len(rows) / span, answered=float(good.sum()) / span,
+        rate=rate, seconds=seconds, requests=len(rows), offered=len(rows) / span,
+        answered=float(in_the_run.sum()) / span,
         mean_ms=float(latency.mean()), latencies_ms={f"p{share:g}": quantile(latency, share) for share in wanted},
         errors=dict(Counter(outcomes[~good].tolist())), lag_p99_ms=quantile(rows[:, 1] * 1e3, 99.0),
         histogram={

@@ -49,7 +49,7 @@ infinitely slow.</small></p>
 {% for run in runs %}<tr><td>{{ "%.0f"|format(run.rate) }}</td><td>{{ "%.0f"|format(run.offered) }}</td>
 <td>{{ "%.0f"|format(run.answered) }}</td><td>{{ "%.2f %%"|format(run.error_rate * 100) }}</td>
 {% for name in names %}<td>{{ number(run.latencies_ms[name]) }}</td>{% endfor %}
-<td>{{ "%.1f"|format(run.stages[-1].batch) if run.stages else "" }}</td>
+<td>{{ batch(run) }}</td>
 <td>{{ "%.0f %%"|format(100 * run.cpu.get("machine", 0)) }}</td>
 <td>{{ "%.0f %%"|format(100 * run.cpu.get("load", 0)) }}</td>
 <td>{{ "%.1f"|format(run.lag_p99_ms) }}</td></tr>{% endfor %}</table>
@@ -85,7 +85,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         (f"How long did requests take, at {shown.rate:.0f} requests/s?", _histogram(shown)),
     ]
     page = jinja2.Environment(autoescape=True).from_string(_TEMPLATE).render(
-        result=result, load=result["load"], runs=ordered, shown=shown, names=names, number=_number,
+        result=result, load=result["load"], runs=ordered, shown=shown, names=names, number=_number, batch=_batch,
         charts=[(question, _svg(figure)) for question, figure in charts],
     )  # fmt: skip
     scratch = path.with_name(f".{path.name}.new")
@@ -95,6 +95,12 @@ def write_report(result: dict[str, Any], path: Path) -> None:
 
 def _number(value: float | None) -> str:
     return "∞" if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
+def _batch(run: Measured) -> str:
+    """Of what scores: the ranker, or all stages in one."""
+    found = [stage for stage in run.stages if stage.model.partition("_")[0] in ("ranker", "rank")]
+    return f"{found[0].batch:.1f}" if found else ""
 
 
 def _figure(height: float = 3.2) -> tuple[Figure, Any]:

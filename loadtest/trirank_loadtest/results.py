@@ -20,12 +20,16 @@ from trirank_loadtest.slo import Slo
 VERSION = 1
 
 
+def described(load: Load, slos: list[Slo], find_capacity: bool) -> dict[str, Any]:
+    """What a load is, as results are compared by it; with ``find_capacity`` its rate is the first that is tried."""
+    said = {name: value for name, value in asdict(load).items() if name not in ("addresses", "requests", "percentiles")}
+    return said | {"find_capacity": find_capacity, "slo": [slo.words() for slo in slos]}
+
+
 def result_of(load: Load, slos: list[Slo], runs: list[Measured], capacity: Capacity | None) -> dict[str, Any]:
     """All that was found; ``passed`` says whether what was promised was kept."""
-    said = {name: value for name, value in asdict(load).items() if name not in ("addresses", "requests", "percentiles")}
-    said |= {"find_capacity": capacity is not None, "slo": [slo.words() for slo in slos]}
+    said = described(load, slos, capacity is not None)
     if capacity is not None:
-        said["rate"] = None  # what was sought
         passed = capacity.rate > 0
         verdict = f"{capacity.rate:.0f} requests/s hold" if passed else "No rate that was tried holds"
         verdict += f" ({', '.join(slo.words() for slo in slos)}). {capacity.gave_way}"
@@ -53,7 +57,7 @@ def result_of(load: Load, slos: list[Slo], runs: list[Measured], capacity: Capac
         "verdict": verdict, "slo_checks": checks, "shown_rate": judged.rate,
         "runs": [run.to_json() for run in runs],
         "capacity": None if capacity is None else {
-            "rate": capacity.rate, "gave_way": capacity.gave_way, "repeats": _repeats(capacity, slos),
+            "rate": capacity.rate, "gave_way": capacity.gave_way,
             "points": [{"rate": point.rate, "kept": point.kept, "runs": len(point.runs)} for point in capacity.points],
         },
         "differences": [],
@@ -84,13 +88,3 @@ def read_result(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadLoad(f"{path} is no result of `trirank loadtest` ({error!r})") from None
     return dict(found)
-
-
-def _repeats(capacity: Capacity, slos: list[Slo]) -> list[float]:
-    """The capacity as each repeat alone would have it: the highest rate at which that repeat held."""
-    most = max(len(point.runs) for point in capacity.points)
-    found = []
-    for repeat in range(most):
-        rates = [p.rate for p in capacity.points if len(p.runs) > repeat and kept(p.runs[repeat], slos)]
-        found.append(max(rates, default=0.0))
-    return found

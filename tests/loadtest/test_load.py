@@ -241,13 +241,34 @@ def test_what_gives_way_is_named(change, words):
 
 
 def test_what_did_not_keep_up_does_not_hold():
-    """Its p99 is fine yet, since the run is short, but the queue grows."""
+    """The promise is kept yet, since the run is short, but the queue grows: those who came last are answered after it."""
 
     def measure(rate, seed):
-        found = measured([0.01] * 200, rate=rate)
-        return Measured(**{**vars(found), "answered": min(found.answered, 500 / rate * found.offered)})
+        waited = np.maximum(0, rate / 500 - 1) * np.linspace(0, 10, 400)
+        return measured(0.01 + waited, rate=rate)
 
-    assert find_capacity(measure, read_all(["p99=50ms"]), 100, 1).rate < 560
+    assert measure(450, 0).answered == pytest.approx(measure(450, 0).offered, rel=0.01)
+    assert measure(650, 0).answered < 0.9 * measure(650, 0).offered
+    assert find_capacity(measure, read_all(["p99=5s"]), 100, 1).rate < 560
+
+
+def test_a_load_generator_that_is_late_beyond_all_deadlines_is_named():
+    from trirank_loadtest.capacity import Point
+
+    before = Point(100, [measured([0.01] * 200)], True)
+    after = Point(150, [measured([0.01] * 200, failed=range(20, 200, 2), lag=900.0)], False)
+    assert "the load generator itself gave way" in gave_way([before, after], read_all(["p99=50ms"]))
+
+
+def test_nothing_that_holds_is_an_answer_too():
+    asked = []
+
+    def measure(rate, seed):
+        asked.append(rate)
+        return measured([1.0] * 200, rate=rate)
+
+    assert find_capacity(measure, read_all(["p99=1ms"]), 100, 1, least=2.0).rate == 0
+    assert min(asked) >= 2
 
 
 LOAD = Load(["127.0.0.1:1"], None, 100.0, 10.0)
@@ -268,6 +289,20 @@ def test_worse_beyond_noise():
     assert {one.verdict for one in compare(result(1.3 * before), result(again)) if one.name != "error_rate"} == {
         "better"
     }
+
+
+def test_capacities_that_differ_by_a_step_of_the_search_are_alike():
+    def found(capacity, start=400):
+        return result_of(
+            LOAD, read_all(["p99=50ms"]), [], find_capacity(queue(capacity), read_all(["p99=50ms"]), start, 1)
+        )
+
+    (same,) = compare(found(1000), found(970))
+    assert same.verdict == "no difference beyond noise"
+    (worse,) = compare(found(1000), found(800))
+    assert worse.verdict == "worse"
+    (better,) = compare(found(800), found(1000))
+    assert better.verdict == "better"
 
 
 def test_only_like_is_compared():

@@ -32,6 +32,14 @@ def test_more_load_is_never_faster(capacity, cores, one, other, variation):
     assert percentile_ms(server, capacity, 99) == math.inf
 
 
+@given(st.floats(10, 1e4), st.integers(1, 16), st.floats(0.5, 20))
+def test_what_one_machine_was_measured_to_hold_one_machine_holds(rate, cores, base_ms):
+    server = Server.holding(rate, 50.0, cores, base_ms)
+    assert server.capacity > rate
+    assert machines(server, rate, 99, 50.0) == 1
+    assert machines(server, 2.2 * rate, 99, 50.0) >= 2
+
+
 def test_the_fewest_machines_that_keep_the_promise():
     server = Server(capacity=1800, cores=2, base_ms=1.5)
     found = machines(server, 10_000, 99, 50)
@@ -47,6 +55,7 @@ def test_the_fewest_machines_that_keep_the_promise():
         (lambda: machines(Server(100, 1, 60.0), 10, 99, 50), "a request alone takes 60 ms"),
         (lambda: machines(Server(100, 1, 1.0), 0, 99, 50), "rate is 0"),
         (lambda: Server(0, 1, 1.0), "is no server"),
+        (lambda: Server.holding(100, 50, 1, 60.0), "a request alone takes 60 ms"),
         (lambda: machines(Server(0.01, 1, 1.0), 1e6, 99, 50), "machines would be needed"),
     ],
 )

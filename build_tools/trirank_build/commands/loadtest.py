@@ -22,7 +22,7 @@ from trirank_build.commands.options import Json, check_target
 from trirank_build.errors import BadUsage, ServeError
 from trirank_build.progress import out
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S, STOP_TIMEOUT_S = 180.0, 60.0
 RESULT, REPORT = "loadtest.json", "loadtest.html"
 
 
@@ -67,8 +67,9 @@ def loadtest(
 ) -> None:
     """Load a server in an open loop, and hold it to what you promise."""
     from trirank_loadtest.capacity import find_capacity as search
+    from trirank_loadtest.compare import check_alike
     from trirank_loadtest.compare import compare as compared
-    from trirank_loadtest.results import read_result, result_of, with_differences
+    from trirank_loadtest.results import described, read_result, result_of, with_differences
     from trirank_loadtest.run import Load, run
     from trirank_loadtest.slo import read_all
 
@@ -94,7 +95,14 @@ def loadtest(
             percentiles=percentiles,
         )  # fmt: skip
 
-    asked(server or ["127.0.0.1:1"], rate, 0).check()
+    planned = asked(server or ["127.0.0.1:1"], rate, 0)
+    planned.check()
+    for one in slos:
+        if one.name != "error_rate" and one.limit >= deadline_s * 1e3:
+            raise BadUsage(f"--slo {one.words()} and --deadline-s {deadline_s:g}: what is not answered by the deadline "
+                           "has failed; give requests more time than you promise")  # fmt: skip
+    if earlier is not None:
+        check_alike(earlier, described(planned, slos, find_capacity))
     with _served(release, server) as addresses:
         load = asked(addresses, rate, 0)
         if web:
@@ -109,19 +117,16 @@ def loadtest(
                           f"{found.error_rate:.2%} failed[/dim]", highlight=False)  # fmt: skip
                 return found
 
-            capacity = search(measure, slos, rate, repeats)
+            capacity = search(measure, slos, rate, repeats, least=10 / seconds)
         else:
             runs = [run(load)]
     result = result_of(load, slos, runs, capacity)
+    if target is not None:
+        _keep(result, target)
     if earlier is not None:
         result = with_differences(result, compared(earlier, result))
-    if target is not None:
-        from trirank_loadtest.report import write_report
-
-        target.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target / RESULT) as scratch:
-            scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        write_report(result, target / REPORT)
+        if target is not None:
+            _keep(result, target)
     if as_json:
         print(json.dumps(result, allow_nan=False))
     else:
@@ -129,6 +134,15 @@ def loadtest(
         if target is not None:
             out.print(f"{target / REPORT}", highlight=False, soft_wrap=True)
     raise typer.Exit(0 if result["passed"] else 1)
+
+
+def _keep(result: dict[str, Any], target: Path) -> None:
+    from trirank_loadtest.report import write_report
+
+    target.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target / RESULT) as scratch:
+        scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_report(result, target / REPORT)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -184,12 +198,16 @@ def _served(release: Path | None, server: list[str] | None) -> Iterator[list[str
             yield [str(json.loads(addresses.read_text())["grpc"])]
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _web(load: Any) -> None:
     from trirank_loadtest.run import locust
 
-    command = locust(load, None, "--web-host", "127.0.0.1", "--autostart")
+    command = locust(load, None, "--shape-seconds", "0", "--web-host", "127.0.0.1", "--autostart")
     out.print("Locust's page: http://127.0.0.1:8089; users are streams of requests, Ctrl-C ends it", highlight=False)
     subprocess.run(command, check=False)

@@ -30,14 +30,14 @@ class ServingSettings(BaseModel):
     pipeline: Literal["ensemble", "single"] = "ensemble"
     engine: str | None = None
     """None: the gate's, else the fastest here."""
-    threads: int = Field(1, ge=1, le=256)
+    threads: int = Field(default=1, ge=1, le=256)
     """Of one call of the ranker."""
-    instances: int = Field(1, ge=1, le=256)
+    instances: int = Field(default=1, ge=1, le=256)
     """Of the ranker, or of the pipeline ``single``."""
-    preprocess_instances: int = Field(1, ge=1, le=256)
-    rerank_instances: int = Field(1, ge=1, le=256)
-    max_batch: int = Field(contract.MAX_BATCH, ge=1, le=contract.MAX_BATCH)
-    queue_delay_us: int = Field(0, ge=0, le=100_000)
+    preprocess_instances: int = Field(default=1, ge=1, le=256)
+    rerank_instances: int = Field(default=1, ge=1, le=256)
+    max_batch: int = Field(default=contract.MAX_BATCH, ge=1, le=contract.MAX_BATCH)
+    queue_delay_us: int = Field(default=0, ge=0, le=100_000)
     """How long the first request of a batch waits for company."""
 
     @classmethod

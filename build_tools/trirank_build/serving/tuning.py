@@ -33,8 +33,10 @@ _DELAYS = (0, 200, 500, 1000, 2000)
 _BATCHES = (4, 8, 16, 32)
 _FIRST_RATE = 300.0
 
-Capacity = Callable[[ServingSettings, float], float]
-"""Settings, and a rate to begin at → requests a second that hold; 0: none do."""
+Capacity = Callable[[ServingSettings, float, int], float]
+"""Settings, a rate to begin at, and repeats of a rate → requests a second that hold; 0: none do."""
+_REPEATS = 3
+"""Of a rate, in the last judgement."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ class Tuned:
     trials: list[tuple[int, str, float]]
 
 
-def tune(capacity: Capacity, out: Path, promise: str, trials: int, rounds: int) -> Tuned:
+def tune(capacity: Capacity, out: Path, promise: str, trials: int, rounds: int, what: str = "") -> Tuned:
     """Search, judge, and leave the best settings in ``out``.
 
     Args:
         capacity: see ``served_capacity``; promise: what holds, in words.
-        rounds: of the last judgement.
+        rounds: of the last judgement; what: is served, so that a search for another release is not gone on with.
 
     Raises:
         BadModel: there is another search in ``out``.
@@ -72,11 +74,12 @@ def tune(capacity: Capacity, out: Path, promise: str, trials: int, rounds: int) 
         storage=f"sqlite:///{(out / STUDY).resolve()}", study_name="serving", load_if_exists=True,
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=max(4, trials // 3)),
     )  # fmt: skip
-    identity = f"{promise} {cores()}"
+    identity = f"{promise} {cores()} {what}"
     if study.user_attrs.get("identity", identity) != identity:
-        raise BadModel(f"{out} holds a search for other promises, or on another machine; choose another --out")
+        raise BadModel(f"{out} holds a search for other promises, another ranker or machine; choose another --out")
     study.set_user_attr("identity", identity)
-    if not study.trials:  # what one has without a search, and what the documents advise
+    if not any(trial.state.is_finished() for trial in study.trials):
+        # What one has without a search, and what the documents advise.
         study.enqueue_trial(_as_choices(ServingSettings()))
         study.enqueue_trial(_as_choices(ServingSettings(pipeline="single", instances=cores())))
     rates: dict[ServingSettings, float] = {}
@@ -87,7 +90,7 @@ def tune(capacity: Capacity, out: Path, promise: str, trials: int, rounds: int) 
             settings = _suggested(trial)
             if settings not in rates:
                 best = max(rates.values(), default=_FIRST_RATE)
-                rates[settings] = capacity(settings, best)
+                rates[settings] = capacity(settings, best, 1)
             trial.set_user_attr("settings", settings.model_dump_json())
             study.tell(trial, rates[settings])
             bar.advance(task)
@@ -97,9 +100,10 @@ def tune(capacity: Capacity, out: Path, promise: str, trials: int, rounds: int) 
         task = bar.add_task("judging", total=2 * rounds)
         found: dict[ServingSettings, list[float]] = {best_settings: [], ServingSettings(): []}
         for number in range(rounds):
+            # The same for both, and another one each round, since the rates that are tried follow from it.
+            start = max(_FIRST_RATE, study.best_value) * (0.6 + 0.05 * number)
             for settings in list(found)[:: 1 if number % 2 else -1]:
-                start = study.best_value if settings == best_settings else _FIRST_RATE
-                found[settings].append(capacity(settings, start))
+                found[settings].append(capacity(settings, start, _REPEATS))
                 bar.advance(task)
     default = found[ServingSettings()]
     if not any(default) and not any(found[best_settings]):
@@ -126,7 +130,9 @@ def served_capacity(
     """
     percentiles = tuple(float(slo.name[1:]) for slo in slos if slo.name not in ("mean", "error_rate"))
 
-    def capacity(settings: ServingSettings, start: float) -> float:
+    deadline_s = max([1.0, *(2e-3 * slo.limit for slo in slos if slo.name != "error_rate")])
+
+    def capacity(settings: ServingSettings, start: float, repeats: int) -> float:
         try:
             release = assemble(settings)
             with TritonServer(release, stores=stores) as server:
@@ -134,9 +140,9 @@ def served_capacity(
 
                 def measure(rate: float, number: int) -> Measured:
                     load = Load([server.grpc], release / REQUESTS, rate, seconds, through="grpc", seed=number)
-                    return run(replace(load, percentiles=percentiles))
+                    return run(replace(load, percentiles=percentiles, deadline_s=deadline_s))
 
-                return find_capacity(measure, slos, max(start, 20.0), repeats=1).rate
+                return find_capacity(measure, slos, max(start, 20.0), repeats, least=10 / seconds).rate
         except (ServeError, LoadFailed) as error:  # of these settings, not of the search
             warn(f"{settings.words()}: {error}")
             return 0.0

@@ -12,7 +12,7 @@ class TritonPythonModel:
         self.pipeline.rehearse(release / "requests.json")
         self.stage = Stage(args, self.pipeline)
         self.quality = report_quality(release)
-        self.times = StageTimes(args["model_name"], self.pipeline.seconds)
+        self.times = StageTimes(release.name, args["model_instance_name"], self.pipeline.seconds)
 
     def execute(self, requests):
         self.times.report()
