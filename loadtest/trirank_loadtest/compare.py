@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trirank_loadtest.capacity import RESOLUTION
 from trirank_loadtest.errors import BadLoad
@@ -52,7 +53,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     spread = 1.96 * math.sqrt(sum(share * (1 - share) / run.requests for share, run in zip(shares, runs, strict=True)))
     change = shares[1] - shares[0]
     verdict = "no difference beyond noise" if abs(change) <= max(spread, 1e-9) else "worse" if change > 0 else "better"
-    found.append(Difference("error_rate", *shares, math.nan, change - spread, change + spread, verdict))
+    found.append(Difference("error_rate", shares[0], shares[1], math.nan, change - spread, change + spread, verdict))
     return found
 
 
@@ -64,7 +65,7 @@ def check_alike(old: dict[str, Any], load: dict[str, Any]) -> None:
             raise BadLoad(f"the other result is of {name} {one}, this one of {other}; compare runs of the same load")
 
 
-def _seconds(run: Measured, name: str) -> np.ndarray:
+def _seconds(run: Measured, name: str) -> NDArray[np.float64]:
     values = [row[name] for row in run.timeline if row["second"] >= WARM_SHARE * run.seconds and row[name] is not None]
     return np.array(values, np.float64)
 
@@ -77,7 +78,7 @@ def _capacities(old: float, new: float) -> Difference:
     return Difference("capacity", old, new, ratio, low, high, verdict)
 
 
-def _difference(name: str, old: np.ndarray, new: np.ndarray) -> Difference:
+def _difference(name: str, old: NDArray[np.float64], new: NDArray[np.float64]) -> Difference:
     if not len(old) or not len(new):
         raise BadLoad(f"{name} was not measured in both; run longer")
     rng = np.random.default_rng(0)

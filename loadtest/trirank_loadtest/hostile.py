@@ -88,16 +88,16 @@ def _packed(rng: np.random.Generator) -> bytes:
             continue
         raw = _contents(spec.dtype, length if spec.shape == (-1,) else 1, rng)
         contents[place] = raw[4:] if spec.dtype == "BYTES" else raw
-    raw = bytearray(packing.pack(contents))
+    message = bytearray(packing.pack(contents))
     luck = rng.random()
     if luck < 0.1:
-        raw[int(rng.integers(len(raw)))] ^= 1 << int(rng.integers(8))
+        message[int(rng.integers(len(message)))] ^= 1 << int(rng.integers(8))
     elif luck < 0.2:
-        at = 4 * int(rng.integers(min(len(raw) // 4, 1 + 2 * len(contents))))
-        raw[at : at + 4] = int(rng.choice([-(2**31), -1, 0, 3, 2**31 - 1])).to_bytes(4, "little", signed=True)
+        at = 4 * int(rng.integers(min(len(message) // 4, 1 + 2 * len(contents))))
+        message[at : at + 4] = int(rng.choice([-(2**31), -1, 0, 3, 2**31 - 1])).to_bytes(4, "little", signed=True)
     elif luck < 0.3:
-        del raw[int(rng.integers(len(raw))) :]
-    return bytes(raw)
+        del message[int(rng.integers(len(message))) :]
+    return bytes(message)
 
 
 def _mostly_lawful(raw: bytes, shape: list[int]) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from trirank import FeedbackEvent, RankRequest
 
 from trirank_loadtest.errors import BadLoad
@@ -135,6 +136,6 @@ def events_of(request: RankRequest, item: Any, position: int) -> list[FeedbackEv
     return [FeedbackEvent(kind=kind, **said) for kind in ("impression", "click")]
 
 
-def _zipf(count: int, exponent: float) -> np.ndarray:
-    weights = np.arange(1, count + 1, dtype=np.float64) ** -exponent
+def _zipf(count: int, exponent: float) -> NDArray[np.float64]:
+    weights: NDArray[np.float64] = np.arange(1, count + 1, dtype=np.float64) ** -exponent
     return weights / weights.sum()

@@ -6,10 +6,10 @@ Both are safe beneath gevent, once ``init_gevent`` was called before the first c
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import grpc
+from numpy.typing import NDArray
 from trirank import FeedbackEvent, RankClient, RankRequest, _codec, contract
 from trirank._errors import from_grpc
 from tritonclient.grpc import service_pb2
@@ -20,7 +20,7 @@ METHOD = "/inference.GRPCInferenceService/ModelInfer"
 class Sender(Protocol):
     """One connection, as a service of its own would have."""
 
-    def rank(self, request: RankRequest, deadline_s: float) -> Sequence[Any]:
+    def rank(self, request: RankRequest, deadline_s: float) -> NDArray[Any]:
         """The ranked ids. Raises RankError."""
 
     def feedback(self, events: list[FeedbackEvent], deadline_s: float) -> None:
@@ -36,7 +36,7 @@ class ThroughClient:
     def __init__(self, addresses: list[str]) -> None:
         self._client = RankClient(addresses, retry=None)
 
-    def rank(self, request: RankRequest, deadline_s: float) -> Sequence[Any]:
+    def rank(self, request: RankRequest, deadline_s: float) -> NDArray[Any]:
         return self._client.rank(request, deadline_s=deadline_s).item_ids
 
     def feedback(self, events: list[FeedbackEvent], deadline_s: float) -> None:
@@ -58,7 +58,7 @@ class ThroughGrpc:
         self._feedback = RankClient(addresses, retry=None)
         self._next = 0
 
-    def rank(self, request: RankRequest, deadline_s: float) -> Sequence[Any]:
+    def rank(self, request: RankRequest, deadline_s: float) -> NDArray[Any]:
         message, names = _codec.encode(request, contract.ENSEMBLE)
         message = _codec.with_deadline(message, int((time.time() + deadline_s) * 1e6))
         self._next += 1

@@ -28,7 +28,7 @@ def unpacked_request(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]
     if len(packed) != 1:
         raise InvalidInput(f"{name} has {len(packed)} rows; it has 1: send several requests")
     try:
-        contents = packing.unpack(memoryview(np.ascontiguousarray(packed[0])), contract.REQUEST)
+        contents = packing.unpack(np.ascontiguousarray(packed[0]).data, contract.REQUEST)
     except ValueError as error:
         raise InvalidInput(f"{name} {error}") from None
     return {name: _array(name, content) for name, content in contents.items()}

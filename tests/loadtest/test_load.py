@@ -241,7 +241,7 @@ def test_what_gives_way_is_named(change, words):
 
 
 def test_what_did_not_keep_up_does_not_hold():
-    """The promise is kept yet, since the run is short, but the queue grows: those who came last are answered after it."""
+    """The promise is kept yet, since the run is short, but the queue grows: the last are answered after it."""
 
     def measure(rate, seed):
         waited = np.maximum(0, rate / 500 - 1) * np.linspace(0, 10, 400)
