@@ -26,13 +26,14 @@ class Difference:
     """New over old; above 1 is more.
 
     Attributes:
+        ratio: None where there is none to tell; low, high: of it, or of the change where there is none.
         verdict: ``worse``, ``better`` or ``no difference beyond noise``.
     """
 
     name: str
     old: float
     new: float
-    ratio: float
+    ratio: float | None
     low: float
     high: float
     verdict: str
@@ -53,7 +54,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     spread = 1.96 * math.sqrt(sum(share * (1 - share) / run.requests for share, run in zip(shares, runs, strict=True)))
     change = shares[1] - shares[0]
     verdict = "no difference beyond noise" if abs(change) <= max(spread, 1e-9) else "worse" if change > 0 else "better"
-    found.append(Difference("error_rate", shares[0], shares[1], math.nan, change - spread, change + spread, verdict))
+    found.append(Difference("error_rate", shares[0], shares[1], None, change - spread, change + spread, verdict))
     return found
 
 
@@ -72,7 +73,9 @@ def _seconds(run: Measured, name: str) -> NDArray[np.float64]:
 
 def _capacities(old: float, new: float) -> Difference:
     """Each is known as narrowly as the search halves its bracket."""
-    ratio = new / old if old else math.inf if new else 1.0
+    if not old:
+        return Difference("capacity", old, new, None, 0.0, 0.0, "better" if new else "no difference beyond noise")
+    ratio = new / old
     low, high = ratio / RESOLUTION, ratio * RESOLUTION
     verdict = "worse" if high < 1 - MINDED else "better" if low > 1 + MINDED else "no difference beyond noise"
     return Difference("capacity", old, new, ratio, low, high, verdict)

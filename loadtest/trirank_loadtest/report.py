@@ -37,7 +37,7 @@ infinitely slow.</small></p>
 {% if result.differences %}<h2>Is it worse than before?</h2>
 <table><tr><th>what</th><th>before</th><th>now</th><th>ratio</th><th>95 % interval</th><th>verdict</th></tr>
 {% for one in result.differences %}<tr><td>{{ one.name }}</td><td>{{ "%.4g"|format(one.old) }}</td>
-<td>{{ "%.4g"|format(one.new) }}</td><td>{{ "%.3f"|format(one.ratio) }}</td>
+<td>{{ "%.4g"|format(one.new) }}</td><td>{{ "" if one.ratio is none else "%.3f"|format(one.ratio) }}</td>
 <td>{{ "%.3f"|format(one.low) }} to {{ "%.3f"|format(one.high) }}</td><td>{{ one.verdict }}</td></tr>{% endfor %}
 </table>
 {% endif %}

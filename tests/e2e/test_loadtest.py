@@ -61,9 +61,12 @@ def test_a_server_that_is_there(server, world, tmp_path):
     for row in found["runs"][0]["timeline"]:  # a run of a server a hundred times as fast
         row["p50_ms"], row["p99_ms"] = 0.01, 0.02
     (tmp_path / "before.json").write_text(json.dumps(found))
-    done = loadtest(*asked, "--slo", "p50=0.001ms", "--compare", tmp_path / "before.json")
-    assert done.returncode == 1
+    done = loadtest(*asked, "--slo", "p50=0.001ms", "--compare", tmp_path / "before.json", "--out", tmp_path / "out")
+    assert done.returncode == 1, done.stderr
     assert "Worse than before: p50_ms, p99_ms." in done.stdout
+    assert "Is it worse than before?" in (tmp_path / "out" / "loadtest.html").read_text()
+    done = loadtest(*asked, "--slo", "p50=7ms", "--compare", tmp_path / "before.json")
+    assert "compare runs of the same load" in done.stderr  # and no load was made
 
 
 def test_the_highest_rate_that_holds(server, world):
