@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -426,6 +427,8 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     given = parser.parse_args()
+    # So that servers are ended also where this process is: each of them has a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # Servers, bare ones among them, and this process look up users in the same file.
     os.environ.update(stores_of(releases()["ensemble"]).environment())
     calls: dict[str, Callable[[], list[Figure]]] = {
