@@ -3,10 +3,10 @@
     python benchmarks/scaling.py [--rounds N] [--seconds S]
 
 1,000 candidates, so that the requests and not the load generator decide; each server has one instance of the pipeline
-``single``. Both share this machine's cores with Triton's own threads and with the load, so two servers are not twice the
-machine here. Load comes from `trirank loadtest`'s own Locust, through our
-client, which shares the cores. The model (trirank_loadtest.sizing) is given the capacity and a lone request's time, and
-asked for p99 at shares of the capacity; what was measured at those rates, in other runs, stands beside.
+``single``. Both share this machine's cores with Triton's own threads and with the load, so two servers are not twice
+the machine here. Load comes from `trirank loadtest`'s own Locust, through our client, which shares the cores. The
+model (trirank_loadtest.sizing) is given the capacity and a lone request's time, and asked for p99 at shares of the
+capacity; what was measured at those rates, in other runs, stands beside.
 """
 
 from __future__ import annotations
