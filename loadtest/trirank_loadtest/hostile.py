@@ -88,8 +88,10 @@ def _packed(rng: np.random.Generator) -> bytes:
             continue
         raw = _contents(spec.dtype, length if spec.shape == (-1,) else 1, rng)
         contents[place] = raw[4:] if spec.dtype == "BYTES" else raw
+    if rng.random() < 0.3:  # so that some get through to where the work is done
+        contents = _lawful(rng)
     message = bytearray(packing.pack(contents))
-    luck = rng.random()
+    luck = rng.random() if rng.random() < 0.7 else 1.0
     if luck < 0.1:
         message[int(rng.integers(len(message)))] ^= 1 << int(rng.integers(8))
     elif luck < 0.2:
@@ -100,11 +102,23 @@ def _packed(rng: np.random.Generator) -> bytes:
     return bytes(message)
 
 
+def _lawful(rng: np.random.Generator) -> dict[int, bytes]:
+    """A request that is answered, of any items that there may be."""
+    ids = rng.integers(1, 1000, int(rng.integers(1, contract.MAX_CANDIDATES)))
+    said = {
+        "USER_ID": np.int64(rng.integers(-1, 50)).tobytes(), "ITEM_IDS": ids.astype("<i8").tobytes(),
+        "TOP_K": np.int32(rng.integers(1, 20)).tobytes(), "SCENARIO": b"home",
+    }  # fmt: skip
+    places = packing.places(contract.REQUEST)
+    return {places[name]: content for name, content in said.items()}
+
+
 def _mostly_lawful(raw: bytes, shape: list[int]) -> bytes:
     """A handover whose counts fit its length, so that it gets through to its rows and signals."""
     numbers = np.frombuffer(raw, np.int32).reshape(shape).copy()
     numbers[:, 3] = np.clip(numbers[:, 3], 1, 4)  # TOP_K
     numbers[:, 4:8] = 0  # the policy, unknown candidates, retrieval's scores, a trace
+    numbers[:, 17] %= 2  # whether the answer is packed
     return numbers.tobytes()
 
 
@@ -122,5 +136,6 @@ def _contents(dtype: str, count: int, rng: np.random.Generator) -> bytes:
         return numbers.tobytes()
     limits = np.iinfo(_WHOLE[dtype])
     values = rng.integers(0, 5, count).astype(_WHOLE[dtype])
-    values[spoilt] = rng.choice(np.array([limits.min, limits.max, -1, 0, 7, 63, 10**6], _WHOLE[dtype]), odd_ones)
+    odd = np.array([limits.min, limits.max, -1, 0, 7, 63, 10**6]).astype(_WHOLE[dtype])
+    values[spoilt] = rng.choice(odd, odd_ones)
     return values.tobytes()
