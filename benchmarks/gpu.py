@@ -211,7 +211,7 @@ def keep(*paths: Path) -> None:
             ratio(f"fp16_speedup_{size}_b{batch}", full, half)
         one, many = (f"ranker_large_fp16_{size}_b{batch}_ms" for batch in (1, 32))
         ratio(f"batch_32_gain_{size}", one, many, 32.0)
-    write("gpu", figures, gpu=raw["gpu"])
+    write("gpu", figures, machine={"cpu": "not told", "cores": raw["cores"], "gpu": raw["gpu"]})
 
 
 if __name__ == "__main__":

@@ -27,19 +27,19 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-def write(benchmark: str, figures: list[Figure], keep: bool = False, gpu: str | None = None) -> Path:
-    """Write ``results/BENCHMARK.json``; with ``keep``, figures of other names stay as they were. ``gpu``: the
-    one that they were measured on, on another machine than this."""
+def write(benchmark: str, figures: list[Figure], keep: bool = False, machine: dict | None = None) -> Path:
+    """Write ``results/BENCHMARK.json``; with ``keep``, figures of other names stay as they were. ``machine``:
+    another one than this, on which they were measured."""
     path = RESULTS / f"{benchmark}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     WORK.mkdir(parents=True, exist_ok=True)
     with (WORK / "results.lock").open("w") as lock:  # parts of a benchmark may run at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _write(path, benchmark, figures, keep, gpu)
+        _write(path, benchmark, figures, keep, machine)
     return path
 
 
-def _write(path: Path, benchmark: str, figures: list[Figure], keep: bool, gpu: str | None) -> None:
+def _write(path: Path, benchmark: str, figures: list[Figure], keep: bool, machine: dict | None) -> None:
     new = {figure.name: figure._asdict() for figure in figures}
     if keep and path.is_file():
         new = {figure["name"]: figure for figure in json.loads(path.read_text())["figures"]} | new
@@ -52,7 +52,7 @@ def _write(path: Path, benchmark: str, figures: list[Figure], keep: bool, gpu: s
                 "benchmark": benchmark,
                 "commit": commit.stdout.strip(),
                 "date": datetime.now(timezone.utc).date().isoformat(),
-                "machine": {"gpu": gpu} if gpu else {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": None},
+                "machine": machine or {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": None},
                 "figures": list(new.values()),
             },
             indent=1,
