@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -234,4 +235,5 @@ def test_a_service_in_another_language(server):
     assert {line[1] for line in lines} <= {"1", "30", "60"}
     assert [line[0] for line in lines] == [str(at + 1) for at in range(len(lines))]
     refused = run("x" * 3000, "1")
-    assert "400: in ensemble 'rank', QUERY has 3000 bytes; the limit is 2048" in refused.stderr
+    # Triton writes the ensemble's name before a stage's message; where `rank` is one model there is none to write.
+    assert re.search(r"400: (in ensemble 'rank', )?QUERY has 3000 bytes; the limit is 2048", refused.stderr)
