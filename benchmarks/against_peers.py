@@ -278,7 +278,8 @@ OVERLOAD, DEADLINE_S, WIDE = 3.0, 0.1, 1000
 
 
 def overload(rounds: int, seconds: float) -> list[Figure]:
-    """Three times as many requests as one instance can answer, each with a deadline of 100 ms that goes along.
+    """Three times as many requests as one instance can answer, each with a deadline of 100 ms that goes along: from
+    callers that send them all, and from callers that do as our client does (trirank.ThrottlePolicy).
 
     One instance and 1,000 candidates, so that the load generator has a core to itself at that rate, too.
     """
@@ -291,18 +292,20 @@ def overload(rounds: int, seconds: float) -> list[Figure]:
         for number in range(rounds):
             at = capacity(running, guess, seconds, 2000 + 100 * number)
             guess = at.rate
-            run = load.open_loop(
-                running.target, OVERLOAD * at.rate, seconds, [running.pid], 2500 + number, deadline_s=DEADLINE_S
-            )
-            in_time = run.latencies_ms <= DEADLINE_S * 1e3
             found.note("overload_capacity_rps", at.rate)
-            found.note("goodput_at_3x_overload_ratio", run.offered * float(in_time.mean()) / at.rate)
-            found.note("overload_refused_p99_ms", float(np.percentile(run.refused_ms, 99)))
-            found.note("overload_never_answered_ratio", run.unanswered)
+            for throttle, callers in ((True, ""), (False, "_unthrottled")):
+                run = load.open_loop(
+                    running.target, OVERLOAD * at.rate, seconds, [running.pid], 2500 + number, DEADLINE_S, throttle
+                )
+                in_time = run.latencies_ms <= DEADLINE_S * 1e3
+                found.note(f"goodput_at_3x_overload{callers}_ratio", run.offered * float(in_time.mean()) / at.rate)
+                found.note(f"overload{callers}_refused_p99_ms", float(np.percentile(run.refused_ms, 99)))
+                found.note(f"overload{callers}_never_answered_ratio", run.unanswered)
             again = load.open_loop(running.target, 0.7 * at.rate, seconds, [running.pid], 2700 + number)
             found.note("after_overload_p99_ms", again.percentile(99))
             print(
-                f"overload: {at.rate:.0f}/s held, {found.last('goodput_at_3x_overload_ratio'):.3f} of it at thrice",
+                f"overload: {at.rate:.0f}/s held, {found.last('goodput_at_3x_overload_ratio'):.3f} of it at thrice, "
+                f"{found.last('goodput_at_3x_overload_unthrottled_ratio'):.3f} from callers that send all",
                 flush=True,
             )
     return found.figures(f"one instance, {WIDE} candidates, deadline {DEADLINE_S * 1e3:g} ms")

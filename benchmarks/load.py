@@ -153,7 +153,13 @@ def closed_loop(target: Target, callers: int, seconds: float, servers: list[int]
 
 
 def open_loop(
-    target: Target, rate: float, seconds: float, servers: list[int], seed: int = 0, deadline_s: float = 0.0
+    target: Target,
+    rate: float,
+    seconds: float,
+    servers: list[int],
+    seed: int = 0,
+    deadline_s: float = 0.0,
+    throttle: bool = False,
 ) -> Run:
     """Requests as a Poisson process of ``rate`` a second, whatever becomes of those before (see open_loop.py).
 
@@ -161,6 +167,7 @@ def open_loop(
 
     Args:
         deadline_s: goes along with each request of ours, as our client sends it; 0: none.
+        throttle: whether callers leave requests unsent as our client does; those are refused.
     """
     with tempfile.TemporaryDirectory() as folder:
         bodies = [Path(folder, f"{at}.body") for at in range(len(target.bodies))]
@@ -170,6 +177,7 @@ def open_loop(
             "address": target.address, "path": target.path, "headers": target.headers, "http1": target.http1,
             "bodies": [str(path) for path in bodies], "rate": rate, "seconds": seconds, "seed": seed,
             "connections": CONNECTIONS, "channels": CHANNELS, "patience_s": 10.0, "deadline_s": deadline_s,
+            "throttle": throttle,
         }  # fmt: skip
         Path(folder, "plan.json").write_text(json.dumps(plan))
         command = [

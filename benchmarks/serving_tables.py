@@ -53,7 +53,8 @@ def limits() -> str:
         "cost_1000_over_200": "p50 of 1,000 candidates over that of 200, one caller",
         "shared_context_vs_bst_500": "time of BST over that of the recipe `sequences`, 500 candidates",
         "cross_attention_vs_bst_500": "the same over that of a ranker with cross-attention",
-        "goodput_at_3x_overload": "answers in time at three times the capacity, over the capacity",
+        "goodput_at_3x_overload": "answers in time at three times the capacity, over the capacity, callers throttle",
+        "goodput_at_3x_overload_unthrottled": "the same where callers send all",
         "soak_slope": "largest growth of memory, handles, shared memory or latency over the soak",
     }  # fmt: skip
     lines = ["| | | measured on |", "|---|---|---|"]

@@ -19,7 +19,16 @@ from trirank._channels import Target, make_stub
 from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
 from trirank._feedback import FeedbackCall, FeedbackEvent, FeedbackResult
-from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
+from trirank._options import (
+    Balancing,
+    EjectionPolicy,
+    EventHooks,
+    HedgePolicy,
+    OnFailure,
+    RetryPolicy,
+    ThrottlePolicy,
+    Tls,
+)
 from trirank._types import RankRequest, RankResponse
 
 _OLD_CHANNELS_S = 60.0
@@ -35,6 +44,7 @@ class RankClient:
         deadline_s: seconds a call may take in all, retries and hedges included, unless it says otherwise.
         retry: None: never.
         hedge: None: never; otherwise with two servers or more.
+        throttle: None: every call is sent, also where servers turn most of them away.
         on_failure: ``retrieval_order`` answers with the candidates as retrieval had them, marked as degraded, where
             ``raise`` raises; requests that are at fault themselves are raised always.
         token: a bearer token, or a function that gives one.
@@ -56,6 +66,7 @@ class RankClient:
         hedge: HedgePolicy | None = None,
         balancing: Balancing = "least_loaded",
         ejection: EjectionPolicy | None = None,
+        throttle: ThrottlePolicy | None = ThrottlePolicy(),  # noqa: B008  # frozen
         on_failure: OnFailure = "raise",
         tls: Tls | None = None,
         token: str | Callable[[], str] | None = None,
@@ -66,8 +77,8 @@ class RankClient:
     ) -> None:
         self._core = Core(
             Target(addresses, tls, token, resolve_every_s), deadline_s=deadline_s, model=model, retry=retry,
-            hedge=hedge, balancing=balancing, ejection=ejection, on_failure=on_failure, metadata=metadata,
-            event_hooks=event_hooks,
+            hedge=hedge, balancing=balancing, ejection=ejection, throttle=throttle, on_failure=on_failure,
+            metadata=metadata, event_hooks=event_hooks,
         )  # fmt: skip
         self._channels: dict[str, tuple[int, Any, Any]] = {}
         self._old: list[tuple[float, Any]] = []

@@ -94,10 +94,12 @@ def packed_request(request: RankRequest) -> tuple[bytes, dict[int, str]]:
     return packing.pack({_PLACES[name]: content for name, content in contents.items()}), names
 
 
-def with_deadline(message: bytes, moment_us: int) -> bytes:
-    """The message, with the moment by which its caller wants an answer in microseconds since 1970."""
+def with_deadline(message: bytes, moment_us: int, sent_us: int) -> bytes:
+    """The message, with the moment by which its caller wants an answer, and that at which it is sent: microseconds
+    since 1970."""
     deadline = service_pb2.ModelInferRequest()
     deadline.parameters[contract.DEADLINE_PARAMETER].int64_param = moment_us
+    deadline.parameters[contract.SENT_PARAMETER].int64_param = sent_us
     written: bytes = deadline.SerializeToString()
     return message + written
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from trirank import _codec, contract
-from trirank._budget import LateTimes, TokenBucket
+from trirank._budget import LateTimes, Throttle, TokenBucket
 from trirank._channels import Target
 from trirank._errors import (
     ClientClosed,
@@ -34,7 +34,15 @@ from trirank._errors import (
     kind_of,
 )
 from trirank._events import EVENTS, Event, tell
-from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy
+from trirank._options import (
+    Balancing,
+    EjectionPolicy,
+    EventHooks,
+    HedgePolicy,
+    OnFailure,
+    RetryPolicy,
+    ThrottlePolicy,
+)
 from trirank._pool import Endpoint, Pool
 from trirank._types import RankRequest, RankResponse
 from trirank.contract import Status
@@ -86,6 +94,7 @@ class Core:
         hedge: HedgePolicy | None,
         balancing: Balancing,
         ejection: EjectionPolicy | None,
+        throttle: ThrottlePolicy | None,
         on_failure: OnFailure,
         metadata: Mapping[str, str] | None,
         event_hooks: EventHooks | None,
@@ -107,6 +116,7 @@ class Core:
         self.retries = TokenBucket(self.retry.budget, start=10.0)
         self.hedges = TokenBucket(hedge.budget if hedge else 0.0)
         self.times = LateTimes(hedge.quantile) if hedge else None
+        self.throttle = Throttle(throttle) if throttle else None
         self.ids: dict[str, str] = {}
         """Whether the servers' ids of ``item`` and ``user`` are numbers or strings; empty: not known."""
         self.closed = False
@@ -175,6 +185,7 @@ class Call:
         self._sent = self._retried = 0
         self._tried: frozenset[str] = frozenset()
         self._address = ""
+        self._turned_away = False
         self._event = Event("request", request) if core.hooks else None
         core.retries.earn()
         if core.hedge:
@@ -192,11 +203,15 @@ class Call:
 
         Raises:
             DeadlineExceeded: there is no time left for it.
+            Overloaded: it would be turned away.
             Unavailable: there is no server, or no token.
         """
         core = self._core
         if self.left_s <= 0:
             raise self._error(DeadlineExceeded, "no time was left to call a server")
+        if not self._sent and core.throttle is not None and not core.throttle.admits():
+            few, all_ = core.throttle.turned_away
+            raise self._error(Overloaded, f"not sent: of the last {all_} calls or so, {few} were not answered in time")
         if self.metadata is None:
             added = self._event.metadata if self._event is not None else []
             self.metadata = [*core.metadata, *core.target.credentials_metadata(), *added]
@@ -237,7 +252,9 @@ class Call:
         self._tried |= {endpoint.address}
         self._sent += 1
         agrees = self._core.pool.clock_agrees(endpoint)
-        message = _codec.with_deadline(self._message, self._moment_us) if agrees else self._message
+        message = self._message
+        if agrees:
+            message = _codec.with_deadline(message, self._moment_us, int(time.time() * 1e6))
         self._address = endpoint.address
         self._tell(event)
         return Attempt(endpoint, message, time.monotonic(), self.left_s, hedge=event == "hedge", sent_moment=agrees)
@@ -265,6 +282,8 @@ class Call:
         self._core.pool.done(attempt.endpoint, healthy=True, began=attempt.started)
         if self._core.times is not None:
             self._core.times.add(time.monotonic() - attempt.started)
+        if self._core.throttle is not None:
+            self._core.throttle.ended(answered=True)
         self._tell("response", response=response)
         return response
 
@@ -291,16 +310,16 @@ class Call:
         if core.closed:
             self.given_up(attempt)
             raise self._error(ClientClosed, "this client was closed while it waited for an answer", attempt)
-        kind, details, too_late = self._note(attempt, error)
+        kind, details, clocks_differ = self._note(attempt, error)
         found = self._error(kind, details, attempt, error.code())
-        if kind is DeadlineExceeded and not too_late and attempt.reserved and self.left_s > _SKEW_S:
+        if kind is DeadlineExceeded and not clocks_differ and attempt.reserved and self.left_s > _SKEW_S:
             attempt.reserved = False
             core.retries.redeem()
             self._retried += 1
             self._tell("retry", error=found)
             return 0.0
         self._settle(attempt)
-        if too_late and self.left_s > _SKEW_S:
+        if clocks_differ:
             if not attempt.sent_moment:
                 raise found
             core.pool.clock_differs(attempt.endpoint)
@@ -312,14 +331,22 @@ class Call:
         return pause
 
     def _note(self, attempt: Attempt, error: grpc.RpcError) -> tuple[type[RankError], str, bool]:
-        """Tell the pool how an attempt failed; gives the error that it is, its words, and whether it came too late."""
+        """Tell the pool how an attempt failed; gives the error that it is, its words, and whether the server must have
+        another clock, since it found more time gone than there was."""
         status, details = error.code(), error.details() or error.code().name
         kind, too_late = kind_of(status, details), contract.TOO_LATE in details
-        healthy = None if too_late else self._healthy(kind, status, attempt)
+        gone, whole = time.monotonic() - attempt.started, self._ends - attempt.started
+        patient = contract.WAITED not in details or gone >= contract.PATIENCE * whole - _SKEW_S
+        clocks_differ = (too_late and self.left_s > _SKEW_S) or not patient
+        healthy = self._healthy(kind, status, attempt)
+        self._turned_away = not clocks_differ and (
+            kind is Overloaded or (kind is DeadlineExceeded and healthy is False)
+        )
+        healthy = None if too_late else healthy
         if status is grpc.StatusCode.UNAVAILABLE and kind is Unavailable:
             attempt.endpoint.checked = False  # what comes back at this address may be of another version
         self._core.pool.done(attempt.endpoint, healthy, attempt.started)
-        return kind, details, too_late
+        return kind, details, clocks_differ
 
     def _try_again(self, found: RankError) -> None:
         """Pay for another attempt.
@@ -388,6 +415,8 @@ class Call:
         Raises:
             RankError: the error, where the caller wants it, or where the request itself is at fault.
         """
+        if self._turned_away and self._core.throttle is not None:
+            self._core.throttle.ended(answered=False)
         if self._on_failure == "raise" or isinstance(error, InvalidRequest | ClientClosed):
             self._tell("error", error=error)
             raise error

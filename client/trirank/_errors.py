@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import grpc
 
-from trirank.contract import OVERLOADED, TOO_LATE
+from trirank.contract import OVERLOADED, TOO_LATE, WAITED
 
 
 class RankError(Exception):
@@ -88,7 +88,7 @@ _BY_STATUS: dict[grpc.StatusCode, type[RankError]] = {
     grpc.StatusCode.NOT_FOUND: IncompatibleServer,
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleServer,
 }
-_TURNED_AWAY = ("Request timeout expired", "Exceeds maximum queue size", OVERLOADED)
+_TURNED_AWAY = ("Request timeout expired", "Exceeds maximum queue size", OVERLOADED, WAITED)
 """What is said, as UNAVAILABLE, of a request that waited too long, found the queue full, or would have been late."""
 
 

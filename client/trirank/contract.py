@@ -34,10 +34,16 @@ ANONYMOUS_USER = -1
 DEADLINE_PARAMETER = "trirank_deadline_us"
 """Of a request: microseconds since 1970 after which no stage works on it any more. Triton's own timeout is counted anew
 in every step of an ensemble (triton-inference-server/server #7512); a moment is not."""
+SENT_PARAMETER = "trirank_sent_us"
+"""Of a request: microseconds since 1970 at which it was sent. A stage that finds nothing but requests that have waited
+for PATIENCE of their time refuses those; one that was sent without a moment has no such limit."""
+PATIENCE = 1 / 3
 TOO_LATE = "its deadline has passed"
 """What a stage says, as UNAVAILABLE, of a request that it did not work on for that reason."""
 OVERLOADED = "more has come in than can be answered in time"
 """What a stage says, as UNAVAILABLE, of a request that it could not have answered before its deadline."""
+WAITED = "it waited too long for its turn, as all do now"
+"""What a stage says, as UNAVAILABLE, of a request that waited for PATIENCE of its time and longer."""
 CONTRACT_PARAMETER = "contract"
 """Of the ensemble's configuration: CONTRACT_VERSION."""
 

@@ -3,13 +3,17 @@
 A queue that is served in order makes everybody wait just as long as they can: under lasting overload each request is
 begun shortly before its deadline, all are answered too late, and nothing of the work is of use. So a stage works only
 for those of a batch whose answers it can give before their deadlines, and refuses the others
-(benchmarks/against_peers.py measures the answers in time under three times the load that could be borne).
+(benchmarks/against_peers.py measures the answers in time under three times the load that could be borne). And where the
+queue stands, the first stage refuses who has waited long: those behind them wait less, nobody is told at the end of
+their time what could have been told before, and few callers give up what is under way (docs/serving.md).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+from trirank.contract import PATIENCE
 
 _WEIGHT = 0.2
 """Of the newest batch in what is known of the cost."""
@@ -50,3 +54,32 @@ class Admission:
         cost = seconds / requests
         self._cost_s += (cost - self._cost_s) * (_WEIGHT if self._cost_s else 1.0)
         assert math.isfinite(self._cost_s)
+
+
+_STANDS_S, _SHORT = 0.1, PATIENCE / 4
+"""A queue in which for so long nobody was found who had waited for less than that share of their time stands."""
+
+
+class Queue:
+    """Tells a queue that stands from one that a burst has filled: in a burst's, somebody soon has not waited long
+    (controlled delay: Nichols and Jacobson, ACM Queue 10(5), 2012; with a limit on the wait while it stands: Maurer,
+    "Fail at Scale", ACM Queue 13(8), 2015)."""
+
+    def __init__(self) -> None:
+        self._long_since = self._idle_since = -math.inf
+
+    def waited_too_long(self, waited: Sequence[float], now_s: float) -> list[bool]:
+        """Whether each request of a batch is refused for that reason.
+
+        Args:
+            waited: for how much of its time, from 0 to 1, each has waited.
+            now_s: on a clock that is not set.
+        """
+        if min(waited, default=0.0) <= _SHORT or now_s - self._idle_since > _STANDS_S:
+            self._long_since = now_s
+        stands = now_s - self._long_since >= _STANDS_S
+        return [stands and share > PATIENCE for share in waited]
+
+    def idle(self, now_s: float) -> None:
+        """A batch is done."""
+        self._idle_since = now_s

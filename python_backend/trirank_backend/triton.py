@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from trirank import contract
 
-from trirank_backend.admission import Admission
+from trirank_backend.admission import Admission, Queue
 from trirank_backend.errors import BackendError, InvalidInput, Overloaded, StageFailed, StoreFailed, TooLate
 from trirank_backend.requests import NamedTensors, Tensors
 
@@ -138,14 +138,21 @@ class Stage:
         self._outputs = [tensor["name"] for tensor in config["output"]]
         self._run = run
         self._admission = Admission()
+        # Later stages' requests have come through others, which is no fault of a queue's.
+        self._queue = Queue() if contract.PACKED_REQUEST.name in self._inputs else None
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order. What comes, or would be answered, too late for its caller is refused, not
         worked on."""
         started = time.time()
         answers: list[Any] = [None] * len(requests)
-        moments = [_deadline(request) for request in requests]
+        moments, waited = zip(*(_moments(request, started) for request in requests), strict=True)
         in_time = [at for at, moment in enumerate(moments) if moment >= started * 1e6]
+        if self._queue is not None:
+            too_long = self._queue.waited_too_long([waited[at] for at in in_time], time.monotonic())
+            for at in [at for at, is_refused in zip(in_time, too_long, strict=True) if is_refused]:
+                answers[at] = Overloaded(f"{self._name} did not work on it: {contract.WAITED}")
+                in_time.remove(at)
         taken = self._admission.admitted([moments[at] / 1e6 - started for at in in_time])
         places, batch, deadlines = [], [], []
         for at, is_taken in zip(in_time, taken, strict=True):
@@ -166,6 +173,8 @@ class Stage:
         worked_on = sum(not isinstance(answer, BackendError) and answer is not None for answer in answers)
         if worked_on:
             self._admission.took(time.time() - started, worked_on)
+        if self._queue is not None:
+            self._queue.idle(time.monotonic())
         return responses
 
     def _answers(self, batch: list[Tensors], deadlines: list[float]) -> list[Any]:
@@ -231,13 +240,17 @@ def _code(error: BackendError) -> Any:
     return pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INTERNAL
 
 
-def _deadline(request: Any) -> float:
-    """Microseconds since 1970; infinite where the caller named none. Asking whether a request was cancelled would do
-    as well, but costs a message to the server and back, 0.1 ms (a parameter: 4 µs)."""
+def _moments(request: Any, now_s: float) -> tuple[float, float]:
+    """The deadline in microseconds since 1970, and for how much of its time, from 0 to 1, a request has waited;
+    infinite and 0 where the caller named none. Asking whether a request was cancelled would do as well, but costs a
+    message to the server and back, 0.1 ms (a parameter: 4 µs)."""
     parameters = request.parameters()
     if contract.DEADLINE_PARAMETER not in parameters:
-        return math.inf
+        return math.inf, 0.0
     try:
-        return float(json.loads(parameters).get(contract.DEADLINE_PARAMETER, math.inf))
+        named = json.loads(parameters)
+        deadline = float(named.get(contract.DEADLINE_PARAMETER, math.inf))
+        sent = float(named.get(contract.SENT_PARAMETER, math.inf))
     except (TypeError, ValueError):
-        return math.inf
+        return math.inf, 0.0
+    return deadline, (now_s * 1e6 - sent) / (deadline - sent) if sent < deadline < math.inf else 0.0

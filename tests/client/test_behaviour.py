@@ -25,6 +25,7 @@ from trirank import (
     RankResponse,
     RetryPolicy,
     Status,
+    ThrottlePolicy,
     Tls,
     contract,
     packing,
@@ -62,12 +63,13 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.script = []
         self.seen = []
         self.pushback = None
-        self.ahead = False
+        self.ahead, self.after_s = "", 0.0
 
     def ModelInfer(self, request, context):
         self.seen.append((request, dict(context.invocation_metadata())))
         if self.ahead and contract.DEADLINE_PARAMETER in request.parameters:
-            context.abort(grpc.StatusCode.UNAVAILABLE, f"rank did not work on it: {contract.TOO_LATE}")
+            time.sleep(self.after_s)
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"rank did not work on it: {self.ahead}")
         step = self.script.pop(0) if self.script else None
         if isinstance(step, grpc.StatusCode):
             if self.pushback is not None:
@@ -219,6 +221,46 @@ def test_extra_load_is_bounded(server):
             with pytest.raises(trirank.Unavailable):
                 client.rank(REQUEST)
     assert len(server.seen) <= 200 * 1.1 + 10
+
+
+def test_calls_that_would_be_turned_away_are_not_sent(server):
+    server.script = [grpc.StatusCode.RESOURCE_EXHAUSTED] * 10_000
+    policy = ThrottlePolicy(window_s=0.3)
+    with RankClient(server.address, retry=None, throttle=policy, on_failure="retrieval_order") as client:
+        assert all(client.rank(REQUEST).degraded for _ in range(400))
+        assert len(server.seen) < 200
+        errors = []
+        for _ in range(50):
+            with pytest.raises(trirank.Overloaded) as caught:
+                client.rank(REQUEST, on_failure="raise")
+            errors.append(caught.value)
+        unsent = [error for error in errors if not error.attempts]
+        assert len(unsent) > 25
+        assert "not sent: of the last" in str(unsent[0])
+        server.script = []
+        end = time.monotonic() + 30
+        while any(client.rank(REQUEST).degraded for _ in range(20)):
+            assert time.monotonic() < end, "it never opened again"
+    server.script, server.seen = [grpc.StatusCode.RESOURCE_EXHAUSTED] * 10_000, []
+    with RankClient(server.address, retry=None, throttle=None) as client:
+        for _ in range(100):
+            with pytest.raises(trirank.Overloaded, match="on purpose"):
+                client.rank(REQUEST)
+    assert len(server.seen) == 100
+
+
+def test_failures_of_other_kinds_throttle_nobody(server):
+    server.script = [grpc.StatusCode.INTERNAL] * 200 + [0.02] * 40
+    with RankClient(server.address, retry=None) as client:
+        for _ in range(200):
+            with pytest.raises(trirank.ServerError):
+                client.rank(REQUEST)
+        for _ in range(40):  # their own haste
+            with pytest.raises(trirank.DeadlineExceeded):
+                client.rank(REQUEST, deadline_s=0.005)
+        assert len(client.rank(REQUEST)) == 2
+    with pytest.raises(InvalidRequest, match="allowance from 1 on"):
+        ThrottlePolicy(allowance=0.5)
 
 
 def test_a_slow_call_is_hedged_and_the_loser_cancelled(servers):
@@ -534,13 +576,23 @@ def test_an_attempt_may_be_given_a_time_of_its_own(servers):
         RetryPolicy(attempt_timeout_s=0)
 
 
-def test_clocks_that_differ_cost_no_call_however_many_are_under_way(servers):
+@pytest.mark.parametrize("words", [contract.TOO_LATE, contract.WAITED])
+def test_clocks_that_differ_cost_no_call_however_many_are_under_way(servers, words):
     """Both servers refuse whatever has a moment with it, as clocks ahead of ours would have them do."""
     one, other = servers(), servers()
-    one.ahead = other.ahead = True
+    one.ahead = other.ahead = words
     with RankClient([one.address, other.address], deadline_s=5) as client:
         with futures.ThreadPoolExecutor(8) as pool:
             assert [len(each) for each in pool.map(client.rank, [REQUEST] * 24)] == [2] * 24
+
+
+def test_who_did_wait_long_was_turned_away(server):
+    server.ahead, server.after_s = contract.WAITED, 0.4
+    with RankClient(server.address, retry=None) as client:
+        with pytest.raises(trirank.Overloaded, match=contract.WAITED):
+            client.rank(REQUEST, deadline_s=1)
+        assert client._core.pool.clock_agrees(client._core.pool.endpoints[0])
+        assert client._core.throttle.turned_away == (1, 1)
 
 
 def test_a_limit_of_an_attempt_ends_no_call_before_its_deadline(servers):

@@ -6,7 +6,8 @@ import math
 
 from hypothesis import given
 from hypothesis import strategies as st
-from trirank_backend.admission import Admission
+from trirank.contract import PATIENCE
+from trirank_backend.admission import Admission, Queue
 
 
 def knowing(cost_s):
@@ -50,3 +51,39 @@ def test_as_many_as_can_all_be_answered_in_time(left_s, cost_s):
     if others:  # one more would be late, or make another late
         ordered = sorted(left_s, reverse=True)
         assert (len(taken) + 1) * cost_s * 1.25 > ordered[len(taken)]
+
+
+def looked_into(queue, waited, at_s):
+    """By a stage that works on what it finds for 10 ms."""
+    found = queue.waited_too_long(waited, at_s)
+    queue.idle(at_s + 0.01)
+    return found
+
+
+def test_a_burst_is_waited_for():
+    queue = Queue()
+    assert not any(any(looked_into(queue, [0.9, 0.5], at / 100)) for at in range(9))
+    assert not any(looked_into(queue, [0.6, 0.05], 0.095))  # there it ends
+    assert not any(any(looked_into(queue, [0.9, 0.5], 0.1 + at / 100)) for at in range(9))
+
+
+def test_in_a_queue_that_stands_those_who_waited_long_are_refused():
+    queue, both = Queue(), [PATIENCE + 0.01, PATIENCE - 0.01]
+    for at in range(11):
+        assert looked_into(queue, both, at / 100) == [at == 10, False]
+    assert looked_into(queue, both, 0.2) == [True, False]
+    assert looked_into(queue, [*both, 0.0], 0.21) == [False] * 3  # somebody has not waited: it is short again
+
+
+def test_long_batches_do_not_hide_that_it_stands():
+    queue = Queue()
+    assert queue.waited_too_long([0.9], 0.0) == [False]
+    queue.idle(0.5)
+    assert queue.waited_too_long([0.9], 0.5) == [True]
+
+
+def test_a_stage_that_had_nothing_to_do_finds_no_queue():
+    queue = Queue()
+    looked_into(queue, [0.9], 0.0)
+    assert looked_into(queue, [0.9], 10.0) == [False]
+    assert looked_into(queue, [], 10.2) == []

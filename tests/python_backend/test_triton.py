@@ -23,6 +23,10 @@ class Fault:
 @pytest.fixture
 def stage(monkeypatch):
     """One whose outputs are its inputs, and what it was run on."""
+    return made_stage(monkeypatch, "X")
+
+
+def made_stage(monkeypatch, *inputs):
     logged = []
     monkeypatch.setattr(triton, "pb_utils", SimpleNamespace(
         TritonError=Fault, Tensor=lambda name, array: (name, array.tolist()),
@@ -38,13 +42,19 @@ def stage(monkeypatch):
         seen.extend(request["X"].tolist() for request in requests)
         return [InvalidInput("below 0") if request["X"][0] < 0 else request for request in requests]
 
-    config = {"name": "double", "input": [{"name": "X"}], "output": [{"name": "X"}]}
+    config = {"name": "double", "input": [{"name": name} for name in inputs], "output": [{"name": "X"}]}
     return triton.Stage({"model_config": json.dumps(config)}, run), seen
 
 
 def request(value, seconds=None):
     moment = {} if seconds is None else {contract.DEADLINE_PARAMETER: int((time.time() + seconds) * 1e6)}
     return asked(np.array([value]), moment)
+
+
+def sent(value, ago_s, left_s):
+    now = time.time()
+    moments = {contract.DEADLINE_PARAMETER: (now + left_s) * 1e6, contract.SENT_PARAMETER: (now - ago_s) * 1e6}
+    return asked(np.array([value]), moments)
 
 
 def asked(value, parameters):
@@ -104,3 +114,22 @@ def test_what_would_be_answered_too_late_is_told_at_once(stage):
     assert contract.OVERLOADED in one.message
     assert contract.TOO_LATE not in one.message  # or a client would take the clocks for different ones
     assert seen == [[3]]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_stage_refuses_who_waited_long_in_a_queue_that_stands(monkeypatch, first):
+    stage, _ = made_stage(monkeypatch, "X", *([contract.PACKED_REQUEST.name] if first else []))
+    asked_for = [sent(1, 50, 10), sent(2, 30, 30), sent(3, 20, 70)]  # of a minute, or a minute and a half
+    stage.execute(asked_for)
+    time.sleep(0.11)
+    stage.execute(asked_for)  # nothing to do before it: no queue
+    end = time.monotonic() + 0.11
+    while time.monotonic() < end:
+        stage.execute(asked_for)
+    one, other, patient = stage.execute(asked_for)
+    assert patient == {"X": [3]}
+    if first:
+        assert (one.code, other.code) == ("UNAVAILABLE", "UNAVAILABLE")
+        assert contract.WAITED in one.message
+    else:
+        assert (one, other) == ({"X": [1]}, {"X": [2]})
