@@ -35,20 +35,21 @@ from hops import bare_triton
 from load import P99_MS, Running, capacity
 from peer_servers import CORES, PEERS, Peer, answer_of, served
 from results import ROOT, WORK, Figure, write
-from serving import CANDIDATES, Rounds, engine_of, make_requests, stores_of
+from serving import CANDIDATES, Rounds, engine_of, make_requests, parts_of_the_demo, stores_of
 from trirank import RankRequest, packing
 from trirank import contract as c
 from trirank._codec import packed_request
 from trirank_backend.pipeline import Pipeline
-from trirank_build.repository.configs import config_text
+from trirank_build.repository.assemble import assemble
+from trirank_build.repository.configs import Batching, Instances, config_text
 from trirank_build.repository.release import graph_place, load_manifest
 from trirank_build.serving.server import TritonServer
 from tritonclient.grpc import model_config_pb2 as pb
 
 releases = cache(serving.releases)
 OURS = "trirank"
-FULL = 128
-"""Callers that fill every batch."""
+FULL, FILL_US = 128, 3000
+"""Callers that fill every batch, and the queue delay for which those do it."""
 NOTHING = """import numpy as np
 import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
@@ -204,26 +205,28 @@ def servers(names: list[str], rounds: int, seconds: float) -> list[Figure]:
     return found.figures(note)
 
 
-IN_PROCESS = """import sys, time
+IN_PROCESS = """import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from against_peers import batches_in_process
+os.sched_setaffinity(0, {int(sys.argv[3])})  # as the server's instances are
 print(batches_in_process(float(sys.argv[2])))
 """
 
 
 def batches_in_process(seconds: float) -> float:
-    """Processor ms a request of the stages in this process, in batches of 32."""
+    """Processor ms a request of the stages in this process, in batches of 32 of the requests that callers send."""
     release = releases()["single"]
     pipeline = Pipeline.load(release, release / graph_place(load_manifest(release)["pipeline"]), engine_of(release))
     packed = [
         {c.PACKED_REQUEST.name: np.frombuffer(packed_request(request)[0], np.uint8)[None]}
-        for request in make_requests(release)
-    ]
-    for at in range(10):
-        pipeline(packed[32 * (at % 2) : 32 * (at % 2) + 32])
+        for request in make_requests(release)[: load.PROCESSES]
+    ] * 4
+    assert len(packed) == 32
+    for _ in range(10):
+        pipeline(packed)
     end, done, started = time.perf_counter() + seconds, 0, time.process_time()
     while time.perf_counter() < end:
-        pipeline(packed[32 * (done % 2) : 32 * (done % 2) + 32])
+        pipeline(packed)
         done += 1
     spent = time.process_time() - started
     pipeline.close()
@@ -231,28 +234,42 @@ def batches_in_process(seconds: float) -> float:
 
 
 def limits(rounds: int, seconds: float) -> list[Figure]:
-    """The stages in process, a process a core at once, and how much of that the server reaches."""
+    """The stages in process, a process a core at once, and how much of that the server reaches: as it is
+    for one caller, and with a queue delay that fills its batches."""
     found = Rounds()
     own = releases()
+    run, dataset, onnx = parts_of_the_demo()
+    filled = assemble(
+        run, dataset, onnx, WORK / "filled", pipeline="single", engine=engine_of(own["ensemble"]),
+        instances=Instances(single=CORES), batching=Batching(delay_us=FILL_US),
+    )  # fmt: skip
     requests = make_requests(own["ensemble"])
     folder = str(Path(__file__).parent)
-    with ours(own["single"], requests) as running:
-        load.closed_loop(running.target, 8, 1.0, [running.pid])
+    with ours(own["single"], requests) as plain, ours(filled, requests) as waiting:
+        for running in (plain, waiting):
+            load.closed_loop(running.target, 8, 1.0, [running.pid])
         for _ in range(rounds):
             command = [sys.executable, "-c", IN_PROCESS, folder, str(seconds)]
-            processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(CORES)]
+            processes = [
+                subprocess.Popen([*command, str(core)], stdout=subprocess.PIPE, text=True)
+                for core in sorted(os.sched_getaffinity(0))
+            ]
             inside = statistics.mean(float(process.communicate()[0].split()[-1]) for process in processes)
             # So many that batches are full, as they are in process.
-            full = load.closed_loop(running.target, FULL, seconds, [running.pid])
             found.note("in_process_batch_32_cpu_ms", inside)
             found.note("in_process_capacity_rps", 1e3 * CORES / inside)
-            found.note("saturated_server_cpu_ms", full.server_cpu_ms)
-            found.note("saturated_rps", full.rate)
-            found.note("saturation_of_in_process_ratio", inside / full.server_cpu_ms)
-            found.note("saturation_with_the_loads_share_ratio", full.rate * inside / 1e3 / CORES)
-            print(f"{inside:.3f} ms in process, {full.server_cpu_ms:.3f} ms served at {full.rate:.0f}/s", flush=True)
+            for running, how in ((waiting, ""), (plain, "_without_delay")):
+                full = load.closed_loop(running.target, FULL, seconds, [running.pid])
+                found.note(f"saturated{how}_server_cpu_ms", full.server_cpu_ms)
+                found.note(f"saturated{how}_rps", full.rate)
+                found.note(f"saturation_of_in_process{how}_ratio", inside / full.server_cpu_ms)
+                found.note(f"saturation_with_the_loads_share{how}_ratio", full.rate * inside / 1e3 / CORES)
+                print(
+                    f"{inside:.3f} ms in process, {full.server_cpu_ms:.3f} served at {full.rate:.0f}/s{how}", flush=True
+                )
     return found.figures(
-        f"processor time a request, {CORES} processes at once, batches of 32; {FULL} callers of h2load"
+        f"processor time a request, {CORES} processes at once, batches of 32; {FULL} callers of h2load, "
+        f"queue delay {FILL_US / 1e3:g} ms or none"
     )
 
 
