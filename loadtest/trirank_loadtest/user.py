@@ -48,6 +48,22 @@ def _arguments(parser: Any) -> None:
     add("--samples", default="", help="Folder for what each request saw.", include_in_web_ui=False)
 
 
+@events.init.add_listener
+def _end_with_the_shape(environment: Any, **_: Any) -> None:
+    """Locust by itself goes on to the end of its run time, however soon all users are done."""
+    options = environment.parsed_options
+    if options.shape_seconds and options.headless and not options.worker:
+        gevent.spawn(_quit_when_done, environment.runner)
+
+
+def _quit_when_done(runner: Any) -> None:
+    seen = 0
+    while not seen or runner.user_count:
+        seen = max(seen, runner.user_count)
+        gevent.sleep(0.1)
+    runner.quit()
+
+
 class Unanswered(Exception):
     """Of a request that was still under way when Locust stopped."""
 
