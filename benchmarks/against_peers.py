@@ -35,21 +35,20 @@ from hops import bare_triton
 from load import P99_MS, Running, capacity
 from peer_servers import CORES, PEERS, Peer, answer_of, served
 from results import ROOT, WORK, Figure, write
-from serving import CANDIDATES, Rounds, engine_of, make_requests, parts_of_the_demo, stores_of
+from serving import CANDIDATES, Rounds, engine_of, make_requests, stores_of
 from trirank import RankRequest, packing
 from trirank import contract as c
 from trirank._codec import packed_request
 from trirank_backend.pipeline import Pipeline
-from trirank_build.repository.assemble import assemble
-from trirank_build.repository.configs import Batching, Instances, config_text
+from trirank_build.repository.configs import config_text
 from trirank_build.repository.release import graph_place, load_manifest
 from trirank_build.serving.server import TritonServer
 from tritonclient.grpc import model_config_pb2 as pb
 
 releases = cache(serving.releases)
 OURS = "trirank"
-FULL, FILL_US = 128, 3000
-"""Callers that fill every batch, and the queue delay for which those do it."""
+FULL = 128
+"""Callers that fill every batch."""
 NOTHING = """import numpy as np
 import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
@@ -220,8 +219,7 @@ def batches_in_process(seconds: float) -> float:
     packed = [
         {c.PACKED_REQUEST.name: np.frombuffer(packed_request(request)[0], np.uint8)[None]}
         for request in make_requests(release)[: load.PROCESSES]
-    ] * 4
-    assert len(packed) == 32
+    ] * (32 // load.PROCESSES)
     for _ in range(10):
         pipeline(packed)
     end, done, started = time.perf_counter() + seconds, 0, time.process_time()
@@ -234,20 +232,13 @@ def batches_in_process(seconds: float) -> float:
 
 
 def limits(rounds: int, seconds: float) -> list[Figure]:
-    """The stages in process, a process a core at once, and how much of that the server reaches: as it is
-    for one caller, and with a queue delay that fills its batches."""
+    """The stages in process, a process a core at once, and how much of that the server reaches."""
     found = Rounds()
     own = releases()
-    run, dataset, onnx = parts_of_the_demo()
-    filled = assemble(
-        run, dataset, onnx, WORK / "filled", pipeline="single", engine=engine_of(own["ensemble"]),
-        instances=Instances(single=CORES), batching=Batching(delay_us=FILL_US),
-    )  # fmt: skip
     requests = make_requests(own["ensemble"])
     folder = str(Path(__file__).parent)
-    with ours(own["single"], requests) as plain, ours(filled, requests) as waiting:
-        for running in (plain, waiting):
-            load.closed_loop(running.target, 8, 1.0, [running.pid])
+    with ours(own["single"], requests) as running:
+        load.closed_loop(running.target, 8, 1.0, [running.pid])
         for _ in range(rounds):
             command = [sys.executable, "-c", IN_PROCESS, folder, str(seconds)]
             processes = [
@@ -255,21 +246,17 @@ def limits(rounds: int, seconds: float) -> list[Figure]:
                 for core in sorted(os.sched_getaffinity(0))
             ]
             inside = statistics.mean(float(process.communicate()[0].split()[-1]) for process in processes)
-            # So many that batches are full, as they are in process.
+            # So many that batches are large, as they are in process.
+            full = load.closed_loop(running.target, FULL, seconds, [running.pid])
             found.note("in_process_batch_32_cpu_ms", inside)
             found.note("in_process_capacity_rps", 1e3 * CORES / inside)
-            for running, how in ((waiting, ""), (plain, "_without_delay")):
-                full = load.closed_loop(running.target, FULL, seconds, [running.pid])
-                found.note(f"saturated{how}_server_cpu_ms", full.server_cpu_ms)
-                found.note(f"saturated{how}_rps", full.rate)
-                found.note(f"saturation_of_in_process{how}_ratio", inside / full.server_cpu_ms)
-                found.note(f"saturation_with_the_loads_share{how}_ratio", full.rate * inside / 1e3 / CORES)
-                print(
-                    f"{inside:.3f} ms in process, {full.server_cpu_ms:.3f} served at {full.rate:.0f}/s{how}", flush=True
-                )
+            found.note("saturated_server_cpu_ms", full.server_cpu_ms)
+            found.note("saturated_rps", full.rate)
+            found.note("saturation_of_in_process_ratio", inside / full.server_cpu_ms)
+            found.note("saturation_with_the_loads_share_ratio", full.rate * inside / 1e3 / CORES)
+            print(f"{inside:.3f} ms in process, {full.server_cpu_ms:.3f} ms served at {full.rate:.0f}/s", flush=True)
     return found.figures(
-        f"processor time a request, {CORES} processes at once, batches of 32; {FULL} callers of h2load, "
-        f"queue delay {FILL_US / 1e3:g} ms or none"
+        f"processor time a request, {CORES} processes at once, batches of 32; {FULL} callers of h2load"
     )
 
 
@@ -295,8 +282,7 @@ OVERLOAD, DEADLINE_S, WIDE = 3.0, 0.1, 1000
 
 
 def overload(rounds: int, seconds: float) -> list[Figure]:
-    """Three times as many requests as one instance can answer, each with a deadline of 100 ms that goes along: from
-    callers that send them all, and from callers that do as our client does (trirank.ThrottlePolicy).
+    """Three times as many requests as one instance can answer, each with a deadline of 100 ms that goes along.
 
     One instance and 1,000 candidates, so that the load generator has a core to itself at that rate, too.
     """
@@ -309,20 +295,18 @@ def overload(rounds: int, seconds: float) -> list[Figure]:
         for number in range(rounds):
             at = capacity(running, guess, seconds, 2000 + 100 * number)
             guess = at.rate
+            run = load.open_loop(
+                running.target, OVERLOAD * at.rate, seconds, [running.pid], 2500 + number, deadline_s=DEADLINE_S
+            )
+            in_time = run.latencies_ms <= DEADLINE_S * 1e3
             found.note("overload_capacity_rps", at.rate)
-            for throttle, callers in ((True, ""), (False, "_unthrottled")):
-                run = load.open_loop(
-                    running.target, OVERLOAD * at.rate, seconds, [running.pid], 2500 + number, DEADLINE_S, throttle
-                )
-                in_time = run.latencies_ms <= DEADLINE_S * 1e3
-                found.note(f"goodput_at_3x_overload{callers}_ratio", run.offered * float(in_time.mean()) / at.rate)
-                found.note(f"overload{callers}_refused_p99_ms", float(np.percentile(run.refused_ms, 99)))
-                found.note(f"overload{callers}_never_answered_ratio", run.unanswered)
+            found.note("goodput_at_3x_overload_ratio", run.offered * float(in_time.mean()) / at.rate)
+            found.note("overload_refused_p99_ms", float(np.percentile(run.refused_ms, 99)))
+            found.note("overload_never_answered_ratio", run.unanswered)
             again = load.open_loop(running.target, 0.7 * at.rate, seconds, [running.pid], 2700 + number)
             found.note("after_overload_p99_ms", again.percentile(99))
             print(
-                f"overload: {at.rate:.0f}/s held, {found.last('goodput_at_3x_overload_ratio'):.3f} of it at thrice, "
-                f"{found.last('goodput_at_3x_overload_unthrottled_ratio'):.3f} from callers that send all",
+                f"overload: {at.rate:.0f}/s held, {found.last('goodput_at_3x_overload_ratio'):.3f} of it at thrice",
                 flush=True,
             )
     return found.figures(f"one instance, {WIDE} candidates, deadline {DEADLINE_S * 1e3:g} ms")

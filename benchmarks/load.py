@@ -153,13 +153,7 @@ def closed_loop(target: Target, callers: int, seconds: float, servers: list[int]
 
 
 def open_loop(
-    target: Target,
-    rate: float,
-    seconds: float,
-    servers: list[int],
-    seed: int = 0,
-    deadline_s: float = 0.0,
-    throttle: bool = False,
+    target: Target, rate: float, seconds: float, servers: list[int], seed: int = 0, deadline_s: float = 0.0
 ) -> Run:
     """Requests as a Poisson process of ``rate`` a second, whatever becomes of those before (see open_loop.py).
 
@@ -167,7 +161,6 @@ def open_loop(
 
     Args:
         deadline_s: goes along with each request of ours, as our client sends it; 0: none.
-        throttle: whether callers leave requests unsent as our client does; those are refused.
     """
     with tempfile.TemporaryDirectory() as folder:
         bodies = [Path(folder, f"{at}.body") for at in range(len(target.bodies))]
@@ -177,7 +170,6 @@ def open_loop(
             "address": target.address, "path": target.path, "headers": target.headers, "http1": target.http1,
             "bodies": [str(path) for path in bodies], "rate": rate, "seconds": seconds, "seed": seed,
             "connections": CONNECTIONS, "channels": CHANNELS, "patience_s": 10.0, "deadline_s": deadline_s,
-            "throttle": throttle,
         }  # fmt: skip
         Path(folder, "plan.json").write_text(json.dumps(plan))
         command = [
@@ -218,8 +210,8 @@ class Capacity:
 def capacity(running: Running, guess: float, seconds: float, seed: int) -> Capacity:
     """Bracket the highest rate that holds by steps of a fifth, then halve the bracket (geometrically) twice, to 5 %.
 
-    A rate that does not hold is tried once more: whatever else this machine does makes it fail, and nothing makes it
-    hold that the server could not bear.
+    A rate that does not hold is tried once more, for every server alike: what else this machine does makes far more
+    rates fail that a server can bear than luck makes others hold.
     """
     low, high, kept, failing = 0.0, np.inf, None, (np.inf, np.inf)
     rate, halved = guess, 0

@@ -7,7 +7,7 @@ was sent, and so drifts by half a millisecond a request; clients in Python take 
 take. This is one thread on uvloop, which writes bytes that were made beforehand: HTTP/1.1 requests over a pool of
 connections, of which one that is free is taken, or streams of HTTP/2. Of the answers it looks at no more than where
 they end and whether they are answers. A latency counts from the moment at which its request was to be sent, also
-where this program was late itself. Callers may do as our client does under overload, by its own rules.
+where this program was late itself.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import uvloop
-from trirank import ThrottlePolicy, _codec
-from trirank._budget import Throttle
+from trirank import _codec
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RESET, _SETTINGS, _PING, _AWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
@@ -199,7 +198,6 @@ async def drive(plan: dict) -> np.ndarray:
     answered, outcomes = np.full(len(due), np.nan), np.full(len(due), _UNANSWERED, np.float64)
     open_ones, finished = len(due), asyncio.Event()
     clock, loop = time.perf_counter, asyncio.get_running_loop()
-    throttle, deadline_s = Throttle(ThrottlePolicy()) if plan["throttle"] else None, plan["deadline_s"]
 
     def done(number: int, outcome: int) -> None:
         nonlocal open_ones
@@ -208,36 +206,28 @@ async def drive(plan: dict) -> np.ndarray:
         if not open_ones:
             finished.set()
 
-    def ended(number: int, outcome: int) -> None:
-        done(number, outcome)
-        if throttle is not None:
-            throttle.ended(answered=outcome == _OK and answered[number] - due[number] <= deadline_s)
-
     host, port = plan["address"].rsplit(":", 1)
     senders = []
     if plan["http1"]:
-        pool = Pool(plan, ended)
+        pool = Pool(plan, done)
         for _ in range(plan["connections"]):
             _, connection = await loop.create_connection(lambda: Http1(pool), host, int(port))
             pool.add(connection)
         senders = [pool]
     else:
         for _ in range(plan["channels"]):
-            _, connection = await loop.create_connection(lambda: Http2(plan, ended), host, int(port))
+            _, connection = await loop.create_connection(lambda: Http2(plan, done), host, int(port))
             senders.append(connection)
     await asyncio.sleep(0.3)
     at, begin = 0, clock() + 0.05
     moments = due.tolist()
-    if deadline_s:
+    if deadline_s := plan["deadline_s"]:
         for sender in senders:
             sender.give_time(deadline_s)
     while at < len(moments):
         now = clock() - begin
         while at < len(moments) and moments[at] <= now:
-            if throttle is None or throttle.admits():
-                senders[at % len(senders)].send(at, bodies[picked[at]])
-            else:
-                done(at, _REFUSED)
+            senders[at % len(senders)].send(at, bodies[picked[at]])
             at += 1
         if at < len(moments):
             await asyncio.sleep(max(0.0, moments[at] - (clock() - begin)))

@@ -186,22 +186,17 @@ def stores_of(ensemble: Path) -> Stores:
     return usual_stores(ensemble, None, None)
 
 
-def parts_of_the_demo() -> tuple[TrainedRun, Dataset, Path]:
-    """What the demo's release was assembled from."""
-    work = ROOT / "work" / "demo"
-    return TrainedRun.load(work / "compression" / LINK), Dataset.load(work / "data"), work / "ranker.onnx"
-
-
 def releases() -> dict[str, Path]:
     """The demo's, and the same with all stages in one process, of which there is one or one a core."""
     ensemble = build(ROOT / "work" / "demo")
-    run, dataset, onnx = parts_of_the_demo()
+    work = ROOT / "work" / "demo"
+    run, dataset = TrainedRun.load(work / "compression" / LINK), Dataset.load(work / "data")
     # Servers, the bare ones among them, and this process look up users in the same file.
     os.environ.update(stores_of(ensemble).environment())
     found = {"ensemble": ensemble}
     for name, count in (("single", os.cpu_count() or 1), ("single_1_instance", 1)):
         found[name] = assemble(
-            run, dataset, onnx, WORK / "single", pipeline="single", engine=engine_of(ensemble),
+            run, dataset, work / "ranker.onnx", WORK / "single", pipeline="single", engine=engine_of(ensemble),
             instances=Instances(single=count),
         )  # fmt: skip
     return found

@@ -49,13 +49,11 @@ def limits() -> str:
         "throughput_vs_best_peer": "requests/s over the best framework's",
         "throughput_vs_grpc_aio": "requests/s over bare grpc.aio's",
         "p50_vs_grpc_aio_c1": "p50 of one caller over bare grpc.aio's",
-        "saturation_of_in_process": "processor time of the stages in process over that of a served request, in batches",
-        "saturation_of_in_process_without_delay": "the same without a queue delay that fills the batches",
+        "saturation_of_in_process": "processor time of the stages in process over that of a served request, batches",
         "cost_1000_over_200": "p50 of 1,000 candidates over that of 200, one caller",
         "shared_context_vs_bst_500": "time of BST over that of the recipe `sequences`, 500 candidates",
         "cross_attention_vs_bst_500": "the same over that of a ranker with cross-attention",
-        "goodput_at_3x_overload": "answers in time at three times the capacity, over the capacity, callers throttle",
-        "goodput_at_3x_overload_unthrottled": "the same where callers send all",
+        "goodput_at_3x_overload": "answers in time at three times the capacity, over the capacity",
         "soak_slope": "largest growth of memory, handles, shared memory or latency over the soak",
     }  # fmt: skip
     lines = ["| | | measured on |", "|---|---|---|"]

@@ -22,7 +22,7 @@ from trirank._errors import (
 )
 from trirank._events import Event
 from trirank._feedback import FeedbackEvent, FeedbackResult
-from trirank._options import EjectionPolicy, HedgePolicy, RetryPolicy, ThrottlePolicy, Tls
+from trirank._options import EjectionPolicy, HedgePolicy, RetryPolicy, Tls
 from trirank._types import History, RankedItem, RankRequest, RankResponse
 from trirank.contract import Behaviour, EventKind, Reason, Status, stable_id
 
@@ -46,7 +46,6 @@ __all__ = [
     "RetryPolicy",
     "HedgePolicy",
     "EjectionPolicy",
-    "ThrottlePolicy",
     "Tls",
     "Event",
     "RankError",

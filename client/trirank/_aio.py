@@ -19,16 +19,7 @@ from trirank._client import cannot_ask
 from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
 from trirank._feedback import FeedbackCall, FeedbackEvent, FeedbackResult
-from trirank._options import (
-    Balancing,
-    EjectionPolicy,
-    EventHooks,
-    HedgePolicy,
-    OnFailure,
-    RetryPolicy,
-    ThrottlePolicy,
-    Tls,
-)
+from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
 
 
@@ -47,7 +38,6 @@ class AsyncRankClient:
         hedge: HedgePolicy | None = None,
         balancing: Balancing = "least_loaded",
         ejection: EjectionPolicy | None = None,
-        throttle: ThrottlePolicy | None = ThrottlePolicy(),  # noqa: B008  # frozen
         on_failure: OnFailure = "raise",
         tls: Tls | None = None,
         token: str | Callable[[], str] | None = None,
@@ -58,8 +48,8 @@ class AsyncRankClient:
     ) -> None:
         self._core = Core(
             Target(addresses, tls, token, resolve_every_s), deadline_s=deadline_s, model=model, retry=retry,
-            hedge=hedge, balancing=balancing, ejection=ejection, throttle=throttle, on_failure=on_failure,
-            metadata=metadata, event_hooks=event_hooks,
+            hedge=hedge, balancing=balancing, ejection=ejection, on_failure=on_failure, metadata=metadata,
+            event_hooks=event_hooks,
         )  # fmt: skip
         self._channels: dict[str, tuple[int, Any, Any]] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -234,7 +224,7 @@ class AsyncRankClient:
             raise
 
         async def send() -> Any:
-            return await stub.ModelInfer(attempt.message, timeout=attempt.timeout_s, metadata=call.metadata)
+            return await stub.ModelInfer(call.message(attempt), timeout=attempt.timeout_s, metadata=call.metadata)
 
         under_way[asyncio.ensure_future(send())] = attempt
 

@@ -1,14 +1,8 @@
-"""What keeps calls few where they would do harm, and tells when a call takes unusually long."""
+"""What keeps extra calls few, and tells when a call takes unusually long."""
 
 from __future__ import annotations
 
-import math
-import random
 import threading
-import time
-from collections.abc import Callable
-
-from trirank._options import ThrottlePolicy
 
 
 class TokenBucket:
@@ -64,58 +58,6 @@ class TokenBucket:
                 return False
             self._tokens -= 1
             return True
-
-
-class Throttle:
-    """Which calls are not sent, since servers would turn them away ("client-side throttling" in "Handling Overload",
-    Site Reliability Engineering, O'Reilly 2016): each with probability (calls - allowance * answered) / (calls + 1) of
-    the last while. Calls count when they end, so that many at once are no overload."""
-
-    _FEW = 10
-    """Calls turned away that say nothing yet."""
-
-    def __init__(
-        self,
-        policy: ThrottlePolicy,
-        clock: Callable[[], float] = time.monotonic,
-        draw: Callable[[], float] = random.random,
-    ) -> None:
-        self._policy = policy
-        self._clock, self._draw = clock, draw
-        self._calls = self._answered = 0.0
-        self._at = clock()
-        self._lock = threading.Lock()
-
-    def admits(self) -> bool:
-        """Whether a call is to be sent; one that is not counts as turned away."""
-        if not self._calls > self._answered:  # always so until one is turned away
-            return True
-        with self._lock:
-            self._fade()
-            if self._calls - self._answered < self._FEW:
-                return True
-            excess = (self._calls - self._policy.allowance * self._answered) / (self._calls + 1)
-            if self._draw() >= min(excess, self._policy.max_share):
-                return True
-            self._calls += 1
-            return False
-
-    def ended(self, answered: bool) -> None:
-        """A call that was sent was answered, or turned away."""
-        with self._lock:
-            self._fade()
-            self._calls += 1
-            self._answered += answered
-
-    @property
-    def turned_away(self) -> tuple[int, int]:
-        """About how many of the last calls were, and of how many."""
-        return round(self._calls - self._answered), round(self._calls)
-
-    def _fade(self) -> None:
-        now = self._clock()
-        left = math.exp((self._at - now) / self._policy.window_s)
-        self._calls, self._answered, self._at = self._calls * left, self._answered * left, now
 
 
 _UNUSUAL = 2.0

@@ -19,16 +19,7 @@ from trirank._channels import Target, make_stub
 from trirank._core import Again, Attempt, Call, Core, checked_deadline
 from trirank._errors import ClientClosed, RankError, Unavailable, from_grpc
 from trirank._feedback import FeedbackCall, FeedbackEvent, FeedbackResult
-from trirank._options import (
-    Balancing,
-    EjectionPolicy,
-    EventHooks,
-    HedgePolicy,
-    OnFailure,
-    RetryPolicy,
-    ThrottlePolicy,
-    Tls,
-)
+from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy, Tls
 from trirank._types import RankRequest, RankResponse
 
 _OLD_CHANNELS_S = 60.0
@@ -44,7 +35,6 @@ class RankClient:
         deadline_s: seconds a call may take in all, retries and hedges included, unless it says otherwise.
         retry: None: never.
         hedge: None: never; otherwise with two servers or more.
-        throttle: None: every call is sent, also where servers turn most of them away.
         on_failure: ``retrieval_order`` answers with the candidates as retrieval had them, marked as degraded, where
             ``raise`` raises; requests that are at fault themselves are raised always.
         token: a bearer token, or a function that gives one.
@@ -66,7 +56,6 @@ class RankClient:
         hedge: HedgePolicy | None = None,
         balancing: Balancing = "least_loaded",
         ejection: EjectionPolicy | None = None,
-        throttle: ThrottlePolicy | None = ThrottlePolicy(),  # noqa: B008  # frozen
         on_failure: OnFailure = "raise",
         tls: Tls | None = None,
         token: str | Callable[[], str] | None = None,
@@ -77,8 +66,8 @@ class RankClient:
     ) -> None:
         self._core = Core(
             Target(addresses, tls, token, resolve_every_s), deadline_s=deadline_s, model=model, retry=retry,
-            hedge=hedge, balancing=balancing, ejection=ejection, throttle=throttle, on_failure=on_failure,
-            metadata=metadata, event_hooks=event_hooks,
+            hedge=hedge, balancing=balancing, ejection=ejection, on_failure=on_failure, metadata=metadata,
+            event_hooks=event_hooks,
         )  # fmt: skip
         self._channels: dict[str, tuple[int, Any, Any]] = {}
         self._old: list[tuple[float, Any]] = []
@@ -234,7 +223,7 @@ class RankClient:
             return self._send_hedged(call, attempt)
         try:
             stub = self._stub(attempt.endpoint.address)
-            reply = stub.ModelInfer(attempt.message, timeout=attempt.timeout_s, metadata=call.metadata)
+            reply = stub.ModelInfer(call.message(attempt), timeout=attempt.timeout_s, metadata=call.metadata)
         except grpc.RpcError as error:
             raise _Failed(attempt, error) from None
         except BaseException:
@@ -249,7 +238,7 @@ class RankClient:
         def start(one: Attempt) -> None:
             try:
                 stub = self._stub(one.endpoint.address)
-                future = stub.ModelInfer.future(one.message, timeout=one.timeout_s, metadata=call.metadata)
+                future = stub.ModelInfer.future(call.message(one), timeout=one.timeout_s, metadata=call.metadata)
             except BaseException:
                 call.given_up(one)
                 raise

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from trirank import _codec, contract
-from trirank._budget import LateTimes, Throttle, TokenBucket
+from trirank._budget import LateTimes, TokenBucket
 from trirank._channels import Target
 from trirank._errors import (
     ClientClosed,
@@ -34,15 +34,7 @@ from trirank._errors import (
     kind_of,
 )
 from trirank._events import EVENTS, Event, tell
-from trirank._options import (
-    Balancing,
-    EjectionPolicy,
-    EventHooks,
-    HedgePolicy,
-    OnFailure,
-    RetryPolicy,
-    ThrottlePolicy,
-)
+from trirank._options import Balancing, EjectionPolicy, EventHooks, HedgePolicy, OnFailure, RetryPolicy
 from trirank._pool import Endpoint, Pool
 from trirank._types import RankRequest, RankResponse
 from trirank.contract import Status
@@ -53,7 +45,8 @@ _ATTEMPT_MEANS, _BLAMED_MEANS, _SHORT_S, _CONNECT_S = 10.0, 3.0, 0.05, 1.0
 and no less than so many seconds, a server that has not answered is to blame, and not its caller's haste. A first
 attempt, which connects and asks for the contract, gets longer, and a server that has answered nobody yet."""
 _SKEW_S = 0.005
-"""A server that says "too late" with more time left than this has another clock."""
+"""A server that says "too late" with more time left than this has another clock, and one that says "waited too long" so
+much before that can be true."""
 
 
 @dataclass
@@ -61,20 +54,20 @@ class Attempt:
     """One message to one server.
 
     Attributes:
-        message: the ModelInferRequest, as bytes.
         timeout_s: for the call: what is left of the deadline, or less where another server could still be tried.
         hedge: whether it runs beside another one.
         reserved: whether a retry has been paid for it already, since its time is limited.
-        sent_moment: whether the deadline went along as a moment.
+        sent_moment: whether the deadline goes along as a moment.
+        stamped: when that was written; 0: not yet.
     """
 
     endpoint: Endpoint
-    message: bytes
     started: float
     timeout_s: float
     hedge: bool = False
     reserved: bool = False
     sent_moment: bool = False
+    stamped: float = 0.0
 
 
 class Again(Exception):
@@ -94,7 +87,6 @@ class Core:
         hedge: HedgePolicy | None,
         balancing: Balancing,
         ejection: EjectionPolicy | None,
-        throttle: ThrottlePolicy | None,
         on_failure: OnFailure,
         metadata: Mapping[str, str] | None,
         event_hooks: EventHooks | None,
@@ -116,7 +108,6 @@ class Core:
         self.retries = TokenBucket(self.retry.budget, start=10.0)
         self.hedges = TokenBucket(hedge.budget if hedge else 0.0)
         self.times = LateTimes(hedge.quantile) if hedge else None
-        self.throttle = Throttle(throttle) if throttle else None
         self.ids: dict[str, str] = {}
         """Whether the servers' ids of ``item`` and ``user`` are numbers or strings; empty: not known."""
         self.closed = False
@@ -185,7 +176,6 @@ class Call:
         self._sent = self._retried = 0
         self._tried: frozenset[str] = frozenset()
         self._address = ""
-        self._turned_away = False
         self._event = Event("request", request) if core.hooks else None
         core.retries.earn()
         if core.hedge:
@@ -203,15 +193,11 @@ class Call:
 
         Raises:
             DeadlineExceeded: there is no time left for it.
-            Overloaded: it would be turned away.
             Unavailable: there is no server, or no token.
         """
         core = self._core
         if self.left_s <= 0:
             raise self._error(DeadlineExceeded, "no time was left to call a server")
-        if not self._sent and core.throttle is not None and not core.throttle.admits():
-            few, all_ = core.throttle.turned_away
-            raise self._error(Overloaded, f"not sent: of the last {all_} calls or so, {few} were not answered in time")
         if self.metadata is None:
             added = self._event.metadata if self._event is not None else []
             self.metadata = [*core.metadata, *core.target.credentials_metadata(), *added]
@@ -252,12 +238,17 @@ class Call:
         self._tried |= {endpoint.address}
         self._sent += 1
         agrees = self._core.pool.clock_agrees(endpoint)
-        message = self._message
-        if agrees:
-            message = _codec.with_deadline(message, self._moment_us, int(time.time() * 1e6))
         self._address = endpoint.address
         self._tell(event)
-        return Attempt(endpoint, message, time.monotonic(), self.left_s, hedge=event == "hedge", sent_moment=agrees)
+        return Attempt(endpoint, time.monotonic(), self.left_s, hedge=event == "hedge", sent_moment=agrees)
+
+    def message(self, attempt: Attempt) -> bytes:
+        """The ModelInferRequest to send now: whatever came before it, a handshake for instance, is no wait in a queue of
+        the server's."""
+        if not attempt.sent_moment:
+            return self._message
+        attempt.stamped = time.monotonic()
+        return _codec.with_deadline(self._message, self._moment_us, int(time.time() * 1e6))
 
     def answered(self, attempt: Attempt, reply: Any) -> RankResponse:
         """An attempt was answered.
@@ -282,8 +273,6 @@ class Call:
         self._core.pool.done(attempt.endpoint, healthy=True, began=attempt.started)
         if self._core.times is not None:
             self._core.times.add(time.monotonic() - attempt.started)
-        if self._core.throttle is not None:
-            self._core.throttle.ended(answered=True)
         self._tell("response", response=response)
         return response
 
@@ -322,7 +311,6 @@ class Call:
         if clocks_differ:
             if not attempt.sent_moment:
                 raise found
-            core.pool.clock_differs(attempt.endpoint)
             return 0.0
         pause = self._pause(kind, attempt, error)
         if pause is None or pause >= self.left_s:
@@ -335,14 +323,12 @@ class Call:
         another clock, since it found more time gone than there was."""
         status, details = error.code(), error.details() or error.code().name
         kind, too_late = kind_of(status, details), contract.TOO_LATE in details
-        gone, whole = time.monotonic() - attempt.started, self._ends - attempt.started
-        patient = contract.WAITED not in details or gone >= contract.PATIENCE * whole - _SKEW_S
-        clocks_differ = (too_late and self.left_s > _SKEW_S) or not patient
-        healthy = self._healthy(kind, status, attempt)
-        self._turned_away = not clocks_differ and (
-            kind is Overloaded or (kind is DeadlineExceeded and healthy is False)
-        )
-        healthy = None if too_late else healthy
+        gone, whole = time.monotonic() - attempt.stamped, self._ends - attempt.stamped
+        hasty = contract.WAITED in details and gone < contract.PATIENCE * whole - _SKEW_S
+        clocks_differ = hasty or (too_late and self.left_s > _SKEW_S)
+        if clocks_differ and attempt.sent_moment:
+            self._core.pool.clock_differs(attempt.endpoint)
+        healthy = None if too_late else self._healthy(kind, status, attempt)
         if status is grpc.StatusCode.UNAVAILABLE and kind is Unavailable:
             attempt.endpoint.checked = False  # what comes back at this address may be of another version
         self._core.pool.done(attempt.endpoint, healthy, attempt.started)
@@ -415,8 +401,6 @@ class Call:
         Raises:
             RankError: the error, where the caller wants it, or where the request itself is at fault.
         """
-        if self._turned_away and self._core.throttle is not None:
-            self._core.throttle.ended(answered=False)
         if self._on_failure == "raise" or isinstance(error, InvalidRequest | ClientClosed):
             self._tell("error", error=error)
             raise error

@@ -61,7 +61,7 @@ class DeadlineExceeded(RankError, TimeoutError):
 
 
 class Overloaded(RankError):
-    """The request waited too long in the server's queue, or found it full."""
+    """The request could not have been answered in time, waited too long in a queue, or found it full."""
 
 
 class Unavailable(RankError, ConnectionError):

@@ -66,28 +66,6 @@ class HedgePolicy:
 
 
 @dataclass(frozen=True)
-class ThrottlePolicy:
-    """Under overload, calls that would be turned away are not sent but end as Overloaded at once: what a refusal costs
-    a server is then there for answers (Site Reliability Engineering, O'Reilly 2016, "Handling Overload").
-
-    Attributes:
-        allowance: so many calls are sent for each that is answered. The more above 1, the sooner a client notices that
-            there is room again, and the more its server refuses.
-        window_s: what counts fades with this time constant.
-        max_share: at most this share of calls is not sent, so that the end of an overload is noticed.
-    """
-
-    allowance: float = 1.25
-    window_s: float = 1.0
-    max_share: float = 0.9
-
-    def __post_init__(self) -> None:
-        """Raises InvalidRequest if a value is out of range."""
-        if not self.allowance >= 1 or not self.window_s > 0 or not 0 <= self.max_share < 1:
-            raise InvalidRequest(f"{self}: allowance from 1 on, window_s above 0, max_share from 0 to below 1")
-
-
-@dataclass(frozen=True)
 class EjectionPolicy:
     """A server that fails again and again is left alone for a while, then tried with few calls at first.
 

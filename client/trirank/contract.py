@@ -35,9 +35,11 @@ DEADLINE_PARAMETER = "trirank_deadline_us"
 """Of a request: microseconds since 1970 after which no stage works on it any more. Triton's own timeout is counted anew
 in every step of an ensemble (triton-inference-server/server #7512); a moment is not."""
 SENT_PARAMETER = "trirank_sent_us"
-"""Of a request: microseconds since 1970 at which it was sent. A stage that finds nothing but requests that have waited
-for PATIENCE of their time refuses those; one that was sent without a moment has no such limit."""
+"""Of a request: microseconds since 1970 at which it was sent. Without it a request has no limit to its wait but its
+deadline."""
 PATIENCE = 1 / 3
+"""The share of the time from when it was sent to its deadline that a request may wait in a queue that stands
+(trirank_backend.admission.Queue)."""
 TOO_LATE = "its deadline has passed"
 """What a stage says, as UNAVAILABLE, of a request that it did not work on for that reason."""
 OVERLOADED = "more has come in than can be answered in time"

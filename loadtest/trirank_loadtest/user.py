@@ -53,12 +53,12 @@ def _end_with_the_shape(environment: Any, **_: Any) -> None:
     """Locust by itself goes on to the end of its run time, however soon all users are done."""
     options = environment.parsed_options
     if options.shape_seconds and options.headless and not options.worker:
-        gevent.spawn(_quit_when_done, environment.runner)
+        environment.events.spawning_complete.add_listener(lambda **_: gevent.spawn(_quit_when_done, environment.runner))
 
 
 def _quit_when_done(runner: Any) -> None:
     seen = 0
-    while not seen or runner.user_count:
+    while not seen or runner.user_count:  # a master may be told late how many there are
         seen = max(seen, runner.user_count)
         gevent.sleep(0.1)
     runner.quit()

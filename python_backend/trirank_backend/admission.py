@@ -12,8 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from trirank.contract import PATIENCE
+
+
+class Wait(NamedTuple):
+    """Of a request: how long it has waited, and how much time it had from when it was sent to its deadline."""
+
+    waited_s: float
+    whole_s: float
+
 
 _WEIGHT = 0.2
 """Of the newest batch in what is known of the cost."""
@@ -66,19 +75,26 @@ class Queue:
     "Fail at Scale", ACM Queue 13(8), 2015)."""
 
     def __init__(self) -> None:
-        self._long_since = self._idle_since = -math.inf
+        self._long_since: float | None = None
+        self._idle_since = -math.inf
 
-    def waited_too_long(self, waited: Sequence[float], now_s: float) -> list[bool]:
-        """Whether each request of a batch is refused for that reason.
+    def waited_too_long(self, waits: Sequence[Wait | None], now_s: float) -> list[bool]:
+        """Whether each request of a batch is refused for that reason. Who said nothing of it is not, and says nothing of
+        the queue; nor does who was sent in the future by this machine's clock.
 
         Args:
-            waited: for how much of its time, from 0 to 1, each has waited.
             now_s: on a clock that is not set.
         """
-        if min(waited, default=0.0) <= _SHORT or now_s - self._idle_since > _STANDS_S:
-            self._long_since = now_s
-        stands = now_s - self._long_since >= _STANDS_S
-        return [stands and share > PATIENCE for share in waited]
+        known = [wait for wait in waits if wait is not None and wait.waited_s >= 0]
+        if known:
+            # Those with the least time are who the queue is to be short for.
+            short = min(wait.waited_s for wait in known) <= _SHORT * min(wait.whole_s for wait in known)
+            if short:
+                self._long_since = None
+            elif self._long_since is None or now_s - self._idle_since > _STANDS_S:
+                self._long_since = now_s
+        stands = self._long_since is not None and now_s - self._long_since >= _STANDS_S
+        return [stands and wait is not None and wait.waited_s > PATIENCE * wait.whole_s for wait in waits]
 
     def idle(self, now_s: float) -> None:
         """A batch is done."""

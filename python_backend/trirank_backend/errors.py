@@ -1,7 +1,7 @@
 """BackendError
 ├── InvalidInput       a request breaks the contract; becomes INVALID_ARGUMENT
 ├── TooLate            its caller's deadline has passed; becomes UNAVAILABLE
-├── Overloaded         it could not be answered before its deadline; becomes UNAVAILABLE
+├── Overloaded         it could not be answered in time, or waited too long; becomes UNAVAILABLE
 ├── BrokenScores       the ranker gave what is no number; becomes INTERNAL
 ├── StageFailed        something else went wrong in one request; becomes INTERNAL
 ├── StoreFailed        a store did not answer, or not in time; becomes UNAVAILABLE
@@ -38,7 +38,7 @@ class TooLate(BackendError):
 
 
 class Overloaded(BackendError):
-    """Nobody would wait for the answer any more by the time that it is there."""
+    """More has come in than can be answered in time, and this request is of those that are not."""
 
 
 class BrokenScores(BackendError):

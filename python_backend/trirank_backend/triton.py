@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from trirank import contract
 
-from trirank_backend.admission import Admission, Queue
+from trirank_backend.admission import Admission, Queue, Wait
 from trirank_backend.errors import BackendError, InvalidInput, Overloaded, StageFailed, StoreFailed, TooLate
 from trirank_backend.requests import NamedTensors, Tensors
 
@@ -146,10 +146,10 @@ class Stage:
         worked on."""
         started = time.time()
         answers: list[Any] = [None] * len(requests)
-        moments, waited = zip(*(_moments(request, started) for request in requests), strict=True)
+        moments, waits = zip(*(_moments(request, started) for request in requests), strict=True)
         in_time = [at for at, moment in enumerate(moments) if moment >= started * 1e6]
         if self._queue is not None:
-            too_long = self._queue.waited_too_long([waited[at] for at in in_time], time.monotonic())
+            too_long = self._queue.waited_too_long([waits[at] for at in in_time], time.monotonic())
             for at in [at for at, is_refused in zip(in_time, too_long, strict=True) if is_refused]:
                 answers[at] = Overloaded(f"{self._name} did not work on it: {contract.WAITED}")
                 in_time.remove(at)
@@ -240,17 +240,26 @@ def _code(error: BackendError) -> Any:
     return pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INTERNAL
 
 
-def _moments(request: Any, now_s: float) -> tuple[float, float]:
-    """The deadline in microseconds since 1970, and for how much of its time, from 0 to 1, a request has waited;
-    infinite and 0 where the caller named none. Asking whether a request was cancelled would do as well, but costs a
-    message to the server and back, 0.1 ms (a parameter: 4 µs)."""
+def _moments(request: Any, now_s: float) -> tuple[float, Wait | None]:
+    """The deadline in microseconds since 1970, infinite where the caller named none, and what is known of the wait.
+    Asking whether a request was cancelled would do as well, but costs a message to the server and back, 0.1 ms (a
+    parameter: 4 µs)."""
     parameters = request.parameters()
     if contract.DEADLINE_PARAMETER not in parameters:
-        return math.inf, 0.0
+        return math.inf, None
     try:
         named = json.loads(parameters)
-        deadline = float(named.get(contract.DEADLINE_PARAMETER, math.inf))
-        sent = float(named.get(contract.SENT_PARAMETER, math.inf))
+        deadline = _number(named, contract.DEADLINE_PARAMETER)
+        sent = _number(named, contract.SENT_PARAMETER)
+    except (AttributeError, ValueError):
+        return math.inf, None
+    if not sent < deadline < math.inf:
+        return deadline, None
+    return deadline, Wait(now_s - sent / 1e6, (deadline - sent) / 1e6)
+
+
+def _number(named: dict[str, Any], name: str) -> float:
+    try:
+        return float(named.get(name, math.inf))
     except (TypeError, ValueError):
-        return math.inf, 0.0
-    return deadline, (now_s * 1e6 - sent) / (deadline - sent) if sent < deadline < math.inf else 0.0
+        return math.inf

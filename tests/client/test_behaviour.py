@@ -25,7 +25,6 @@ from trirank import (
     RankResponse,
     RetryPolicy,
     Status,
-    ThrottlePolicy,
     Tls,
     contract,
     packing,
@@ -165,6 +164,7 @@ def test_the_deadline_travels(server):
     parameters = server.seen[0][0].parameters
     assert "timeout" not in parameters  # a queue that heard it would let requests sleep: docs/performance.md
     assert abs(parameters[contract.DEADLINE_PARAMETER].int64_param / 1e6 - before - 0.5) < 0.2
+    assert abs(parameters[contract.SENT_PARAMETER].int64_param / 1e6 - before) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -221,46 +221,6 @@ def test_extra_load_is_bounded(server):
             with pytest.raises(trirank.Unavailable):
                 client.rank(REQUEST)
     assert len(server.seen) <= 200 * 1.1 + 10
-
-
-def test_calls_that_would_be_turned_away_are_not_sent(server):
-    server.script = [grpc.StatusCode.RESOURCE_EXHAUSTED] * 10_000
-    policy = ThrottlePolicy(window_s=0.3)
-    with RankClient(server.address, retry=None, throttle=policy, on_failure="retrieval_order") as client:
-        assert all(client.rank(REQUEST).degraded for _ in range(400))
-        assert len(server.seen) < 200
-        errors = []
-        for _ in range(50):
-            with pytest.raises(trirank.Overloaded) as caught:
-                client.rank(REQUEST, on_failure="raise")
-            errors.append(caught.value)
-        unsent = [error for error in errors if not error.attempts]
-        assert len(unsent) > 25
-        assert "not sent: of the last" in str(unsent[0])
-        server.script = []
-        end = time.monotonic() + 30
-        while any(client.rank(REQUEST).degraded for _ in range(20)):
-            assert time.monotonic() < end, "it never opened again"
-    server.script, server.seen = [grpc.StatusCode.RESOURCE_EXHAUSTED] * 10_000, []
-    with RankClient(server.address, retry=None, throttle=None) as client:
-        for _ in range(100):
-            with pytest.raises(trirank.Overloaded, match="on purpose"):
-                client.rank(REQUEST)
-    assert len(server.seen) == 100
-
-
-def test_failures_of_other_kinds_throttle_nobody(server):
-    server.script = [grpc.StatusCode.INTERNAL] * 200 + [0.02] * 40
-    with RankClient(server.address, retry=None) as client:
-        for _ in range(200):
-            with pytest.raises(trirank.ServerError):
-                client.rank(REQUEST)
-        for _ in range(40):  # their own haste
-            with pytest.raises(trirank.DeadlineExceeded):
-                client.rank(REQUEST, deadline_s=0.005)
-        assert len(client.rank(REQUEST)) == 2
-    with pytest.raises(InvalidRequest, match="allowance from 1 on"):
-        ThrottlePolicy(allowance=0.5)
 
 
 def test_a_slow_call_is_hedged_and_the_loser_cancelled(servers):
@@ -494,6 +454,16 @@ def test_a_handshake_is_no_answer(tellers):
         assert max(client._core.times._times) < 0.14
 
 
+def test_a_handshake_is_no_wait_in_a_queue(tellers):
+    """A server that took it for one would refuse the call, and its clock would be thought to differ."""
+    server = tellers()
+    server.pause = 0.3
+    before = time.time()
+    with RankClient(server.address) as client:
+        client.rank(REQUEST, deadline_s=5)
+    assert server.seen[0][0].parameters[contract.SENT_PARAMETER].int64_param / 1e6 > before + 0.29
+
+
 def test_an_incompatible_server_is_left_alone_and_others_answer(tellers):
     old, new = tellers(), tellers()
     old.contract = "99"
@@ -592,7 +562,6 @@ def test_who_did_wait_long_was_turned_away(server):
         with pytest.raises(trirank.Overloaded, match=contract.WAITED):
             client.rank(REQUEST, deadline_s=1)
         assert client._core.pool.clock_agrees(client._core.pool.endpoints[0])
-        assert client._core.throttle.turned_away == (1, 1)
 
 
 def test_a_limit_of_an_attempt_ends_no_call_before_its_deadline(servers):

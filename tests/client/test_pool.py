@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 
 import pytest
-from trirank import EjectionPolicy, ThrottlePolicy, Unavailable
-from trirank._budget import LateTimes, Throttle, TokenBucket
+from trirank import EjectionPolicy, Unavailable
+from trirank._budget import LateTimes, TokenBucket
 from trirank._pool import Pool
 
 
@@ -229,55 +228,3 @@ def test_what_is_put_aside_is_nobody_elses_to_put_aside():
     bucket.redeem()
     bucket.redeem()
     assert not bucket.take()
-
-
-class Crowd:
-    """Calls at an even rate to a server that answers so many a second, ten at once, and turns the others away."""
-
-    def __init__(self, **policy):
-        self.now, rng = 0.0, random.Random(7)
-        self.throttle = Throttle(ThrottlePolicy(**policy), lambda: self.now, rng.random)
-
-    def call(self, rate, capacity, seconds):
-        """Calls sent, and answered, a second."""
-        sent = answered = 0
-        room = 10.0
-        for _ in range(int(rate * seconds)):
-            self.now += 1 / rate
-            room = min(10.0, room + capacity / rate)
-            if self.throttle.admits():
-                sent += 1
-                fits = room >= 1
-                room -= fits
-                answered += fits
-                self.throttle.ended(answered=fits)
-        return sent / seconds, answered / seconds
-
-
-def test_a_throttle_sends_little_more_than_is_answered():
-    crowd = Crowd()
-    assert crowd.call(rate=90, capacity=100, seconds=20) == (90, 90)
-    crowd.call(rate=300, capacity=100, seconds=10)
-    sent, answered = crowd.call(rate=300, capacity=100, seconds=20)
-    assert answered > 90
-    assert sent == pytest.approx(1.25 * answered, rel=0.1)
-
-
-def test_a_throttle_opens_when_there_is_room_again():
-    crowd = Crowd()
-    crowd.call(rate=300, capacity=0, seconds=20)
-    sent, _ = crowd.call(rate=300, capacity=0, seconds=20)
-    assert sent == pytest.approx(30, rel=0.3)  # max_share: one in ten tries
-    crowd.call(rate=300, capacity=1000, seconds=20)
-    assert crowd.call(rate=300, capacity=1000, seconds=10) == (300, 300)
-
-
-def test_a_few_that_are_turned_away_throttle_nobody():
-    throttle = Throttle(ThrottlePolicy(), lambda: 0.0, lambda: 0.0)
-    for _ in range(9):
-        throttle.ended(answered=False)
-    assert throttle.admits()
-    for _ in range(5):
-        throttle.ended(answered=False)
-    assert not throttle.admits()
-    assert throttle.turned_away == (15, 15)

@@ -226,11 +226,7 @@ def test_overload(server):
         errors = [each for each in found if isinstance(each, trirank.RankError)]
         assert errors
         assert {type(each) for each in errors} <= {trirank.DeadlineExceeded, trirank.Overloaded}
-        end = time.monotonic() + 10
-        while isinstance(answer := timed(lambda: client.rank(REQUEST, deadline_s=5), 5), trirank.Overloaded):
-            assert time.monotonic() < end, answer  # calls are sent again once the crowd is some seconds away
-            time.sleep(0.1)
-        assert len(answer) == RIGHT
+        assert len(client.rank(REQUEST, deadline_s=5)) == RIGHT
 
 
 def test_what_is_too_late_is_not_worked_on(server):

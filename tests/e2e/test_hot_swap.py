@@ -102,23 +102,25 @@ def test_swaps_under_load(world, single, others):
         threads = [threading.Thread(target=load) for _ in range(4)]
         for thread in threads:
             thread.start()
-        for name, release, models in (
-            ("world", single, ()), ("other", others["single"], ()), ("world", world.release, STAGES),
-            ("other", others["ensemble"], STAGES),
-        ):  # fmt: skip
-            server.swap(release)
-            seen.clear()
-            end = time.monotonic() + 10
-            while len(seen) < 20:
-                assert time.monotonic() < end
-                time.sleep(0.01)
-            assert set(seen[-4:]) == {name}
-            index = stub(server).RepositoryIndex(*controlled(server)).models
-            loaded = {model.name for model in index if model.state == "READY"}
-            assert loaded == {"rank", *(f"{model}_{release.name}" for model in models)}
-        stop.set()
-        for thread in threads:
-            thread.join()
+        try:
+            for name, release, models in (
+                ("world", single, ()), ("other", others["single"], ()), ("world", world.release, STAGES),
+                ("other", others["ensemble"], STAGES),
+            ):  # fmt: skip
+                server.swap(release)
+                seen.clear()
+                end = time.monotonic() + 10
+                while len(seen) < 20:
+                    assert time.monotonic() < end
+                    time.sleep(0.01)
+                assert set(seen[-4:]) == {name}
+                index = stub(server).RepositoryIndex(*controlled(server)).models
+                loaded = {model.name for model in index if model.state == "READY"}
+                assert loaded == {"rank", *(f"{model}_{release.name}" for model in models)}
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
         assert failed == []
         assert mixed == []
 

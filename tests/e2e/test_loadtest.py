@@ -115,12 +115,14 @@ def test_a_server_that_stalls_is_asked_all_the_same(world):
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Stalling(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
+    started_at = time.monotonic()
     try:
         found = run(
             Load([f"127.0.0.1:{port}"], world.release / "requests.json", 100, 5, through="grpc", deadline_s=5.0)
         )
     finally:
         server.stop(0)
+    assert time.monotonic() - started_at < 5 + 2 * 5.0  # ends with its load, though requests had five seconds to end
     assert found.errors == {}
     assert found.offered == pytest.approx(100, rel=0.25)
     assert found.percentile(50.0) < 200

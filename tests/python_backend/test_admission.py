@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 from trirank.contract import PATIENCE
-from trirank_backend.admission import Admission, Queue
+from trirank_backend.admission import Admission, Queue, Wait
 
 
 def knowing(cost_s):
@@ -54,8 +54,8 @@ def test_as_many_as_can_all_be_answered_in_time(left_s, cost_s):
 
 
 def looked_into(queue, waited, at_s):
-    """By a stage that works on what it finds for 10 ms."""
-    found = queue.waited_too_long(waited, at_s)
+    """By a stage that works for 10 ms on what it finds: requests that have a second each."""
+    found = queue.waited_too_long([Wait(each, 1.0) for each in waited], at_s)
     queue.idle(at_s + 0.01)
     return found
 
@@ -71,19 +71,32 @@ def test_in_a_queue_that_stands_those_who_waited_long_are_refused():
     queue, both = Queue(), [PATIENCE + 0.01, PATIENCE - 0.01]
     for at in range(11):
         assert looked_into(queue, both, at / 100) == [at == 10, False]
+    assert looked_into(queue, [], 0.15) == []  # all came too late: that is no short queue
     assert looked_into(queue, both, 0.2) == [True, False]
     assert looked_into(queue, [*both, 0.0], 0.21) == [False] * 3  # somebody has not waited: it is short again
 
 
-def test_long_batches_do_not_hide_that_it_stands():
+def test_one_long_batch_is_no_queue_and_two_are():
     queue = Queue()
-    assert queue.waited_too_long([0.9], 0.0) == [False]
+    assert looked_into(queue, [0.0], 0.0) == [False]
     queue.idle(0.5)
-    assert queue.waited_too_long([0.9], 0.5) == [True]
+    assert looked_into(queue, [0.5], 0.5) == [False]
+    queue.idle(1.0)
+    assert looked_into(queue, [0.5], 1.0) == [True]
 
 
 def test_a_stage_that_had_nothing_to_do_finds_no_queue():
     queue = Queue()
     looked_into(queue, [0.9], 0.0)
     assert looked_into(queue, [0.9], 10.0) == [False]
-    assert looked_into(queue, [], 10.2) == []
+
+
+def test_who_says_nothing_has_no_say():
+    """Nor who has so much time that no queue is long for him, or a clock that is ahead."""
+    queue = Queue()
+    others = [None, Wait(0.5, 60.0), Wait(-0.01, 1.0)]
+    for at in range(11):
+        found = queue.waited_too_long([Wait(0.5, 1.0), *others], at / 100)
+        queue.idle(at / 100)
+    assert found == [True, False, False, False]
+    assert queue.waited_too_long([None], 0.11) == [False]

@@ -119,17 +119,26 @@ def test_what_would_be_answered_too_late_is_told_at_once(stage):
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_stage_refuses_who_waited_long_in_a_queue_that_stands(monkeypatch, first):
     stage, _ = made_stage(monkeypatch, "X", *([contract.PACKED_REQUEST.name] if first else []))
-    asked_for = [sent(1, 50, 10), sent(2, 30, 30), sent(3, 20, 70)]  # of a minute, or a minute and a half
-    stage.execute(asked_for)
-    time.sleep(0.11)
-    stage.execute(asked_for)  # nothing to do before it: no queue
-    end = time.monotonic() + 0.11
-    while time.monotonic() < end:
-        stage.execute(asked_for)
-    one, other, patient = stage.execute(asked_for)
-    assert patient == {"X": [3]}
+    now = [time.monotonic()]
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: now[0])
+    monkeypatch.setattr(triton, "time", clock)
+    asked_for = [sent(1, 50, 10), sent(2, 30, 30), sent(3, 20, 70), request(4, 60)]
+    for _ in range(10):
+        assert stage.execute(asked_for) == [{"X": [1]}, {"X": [2]}, {"X": [3]}, {"X": [4]}]
+        now[0] += 0.0099
+    now[0] += 0.01
+    one, other, *patient = stage.execute(asked_for)
+    assert patient == [{"X": [3]}, {"X": [4]}]
     if first:
         assert (one.code, other.code) == ("UNAVAILABLE", "UNAVAILABLE")
         assert contract.WAITED in one.message
     else:
         assert (one, other) == ({"X": [1]}, {"X": [2]})
+
+
+def test_a_moment_of_sending_that_is_none_costs_no_deadline(stage):
+    stage, seen = stage
+    for value in ("soon", None, [], 1e18):
+        late = {contract.DEADLINE_PARAMETER: (time.time() - 1) * 1e6, contract.SENT_PARAMETER: value}
+        assert stage.execute([asked(np.array([1]), late)])[0].code == "UNAVAILABLE"
+    assert seen == []
