@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -202,6 +202,42 @@ def servers(names: list[str], rounds: int, seconds: float) -> list[Figure]:
             found.note(f"p50_vs_{name}_c1_ratio", found.last(f"{OURS}_p50_ms_c1") / found.last(f"{name}_p50_ms_c1"))
     note = f"{CANDIDATES} candidates, Poisson arrivals, p99 <= {P99_MS:g} ms, median of {rounds} rounds"
     return found.figures(note)
+
+
+LIGHT = ("grpc_aio", "fastapi")
+"""Peers that cost nothing while nobody asks them, and answer one caller fastest."""
+
+
+def one_caller(names: list[str], rounds: int, seconds: float) -> list[Figure]:
+    """How long one caller waits: all settings of all systems are up at once, they are asked in turns, a moment each, and
+    the setting with the best median over all rounds is its system's. A shared machine is now fast and now slow, for
+    minutes at a time; servers that are measured minutes apart do not compare."""
+    found, took = Rounds(), {}
+    requests = make_requests(releases()["ensemble"])
+    with ExitStack() as stack:
+        systems = all_systems([name for name in names if name in LIGHT], requests)
+        up = [
+            (name, words, stack.enter_context(start()))
+            for name, settings in systems.items()
+            if name != "nothing"
+            for words, start in settings
+        ]
+        for number in range(-1, rounds):
+            for name, words, running in up:
+                p50 = load.closed_loop(running.target, 1, seconds, [running.pid]).percentile(50)
+                if number >= 0:  # the first is to warm up
+                    took.setdefault((name, words), []).append(p50)
+    best = {}
+    for (name, words), each in took.items():
+        print(f"{name:14} {words:50} {statistics.median(each):6.3f} ms of one", flush=True)
+        if name not in best or statistics.median(each) < statistics.median(best[name]):
+            best[name] = each
+    for name, each in best.items():
+        for own, other in zip(best[OURS], each, strict=True):
+            found.note(f"{name}_p50_ms_c1", other)
+            if name != OURS:
+                found.note(f"p50_vs_{name}_c1_ratio", own / other)
+    return found.figures(f"{CANDIDATES} candidates, h2load, all servers up, in turns, median of {rounds} rounds")
 
 
 IN_PROCESS = """import os, sys, time
@@ -427,7 +463,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--soak-seconds", type=float, default=SOAK_S)
-    parts = ("servers", "limits", "sizes", "overload", "bst", "soak")
+    parts = ("servers", "one_caller", "limits", "sizes", "overload", "bst", "soak")
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     given = parser.parse_args()
@@ -437,6 +473,7 @@ def main() -> None:
     os.environ.update(stores_of(releases()["ensemble"]).environment())
     calls: dict[str, Callable[[], list[Figure]]] = {
         "servers": lambda: servers(given.peers, given.rounds, given.seconds),
+        "one_caller": lambda: one_caller(given.peers, 4 * given.rounds, given.seconds / 5),
         "limits": lambda: limits(given.rounds, given.seconds),
         "sizes": lambda: sizes(given.rounds, given.seconds),
         "overload": lambda: overload(given.rounds, given.seconds),

@@ -243,8 +243,8 @@ class Call:
         return Attempt(endpoint, time.monotonic(), self.left_s, hedge=event == "hedge", sent_moment=agrees)
 
     def message(self, attempt: Attempt) -> bytes:
-        """The ModelInferRequest to send now. What came before it, a handshake for instance, is no wait in a queue of the
-        server's."""
+        """The ModelInferRequest to send now, so that what came before, a handshake for instance, is no wait in a
+        server's queue."""
         if not attempt.sent_moment:
             return self._message
         attempt.stamped = time.monotonic()

@@ -79,8 +79,8 @@ class Queue:
         self._idle_since = -math.inf
 
     def waited_too_long(self, waits: Sequence[Wait | None], now_s: float) -> list[bool]:
-        """Whether each request of a batch is refused for that reason. One without a wait is not, and says nothing of the
-        queue; nor does one that was sent in the future by this machine's clock.
+        """Whether each request of a batch is refused for that reason. One without a wait is not, and says nothing of
+        the queue; nor does one that was sent in the future by this machine's clock.
 
         Args:
             now_s: on a clock that is not set.
