@@ -209,7 +209,7 @@ LIGHT = ("grpc_aio", "fastapi")
 
 
 def one_caller(names: list[str], rounds: int, seconds: float) -> list[Figure]:
-    """How long one caller waits: all settings of all systems are up at once, they are asked in turns, a moment each, and
+    """How long one caller waits: all settings of all systems are up at once, they are asked in turns, a moment each;
     the setting with the best median over all rounds is its system's. A shared machine is now fast and now slow, for
     minutes at a time; servers that are measured minutes apart do not compare."""
     found, took = Rounds(), {}
