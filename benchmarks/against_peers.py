@@ -234,7 +234,7 @@ def one_caller(names: list[str], rounds: int, seconds: float) -> list[Figure]:
             best[name] = each
     for name, each in best.items():
         for own, other in zip(best[OURS], each, strict=True):
-            found.note(f"{name}_p50_ms_c1", other)
+            found.note(f"one_caller_{name}_p50_ms", other)
             if name != OURS:
                 found.note(f"p50_vs_{name}_c1_ratio", own / other)
     return found.figures(f"{CANDIDATES} candidates, h2load, all servers up, in turns, median of {rounds} rounds")
@@ -339,8 +339,11 @@ def overload(rounds: int, seconds: float) -> list[Figure]:
             found.note("goodput_at_3x_overload_ratio", run.offered * float(in_time.mean()) / at.rate)
             found.note("overload_refused_p99_ms", float(np.percentile(run.refused_ms, 99)))
             found.note("overload_never_answered_ratio", run.unanswered)
-            again = load.open_loop(running.target, 0.7 * at.rate, seconds, [running.pid], 2700 + number)
+            again = load.open_loop(
+                running.target, 0.7 * at.rate, seconds, [running.pid], 2700 + number, deadline_s=DEADLINE_S
+            )
             found.note("after_overload_p99_ms", again.percentile(99))
+            found.note("after_overload_refused_ratio", float((~np.isfinite(again.latencies_ms)).mean()))
             print(
                 f"overload: {at.rate:.0f}/s held, {found.last('goodput_at_3x_overload_ratio'):.3f} of it at thrice",
                 flush=True,

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: none shall take the others'
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 DATA = Path(os.environ.get("TRIRANK_DATA", ROOT.parent / "shared" / "data"))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in this hook of its own
 def pytest_collection_modifyitems(items):
     """Servers one after the other, since they and those who measure them want a core for themselves; the other files
     beside them, each as a whole."""

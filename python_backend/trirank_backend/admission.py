@@ -65,8 +65,9 @@ class Admission:
         assert math.isfinite(self._cost_s)
 
 
-_STANDS_S, _SHORT = 0.1, PATIENCE / 4
-"""A queue in which for so long nobody was found who had waited for less than that share of their time stands."""
+_STANDS_S, _SHORT, _IDLE_S = 0.1, PATIENCE / 4, 0.01
+"""A queue in which for so long nobody was found who had waited for less than that share of their time stands, if the
+stage had no pause between its batches: where it had one, what looks like a wait is the network, or another clock."""
 
 
 class Queue:
@@ -86,15 +87,21 @@ class Queue:
             now_s: on a clock that is not set.
         """
         known = [wait for wait in waits if wait is not None and wait.waited_s >= 0]
-        if known:
+        least = min((wait.waited_s for wait in known), default=0.0)
+        if now_s - self._idle_since > _IDLE_S or (waits and not known):
+            self._long_since = None
+        elif known:
             # Those with the least time are who the queue is to be short for.
-            short = min(wait.waited_s for wait in known) <= _SHORT * min(wait.whole_s for wait in known)
-            if short:
+            if least <= _SHORT * min(wait.whole_s for wait in known):
                 self._long_since = None
-            elif self._long_since is None or now_s - self._idle_since > _STANDS_S:
+            elif self._long_since is None:
                 self._long_since = now_s
-        stands = self._long_since is not None and now_s - self._long_since >= _STANDS_S
-        return [stands and wait is not None and wait.waited_s > PATIENCE * wait.whole_s for wait in waits]
+        if self._long_since is None or now_s - self._long_since < _STANDS_S:
+            return [False] * len(waits)
+        return [
+            wait is not None and wait.waited_s > PATIENCE * wait.whole_s and least > _SHORT * wait.whole_s
+            for wait in waits
+        ]
 
     def idle(self, now_s: float) -> None:
         """A batch is done."""

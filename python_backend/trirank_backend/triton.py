@@ -146,7 +146,8 @@ class Stage:
         worked on."""
         started = time.time()
         answers: list[Any] = [None] * len(requests)
-        moments, waits = zip(*(_moments(request, started) for request in requests), strict=True)
+        told = [_moments(request, started) for request in requests]
+        moments, waits = [moment for moment, _ in told], [wait for _, wait in told]
         in_time = [at for at, moment in enumerate(moments) if moment >= started * 1e6]
         if self._queue is not None:
             too_long = self._queue.waited_too_long([waits[at] for at in in_time], time.monotonic())

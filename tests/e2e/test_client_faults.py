@@ -134,16 +134,18 @@ def test_broken_before_the_call(make, server, proxy, mode):
 
 
 def test_reset_in_flight(make, server, proxy):
-    client = make([proxy.address, server.grpc], deadline_s=3, balancing="round_robin")
+    seen, patient = [], RetryPolicy(attempt_timeout_s=2.5)
+    hooks = {"retry": [lambda event: seen.append(type(event.error))]}
+    client = make([proxy.address, server.grpc], deadline_s=3, balancing="round_robin", retry=patient, event_hooks=hooks)
     for _ in range(4):
         client.rank(REQUEST)
-    proxy.become("slow", 0.3)
-    # Before another server is tried, which is after 50 ms at least.
-    reset = threading.Timer(0.025, proxy.become, ["reset"])
+    proxy.become("slow", 1.0)
+    reset = threading.Timer(0.15, proxy.become, ["reset"])
     reset.start()
     answers = [timed(lambda: client.rank(REQUEST), 3) for _ in range(4)]
     reset.join()
     assert [len(answer) for answer in answers] == [RIGHT] * 4
+    assert trirank.Unavailable in seen
 
 
 def test_half_open(make, server, proxy):
@@ -240,7 +242,10 @@ def test_what_is_too_late_is_not_worked_on(server):
 
     # Moments without deadlines of gRPC's: Triton 2.51 may abort where it cancels what is answered (docs/serving.md).
     message, _ = _codec.encode(RankRequest(item_ids=list(range(1, 1001)), top_k=10), contract.ENSEMBLE)
+    with RankClient(server.grpc, deadline_s=10) as client:
+        client.rank(REQUEST)
     before = done()
+    assert before > 0
     with grpc.insecure_channel(server.grpc) as channel, ThreadPoolExecutor(64) as pool:
         stub = make_stub(channel)
 

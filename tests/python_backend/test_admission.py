@@ -62,18 +62,20 @@ def looked_into(queue, waited, at_s):
 
 def test_a_burst_is_waited_for():
     queue = Queue()
-    assert not any(any(looked_into(queue, [0.9, 0.5], at / 100)) for at in range(9))
-    assert not any(looked_into(queue, [0.6, 0.05], 0.095))  # there it ends
-    assert not any(any(looked_into(queue, [0.9, 0.5], 0.1 + at / 100)) for at in range(9))
+    assert not any(any(looked_into(queue, [0.9, 0.5], at / 100)) for at in range(10))
+    assert not any(looked_into(queue, [0.6, 0.05], 0.1))  # there it ends
+    assert not any(any(looked_into(queue, [0.9, 0.5], 0.11 + at / 100)) for at in range(10))
 
 
 def test_in_a_queue_that_stands_those_who_waited_long_are_refused():
     queue, both = Queue(), [PATIENCE + 0.01, PATIENCE - 0.01]
-    for at in range(11):
-        assert looked_into(queue, both, at / 100) == [at == 10, False]
-    assert looked_into(queue, [], 0.15) == []  # all came too late: that is no short queue
-    assert looked_into(queue, both, 0.2) == [True, False]
-    assert looked_into(queue, [*both, 0.0], 0.21) == [False] * 3  # somebody has not waited: it is short again
+    looked_into(queue, both, 0.0)
+    for at in range(1, 12):
+        assert looked_into(queue, both, at / 100) == [at == 11, False]
+    assert looked_into(queue, [], 0.12) == []  # all came too late: that is no short queue
+    assert looked_into(queue, both, 0.13) == [True, False]
+    assert looked_into(queue, [*both, 0.0], 0.14) == [False] * 3  # somebody has not waited: it is short again
+    assert looked_into(queue, both, 0.15) == [False] * 2
 
 
 def test_one_long_batch_is_no_queue_and_two_are():
@@ -85,18 +87,30 @@ def test_one_long_batch_is_no_queue_and_two_are():
     assert looked_into(queue, [0.5], 1.0) == [True]
 
 
-def test_a_stage_that_had_nothing_to_do_finds_no_queue():
+def test_a_long_way_is_no_queue():
+    """Who is far away comes late, but finds a stage that had nothing to do."""
     queue = Queue()
-    looked_into(queue, [0.9], 0.0)
-    assert looked_into(queue, [0.9], 10.0) == [False]
+    assert not any(any(looked_into(queue, [0.9], at / 20)) for at in range(100))
 
 
 def test_who_says_nothing_has_no_say():
     """Nor who has so much time that no queue is long for him, or a clock that is ahead."""
     queue = Queue()
     others = [None, Wait(0.5, 60.0), Wait(-0.01, 1.0)]
-    for at in range(11):
+    queue.idle(0.0)
+    for at in range(12):
         found = queue.waited_too_long([Wait(0.5, 1.0), *others], at / 100)
-        queue.idle(at / 100)
+        queue.idle(at / 100 + 0.005)
     assert found == [True, False, False, False]
     assert queue.waited_too_long([None], 0.11) == [False]
+    assert queue.waited_too_long([Wait(0.5, 1.0)], 0.11) == [False]  # all begins anew
+
+
+def test_who_has_little_time_speaks_for_himself():
+    """A retry has what is left of its call's time: the queue may be long for it, and short for the others."""
+    queue = Queue()
+    queue.idle(0.0)
+    for at in range(12):
+        found = queue.waited_too_long([Wait(0.005, 0.012), Wait(0.034, 0.1)], at / 100)
+        queue.idle(at / 100 + 0.005)
+    assert found == [True, False]
