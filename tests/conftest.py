@@ -13,13 +13,18 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("TRIRANK_DATA", ROOT.parent / "shared" / "data"))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in this hook of its own
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Servers one after the other, since they and those who measure them want a core for themselves; the other files
     beside them, each as a whole."""
-    for item in items:
-        serves = "/e2e/" in str(item.path) or item.path.name == "test_cli.py"
-        item.add_marker(pytest.mark.xdist_group("servers" if serves else str(item.path)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ServersTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "servers" if "/e2e/" in file or file.endswith("/test_cli.py") else file
+
+    return ServersTogether(config, log)
 
 
 @pytest.fixture(scope="session")
