@@ -205,7 +205,7 @@ def servers(names: list[str], rounds: int, seconds: float) -> list[Figure]:
 
 
 LIGHT = ("grpc_aio", "fastapi")
-"""Peers that cost nothing while nobody asks them, and answer one caller fastest."""
+"""Peers that cost nothing while nobody asks them, so that all their settings can be up at once."""
 
 
 def one_caller(names: list[str], rounds: int, seconds: float) -> list[Figure]:

@@ -60,7 +60,8 @@ class ThroughGrpc:
 
     def rank(self, request: RankRequest, deadline_s: float) -> NDArray[Any]:
         message, names = _codec.encode(request, contract.ENSEMBLE)
-        message = _codec.with_deadline(message, int((time.time() + deadline_s) * 1e6), int(time.time() * 1e6))
+        sent = time.time()
+        message = _codec.with_deadline(message, int((sent + deadline_s) * 1e6), int(sent * 1e6))
         self._next += 1
         started = time.monotonic()
         try:
