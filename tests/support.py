@@ -45,7 +45,8 @@ def bare_server(models, tmp_path, *arguments):
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
     command = [
-        str(binary.path), *binary.arguments, f"--model-repository={models}", "--exit-on-error=false", *arguments,
+        str(binary.path), *binary.arguments, f"--model-repository={models}", "--exit-on-error=false",
+        "--exit-timeout-secs=10", *arguments,  # of 30 by default, as long as the wait below was: seen once to take all
         *(f"--{name}-address=127.0.0.1" for name in ("grpc", "http", "metrics")),
         *(f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)),
     ]  # fmt: skip
@@ -64,4 +65,4 @@ def bare_server(models, tmp_path, *arguments):
         yield f"127.0.0.1:{ports[0]}"
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
