@@ -30,6 +30,7 @@ from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.prepare import prepare
 from trirank_build.recipe import FeatureRecipe
 from trirank_build.retrieval.item_knn import ItemKnn
+from trirank_build.retrieval.scores import Whole
 from trirank_build.retrieval.tasks import CatalogueTasks, contender_scorer
 
 
@@ -177,10 +178,10 @@ def test_a_perfect_and_a_blind_contender(dataset, trained):
     def knows(tasks, which):
         scores = np.zeros((len(which), tasks.items), np.float32)
         scores[np.arange(len(which)), tasks.targets[which]] = 1
-        return scores
+        return Whole(scores)
 
     assert (rank_catalogue(tasks, knows).ranks == 0).all()
-    blind = rank_catalogue(tasks, lambda tasks, which: np.zeros((len(which), tasks.items), np.float32))
+    blind = rank_catalogue(tasks, lambda tasks, which: Whole(np.zeros((len(which), tasks.items), np.float32)))
     assert blind.ranks.mean() == pytest.approx((tasks.items - 1) / 2)
 
 

@@ -140,11 +140,12 @@ class Dataset:
         count, most, missed = found.row(0)
         return SplitSizes(count, most or 0, missed or 0, OPTIMUM in self.requests.collect_schema().names())
 
-    def chunks(self, name: str, rows: int) -> Iterator[pl.DataFrame]:
-        """The requests of a split in their order, from ``rows`` of the table at a time."""
+    def chunks(self, name: str, rows: int, columns: tuple[str, ...] | None = None) -> Iterator[pl.DataFrame]:
+        """The requests of a split in their order, from ``rows`` of the table at a time; all columns, or these."""
         total = int(self.requests.select(pl.len()).collect().item())
+        table = self.requests if columns is None else self.requests.select(*columns, "split")
         for start in range(0, total, rows):
-            yield self.requests.slice(start, rows).collect().filter(pl.col("split") == name)
+            yield table.slice(start, rows).collect().filter(pl.col("split") == name)
 
     def lent_users(self, seed: int) -> NDArray[np.int64]:
         """Users of the validation split whose part of it a ranker with held-out requests learns from: LENT of them, all
@@ -166,7 +167,8 @@ class Dataset:
 
     def training_events(self) -> pl.DataFrame:
         """The training events, each user's in their order, one user after the other."""
-        return self.events.filter(pl.col("split") == "train").sort("user_id", "timestamp", maintain_order=True)
+        training = self.events.lazy().filter(pl.col("split") == "train").drop("split")
+        return training.sort("user_id", "timestamp", maintain_order=True).collect()
 
     def check_ids(self) -> None:
         """Hold events and candidates to the item table.

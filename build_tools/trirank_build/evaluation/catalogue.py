@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trirank_build.errors import Diverged
 from trirank_build.features.examples import Examples
+from trirank_build.retrieval.scores import count_above, own_scores
 from trirank_build.retrieval.tasks import CatalogueTasks, Scorer, sample_negatives
 
 _CHUNK = 256
@@ -60,26 +61,23 @@ def rank_catalogue(
     rng = np.random.default_rng(seed)
     for start in range(0, len(tasks), _CHUNK):
         which = np.arange(start, min(start + _CHUNK, len(tasks)))
-        scores = scorer(tasks, which).astype(np.float32, copy=True)
-        at, targets = np.arange(len(which)), tasks.targets[which]
-        own = scores[at, targets].copy()
+        scores, targets = scorer(tasks, which), tasks.targets[which]
+        own = scores.of(targets[:, None])[:, 0] if negatives is not None else own_scores(scores, targets)
         if not np.isfinite(own).all():  # NaN is above nothing and below nothing, so it would look like a perfect rank
             raise Diverged("the ranker scores items with what is no number; lower learning_rate and train again")
         if negatives is not None:
             others = sample_negatives(tasks, which, negatives, rng)
-            against = scores[at[:, None], others]
+            against = scores.of(others)
             ranks[which] = (against > own[:, None]).sum(1) + (against == own[:, None]).sum(1) / 2
             continue
-        if tasks.exclude_seen:
-            place, rows = tasks.seen(which)
-            scores[place, rows] = -np.inf
-        scores[at, targets] = own
-        ranks[which] = (scores > own[:, None]).sum(1) + ((scores == own[:, None]).sum(1) - 1) / 2
-        if not tops.shape[1]:
-            continue
-        top = np.argpartition(-scores, tops.shape[1] - 1, axis=1)[:, : tops.shape[1]]
-        order = np.argsort(-np.take_along_axis(scores, top, 1), axis=1, kind="stable")
-        tops[which] = np.take_along_axis(top, order, 1)
+        banned = tasks.banned(which)
+        if banned is not None:
+            others_seen = banned[1] != targets[banned[0]]
+            banned = banned[0][others_seen], banned[1][others_seen]
+        above, equal = count_above(scores, own, banned)
+        ranks[which] = above + (equal - 1) / 2
+        if tops.shape[1]:
+            tops[which] = scores.top(tops.shape[1], banned)[0]
     return Found(ranks, tops)
 
 

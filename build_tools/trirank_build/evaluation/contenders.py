@@ -13,7 +13,8 @@ from trirank_build.data.dataset import Dataset
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features
 from trirank_build.retrieval.item_knn import choices_of, fit_item_knn
-from trirank_build.retrieval.tasks import HISTORY, Contender
+from trirank_build.retrieval.scores import Contender, scores_of
+from trirank_build.retrieval.tasks import HISTORY
 
 MAX_REQUESTS = 20_000
 """Requests that LambdaMART is fitted on; they are all in memory."""
@@ -50,8 +51,8 @@ def order_candidates(contender: Contender, examples: Examples) -> NDArray[np.flo
     for start in range(0, len(examples), _CHUNK):
         which = np.arange(start, min(start + _CHUNK, len(examples)))
         histories = examples.histories(which, HISTORY)
-        of_all = contender.scores(histories, examples.queries[start : start + _CHUNK])
-        scores[which] = np.take_along_axis(of_all, np.maximum(examples.rows[which], 0), 1)
+        of_all = scores_of(contender, histories, examples.queries[start : start + _CHUNK])
+        scores[which] = of_all.of(np.maximum(examples.rows[which], 0))
     return scores
 
 

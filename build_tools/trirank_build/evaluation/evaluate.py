@@ -22,7 +22,8 @@ from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features
 from trirank_build.models.sequence import SequenceRanker
 from trirank_build.retrieval.cascade import retrieve, sample
-from trirank_build.retrieval.tasks import CatalogueTasks, Contender, contender_scorer, state_scorer
+from trirank_build.retrieval.scores import Contender
+from trirank_build.retrieval.tasks import CatalogueTasks, contender_scorer, state_scorer
 
 PROTOCOLS = ("requests", "catalogue", "sampled")
 THRESHOLD = 1.0

@@ -20,7 +20,6 @@ from trirank_build.errors import BadData
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
 
-_TIME_BITS = 40
 _CHUNK = 20_000
 """Requests that are unpacked at a time."""
 
@@ -29,12 +28,22 @@ class HistoryIndex:
     """All events, found by user and time: what was known at any moment, and nothing later."""
 
     def __init__(self, events: pl.DataFrame, features: Features) -> None:
-        events = events.sort("user_id", "timestamp", maintain_order=True)
-        self._users, user = np.unique(events["user_id"].to_numpy(), return_inverse=True)
-        self._times = events["timestamp"].to_numpy()
-        self._keys = (user.astype(np.int64) << _TIME_BITS) + self._times
+        columns = ("user_id", "timestamp", "item_id", "behaviour")
+        events = events.select(columns).sort("user_id", "timestamp", maintain_order=True)
+        of, self._times = events["user_id"].to_numpy(), events["timestamp"].to_numpy()
+        begins = np.append(True, of[1:] != of[:-1])[: len(of)]
+        self._users = of[begins]
+        # One number for user and time, ascending: times count from the first one, and each user has room for all.
+        self._first, last = (int(self._times.min()), int(self._times.max())) if len(of) else (0, 0)
+        self._room = last - self._first + 2
+        if len(self._users) * self._room > np.iinfo(np.int64).max:
+            raise BadData(
+                f"{len(self._users):,} users with events over {self._room:,} seconds are more than can be told apart; "
+                "look at the unit of the log's times"
+            )
+        self._keys = (np.cumsum(begins) - 1) * self._room + (self._times - self._first)
         self._rows = features.catalogue.rows(events["item_id"].to_numpy())
-        self._behaviours = events["behaviour"].to_numpy().astype(np.int32)
+        self._behaviours = events["behaviour"].to_numpy().astype(np.int8)
 
     def before(
         self, users: NDArray[np.int64], times: NDArray[np.int64], length: int
@@ -58,8 +67,9 @@ class HistoryIndex:
         if not len(self._users):
             return np.zeros(len(users), np.int64), np.zeros(len(users), np.int64)
         place = np.minimum(np.searchsorted(self._users, users), len(self._users) - 1)
-        first = np.searchsorted(self._keys, place.astype(np.int64) << _TIME_BITS)
-        end = np.searchsorted(self._keys, (place.astype(np.int64) << _TIME_BITS) + times)
+        begin = place.astype(np.int64) * self._room
+        since = np.clip(times, self._first, self._first + self._room - 1) - self._first
+        first, end = np.searchsorted(self._keys, begin), np.searchsorted(self._keys, begin + since)
         return first, np.where(self._users[place] == users, end, first)
 
     def seen(self, users: NDArray[np.int64], times: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

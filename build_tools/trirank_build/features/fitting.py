@@ -7,6 +7,7 @@ brands, categories, attributes) are known of every item before anybody meets it.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from trirank_build.features.transitions import count_transitions, training_seque
 from trirank_build.features.vocabulary import Vocabulary
 from trirank_build.recipe import FeatureRecipe
 
+TITLES = 1_000_000
+"""Titles that the tokeniser learns from: the words of more are the same ones."""
+_CHUNK = 65_536
+"""Titles and queries that are in memory as Python's strings at a time."""
 _FIELDS = ("item", "brand", "category", "price")
 POPULAR_SHARE = 0.05
 """The most chosen share of items counts as popular."""
@@ -161,7 +166,10 @@ def _catalogue(
     counts: [M] how often training chose each item.
     titles: tokens of a title.
     """
-    tokens = text.encode(items["title"].to_list(), titles) if titles else np.zeros((items.height, 0), np.int32)
+    named = items["title"]
+    tokens = np.zeros((items.height, 0), np.int32)
+    if titles:
+        tokens = _of_titles(named, lambda part: text.encode(part, titles))
     fields = np.concatenate(
         [
             *(_joint(codes[:, None], spec.tables[name][0]) for name, codes in vocabulary.codes(items).items()),
@@ -182,9 +190,19 @@ def _catalogue(
         signals=_with_no_item(signals.astype(np.int32), 0),
         titles=_with_no_item(tokens, 0),
         trigrams=_with_no_item(
-            title_trigrams(items["title"].to_list()) if titles else np.zeros((items.height, 0), np.uint8), 0
+            _of_titles(named, title_trigrams) if titles else np.zeros((items.height, 0), np.uint8), 0
         ),
     )
+
+
+def _of_titles(titles: pl.Series, function: Callable[[list[str]], NDArray[Any]]) -> NDArray[Any]:
+    """What ``function`` makes of the titles, some of which are Python's strings at a time."""
+    return np.concatenate([function(part.to_list()) for part in _parts(titles)])
+
+
+def _parts(column: pl.Series) -> Iterator[pl.Series]:
+    for start in range(0, len(column), _CHUNK):
+        yield column.slice(start, _CHUNK)
 
 
 def _transitions(dataset: Dataset, catalogue: Catalogue, spec: FeatureSpec) -> Transitions:
@@ -203,9 +221,17 @@ def _tokenizer(dataset: Dataset, vocabulary: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=["[PAD]", "[UNK]"], min_frequency=2, show_progress=False
     )
-    texts = [*dataset.items["title"].to_list(), *dataset.split("train")["query"].to_list()]
-    tokenizer.train_from_iterator((text for text in texts if text), trainer)
+    tokenizer.train_from_iterator(_texts(dataset), trainer)
     return tokenizer
+
+
+def _texts(dataset: Dataset) -> Iterator[str]:
+    """Titles and training queries as they are read; of more than TITLES titles as many that lie evenly among them."""
+    titles = dataset.items["title"]
+    for part in _parts(titles.gather_every(max(1, -(-titles.len() // TITLES)))):
+        yield from filter(None, part)
+    for chunk in dataset.chunks("train", _CHUNK, ("query",)):
+        yield from filter(None, chunk["query"])
 
 
 def _joint(codes: NDArray[np.int64], offset: int) -> NDArray[np.int64]:
@@ -214,9 +240,12 @@ def _joint(codes: NDArray[np.int64], offset: int) -> NDArray[np.int64]:
 
 def _idf(tokens: NDArray[np.int32], vocabulary_size: int) -> NDArray[np.float32]:
     """[V] log(1 + M / (1 + items with the token or attribute))"""
-    row = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
-    pairs = np.unique(np.stack([row[tokens > 0], tokens[tokens > 0]], 1), axis=0)
-    frequency = np.bincount(pairs[:, 1] if len(pairs) else np.zeros(0, np.int64), minlength=vocabulary_size)
+    frequency = np.zeros(vocabulary_size, np.int64)
+    for start in range(0, len(tokens), _CHUNK):
+        ordered = np.sort(tokens[start : start + _CHUNK], axis=1)
+        once = ordered > 0
+        once[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+        frequency += np.bincount(ordered[once], minlength=vocabulary_size)
     return np.log1p(len(tokens) / (1 + frequency)).astype(np.float32)
 
 

@@ -84,8 +84,8 @@ class Vocabulary:
         bucket = 1 + np.searchsorted(self.price_edges, log, side="right")
         return {
             "item": _places(self.item, items["item_id"].to_numpy()),
-            "brand": _places(self.brand, items["brand"].to_numpy().astype(str)),
-            "category": _places(self.category, items["category"].to_numpy().astype(str)),
+            "brand": _places_of_words(self.brand, items["brand"]),
+            "category": _places_of_words(self.category, items["category"]),
             "price": np.where(np.isfinite(log) & (len(self.price) > 0), bucket, 0),
         }
 
@@ -93,8 +93,7 @@ class Vocabulary:
         """[M, slots]"""
         if not self.slots:
             return np.zeros((items.height, 0), np.int64)
-        columns = pl.concat(_slots(items, self.slots)).to_numpy().astype(str)
-        return _places(self.attribute, columns).reshape(self.slots, items.height).T
+        return np.stack([_places_of_words(self.attribute, slot) for slot in _slots(items, self.slots)], 1)
 
     def numbers(self, items: pl.DataFrame, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """[M, 2] standardised log price (0: not known), standardised log popularity."""
@@ -126,8 +125,8 @@ class Vocabulary:
 
 
 def _words(values: pl.Series) -> NDArray[np.str_]:
-    found = np.unique(values.to_numpy().astype(str))
-    return found[found != ""]
+    found = values.drop_nulls().unique()
+    return found.filter(found != "").sort().to_numpy().astype(str)
 
 
 def _slots(items: pl.DataFrame, slots: int) -> list[pl.Series]:
@@ -139,6 +138,13 @@ def _log_prices(items: pl.DataFrame) -> NDArray[np.float64]:
     price = items["price"].to_numpy()
     known = np.isfinite(price) & (price > 0)
     return np.where(known, np.log(np.where(known, price, 1)), np.nan)
+
+
+def _places_of_words(known: NDArray[np.str_], values: pl.Series) -> NDArray[np.int64]:
+    """The same of words. An array of strings has room for the longest in every row, so none is made of M values."""
+    words = pl.Series(known.tolist(), dtype=pl.String)
+    places = pl.Series(np.arange(1, len(known) + 1, dtype=np.int64))
+    return values.replace_strict(words, places, default=0, return_dtype=pl.Int64).to_numpy()
 
 
 def _places(known: NDArray[Any], values: NDArray[Any]) -> NDArray[np.int64]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from trirank_backend.catalogue import NO_ROW
 
 from trirank_build.data.dataset import Dataset
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features
 from trirank_build.models.sequence import SequenceRanker
 from trirank_build.retrieval.item_knn import fit_item_knn
+from trirank_build.retrieval.scores import Scores
 from trirank_build.retrieval.tasks import CatalogueTasks, contender_scorer, sample_negatives, state_scorer
 from trirank_build.retrieval.transitions import Alike, Followers
 
@@ -38,14 +40,10 @@ def retrieve(
     examples = Examples(dataset, features, len(tasks), len(scorers) * each, missed=1)
     for start in range(0, len(tasks), _CHUNK):
         which = np.arange(start, min(start + _CHUNK, len(tasks)))
-        scores = [scorer(tasks, which) for scorer in scorers]
-        retrieval = scores[0].copy()
-        if tasks.exclude_seen:
-            place, seen = tasks.seen(which)
-            for values in (*scores, retrieval):
-                values[place, seen] = -np.inf
-        tops = [np.argpartition(-values, each - 1, axis=1)[:, :each] for values in scores]
-        _fill(examples, tasks, which, np.concatenate(tops, 1), retrieval)
+        scores, banned = [scorer(tasks, which) for scorer in scorers], tasks.banned(which)
+        found = [each_one.top(each, banned) for each_one in scores]
+        rows = np.concatenate([np.where(np.isneginf(values), NO_ROW, top) for top, values in found], 1)
+        _fill(examples, tasks, which, rows, scores[0])
     return examples
 
 
@@ -66,12 +64,12 @@ def _fill(
     tasks: CatalogueTasks,
     which: NDArray[np.int64],
     rows: NDArray[np.int64],
-    retrieval: NDArray[np.float32],
+    retrieval: Scores,
 ) -> None:
-    """Candidates ``rows`` [B, N] of the tasks ``which``, each once, by falling retrieval score [B, M]."""
+    """Candidates ``rows`` [B, N] of the tasks ``which``, each once, by falling retrieval score; NO_ROW: none."""
     rows = np.sort(rows, axis=1)
     twice = np.concatenate([np.zeros((len(which), 1), bool), rows[:, 1:] == rows[:, :-1]], 1)
-    values = np.where(twice, -np.inf, np.take_along_axis(retrieval, rows, 1))
+    values = np.where(twice | (rows == NO_ROW), -np.inf, retrieval.of(np.maximum(rows, 0)))
     order = np.argsort(-values, axis=1, kind="stable")
     rows, values = np.take_along_axis(rows, order, 1), np.take_along_axis(values, order, 1)
     there = ~np.isneginf(values)

@@ -6,6 +6,7 @@ Sarwar et al., "Item-based collaborative filtering recommendation algorithms", W
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,29 +15,38 @@ from scipy import sparse
 from trirank_build.data.dataset import Dataset
 from trirank_build.features.fitting import Features
 from trirank_build.features.transitions import largest
+from trirank_build.retrieval.scores import Listed, scores_of
 
 NEIGHBOURS = 200
+"""Of an item, the most similar ones; fewer where all items' would be more than ENTRIES."""
+ENTRIES = 200_000_000
+"""Most numbers of the table of similarities: 8 bytes each."""
+LONGEST = 1_000
+"""Newest events of a user that are looked at: pairs grow with the square, and of a robot they say nothing."""
+_PAIRS = 50_000_000
+"""Pairs of events that are multiplied at a time."""
 DECAY = 0.8
 """Weight of an event relative to the one after it in the user's history."""
 _CHUNK = 512
+_FAVOURITES = 10_000
+"""Items that may fill a list: as many as are asked for, and what a user has met, are fewer."""
 
 
 class ItemKnn:
     """Similarities fitted on (user, item) pairs."""
 
     def __init__(self, users: NDArray[np.int64], rows: NDArray[np.int64], n_users: int, n_items: int) -> None:
-        """Fit. ``users`` and ``rows`` are parallel, numbered from 0."""
+        """Fit. ``users`` and ``rows`` are parallel, numbered from 0, a user's newest last."""
+        users, rows = _newest(users, rows)
         chosen = sparse.csr_matrix((np.ones(len(rows), np.float32), (users, rows)), (n_users, n_items))
         chosen.data[:] = 1  # a pair counts once
         counts = np.asarray(chosen.sum(0)).ravel()
-        scaled = chosen @ sparse.diags(1 / np.sqrt(np.maximum(counts, 1)))
-        similarity = (scaled.T @ scaled).tocsr()
-        similarity.setdiag(0)
-        similarity.eliminate_zeros()
-        self._similarity = largest(similarity, NEIGHBOURS)
+        scaled = (chosen @ sparse.diags(1 / np.sqrt(np.maximum(counts, 1)))).tocsr()
+        self._similarity = _nearest(scaled, max(1, min(NEIGHBOURS, ENTRIES // max(n_items, 1))))
         # Fills lists that similarity alone leaves short; too small to change an order.
         self._prior = (1e-6 * counts / max(counts.max(), 1)).astype(np.float32)
-        self._n_items = n_items
+        self._favourites = np.argsort(-self._prior, kind="stable")[:_FAVOURITES]
+        self.items = n_items
 
     def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
         """[B, M] how alike each item is to the history.
@@ -44,13 +54,22 @@ class ItemKnn:
         Args:
             histories: [B, L] item rows, newest last, -1 padded in front.
         """
+        return np.asarray(self._found(histories).toarray() + self._prior, np.float32)
+
+    def listed(self, histories: NDArray[np.int32]) -> Listed:
+        """The same of few items that a history is alike to, and of favourites."""
+        found = self._found(histories)
+        found.sort_indices()
+        return Listed(found, self._prior, self._favourites)
+
+    def _found(self, histories: NDArray[np.int32]) -> sparse.csr_matrix:
         recency = DECAY ** np.arange(histories.shape[1])[::-1]
         request, place = np.nonzero(histories >= 0)
         taste = sparse.csr_matrix(
             (recency[place].astype(np.float32), (request, histories[request, place])),
-            (len(histories), self._n_items),
+            (len(histories), self.items),
         )
-        return np.asarray((taste @ self._similarity).toarray() + self._prior, np.float32)
+        return (taste @ self._similarity).tocsr()
 
     def retrieve(
         self, histories: NDArray[np.int32], k: int, exclude_history: bool
@@ -58,14 +77,38 @@ class ItemKnn:
         """Top ``k`` rows and scores, best first, in chunks of requests; histories as for ``scores``."""
         for start in range(0, len(histories), _CHUNK):
             part = histories[start : start + _CHUNK]
-            scores = self.scores(part)
+            banned = None
             if exclude_history:
                 request, place = np.nonzero(part >= 0)
-                scores[request, part[request, place]] = -np.inf
-            top = np.argpartition(-scores, min(k, self._n_items) - 1, axis=1)[:, :k]
-            values = np.take_along_axis(scores, top, 1)
-            order = np.argsort(-values, axis=1, kind="stable")
-            yield np.take_along_axis(top, order, 1), np.take_along_axis(values, order, 1)
+                banned = request, part[request, place]
+            yield scores_of(self, part).top(min(k, self.items), banned)
+
+
+def _newest(users: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The newest LONGEST events of each user."""
+    counts = np.bincount(users) if len(users) else np.zeros(0, np.int64)
+    if not (counts > LONGEST).any():
+        return users, rows
+    order = np.argsort(users, kind="stable")
+    from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(order))
+    kept = np.sort(order[from_end <= LONGEST])
+    return users[kept], rows[kept]
+
+
+def _nearest(scaled: sparse.csr_matrix, count: int) -> sparse.csr_matrix:
+    """The ``count`` largest similarities [M, M] of each item, from users' choices [U, M] of length 1 an item."""
+    items = scaled.T.tocsr()
+    # What a row of the product costs: all choices of all users who chose the item.
+    cost = np.cumsum(np.asarray((items != 0) @ np.diff(scaled.indptr)).ravel())
+    edges = [0, *np.searchsorted(cost, np.arange(_PAIRS, int(cost[-1]) if len(cost) else 0, _PAIRS)), items.shape[0]]
+    parts = []
+    for first, end in pairwise(edges):
+        if end > first:
+            part = (items[first:end] @ scaled).tocoo()
+            others = part.row + first != part.col
+            part = sparse.csr_matrix((part.data[others], (part.row[others], part.col[others])), part.shape)
+            parts.append(largest(part, count))
+    return sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix(items.shape[:1] * 2, dtype=np.float32)
 
 
 def fit_item_knn(dataset: Dataset, features: Features) -> ItemKnn:

@@ -7,32 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from trirank.contract import Behaviour
 
 from trirank_build.data.dataset import GAINS, Dataset
+from trirank_build.errors import BadData
 from trirank_build.features.examples import HistoryIndex
 from trirank_build.features.fitting import Features
 from trirank_build.models.sequence import SequenceRanker
+from trirank_build.retrieval.scores import BLOCK, Contender, Pairs, Products, Scores, scores_of
 
 HISTORY = 50
 """Newest events that a contender sees."""
 
-Scorer = Callable[["CatalogueTasks", NDArray[np.int64]], NDArray[np.float32]]
-"""Tasks and which of them [B] → scores [B, M] of all items."""
-
-
-class Contender(Protocol):
-    """Scores every item by what a user did, or asks for."""
-
-    def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None, /) -> NDArray[np.float32]:
-        """[B, L] item rows, newest last, -1 padded in front, and [B] queries → [B, M]; most need no query."""
-        ...
+Scorer = Callable[["CatalogueTasks", NDArray[np.int64]], Scores]
+"""Tasks and which of them [B] → scores of all items."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +97,21 @@ class CatalogueTasks:
         rows, behaviours, _ = self.index.before(self.users[which], self.times[which], length)
         return rows, behaviours
 
-    def seen(self, which: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def seen(self, which: NDArray[np.int64]) -> Pairs:
         """Pairs of a place in ``which`` and a row that its user had to do with before."""
         return self.index.seen(self.users[which], self.times[which])
+
+    def banned(self, which: NDArray[np.int64]) -> Pairs | None:
+        """What of ``seen`` is not to be offered; None: all may be."""
+        return self.seen(which) if self.exclude_seen else None
 
 
 def sample_negatives(
     tasks: CatalogueTasks, which: NDArray[np.int64], count: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """[B, count] different rows that are neither the choice nor seen before."""
+    """[B, count] different rows that are neither the choice nor seen before; of few items some may come twice."""
+    if tasks.items > BLOCK:
+        return _sample_of_many(tasks, which, count, rng)
     banned = np.zeros((len(which), tasks.items), bool)
     place, rows = tasks.seen(which)
     banned[place, rows] = True
@@ -123,25 +123,62 @@ def sample_negatives(
     return draws
 
 
+def _sample_of_many(
+    tasks: CatalogueTasks, which: NDArray[np.int64], count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """The same where a draw is seldom one of those that are not wanted: draw, and draw those again."""
+    place, rows = tasks.seen(which)
+    numbers = np.arange(len(which), dtype=np.int64)
+    unwanted = np.concatenate([place * tasks.items + rows, numbers * tasks.items + tasks.targets[which]])
+    met = int(np.bincount(np.unique(unwanted) // tasks.items).max(initial=0))
+    if 2 * (met + count) > tasks.items:
+        raise BadData(
+            f"{count:,} items that a user never met are to be drawn of {tasks.items:,}, of which one user met {met:,}; "
+            "draw half of the others at most"
+        )
+    draws = rng.integers(tasks.items, size=(len(which), count))
+    while True:
+        keys = numbers[:, None] * tasks.items + draws
+        again = np.isin(keys, unwanted)
+        order = np.argsort(keys, axis=1, kind="stable")
+        ordered = np.take_along_axis(keys, order, 1)
+        twice = np.concatenate([np.zeros((len(which), 1), bool), ordered[:, 1:] == ordered[:, :-1]], 1)
+        again[numbers[:, None], order] |= twice
+        if not again.any():
+            return draws
+        draws[again] = rng.integers(tasks.items, size=int(again.sum()))
+
+
 def contender_scorer(contender: Contender) -> Scorer:
     """Every item by what a baseline makes of the history."""
-    return lambda tasks, which: contender.scores(tasks.histories(which, HISTORY)[0])
+    return lambda tasks, which: scores_of(contender, tasks.histories(which, HISTORY)[0])
 
 
 def state_scorer(model: SequenceRanker, features: Features) -> Scorer:
     """Every item by its affinity to the user's state: what pre-training teaches."""
     model.eval()
     device = next(model.parameters()).device
-    with torch.inference_mode():
-        fields = torch.from_numpy(features.packer.items(np.arange(len(features.catalogue), dtype=np.int32))).to(device)
-        items = torch.cat([model.item_vectors(part) for part in torch.split(fields, 65_536)])
+    items, prior = item_vectors(model, features)
 
-    def scores(tasks: CatalogueTasks, which: NDArray[np.int64]) -> NDArray[np.float32]:
+    def scores(tasks: CatalogueTasks, which: NDArray[np.int64]) -> Scores:
         model.eval()
         rows, behaviours = tasks.histories(which, features.spec.history_length)
         history = torch.from_numpy(features.packer.history(rows, behaviours)).to(device)
         with torch.inference_mode():
-            state = model.next_state(history)
-            return np.asarray(model.logits(state, items).cpu().numpy(), np.float32)
+            states = model.comparable(model.next_state(history), items[:1])[0]
+        return Products(states, items, prior)
 
     return scores
+
+
+def item_vectors(model: SequenceRanker, features: Features) -> tuple[Tensor, Tensor]:
+    """All items as a state's product is taken with them: [M, D], and what is added to it [M]."""
+    device = next(model.parameters()).device
+    count, nobody = len(features.catalogue), torch.zeros(1, model.prior.in_features, device=device)
+    items, prior = torch.empty(count, model.prior.in_features, device=device), torch.empty(count, device=device)
+    with torch.inference_mode():
+        for first in range(0, count, BLOCK):
+            rows = np.arange(first, min(first + BLOCK, count), dtype=np.int32)
+            vectors = model.item_vectors(torch.from_numpy(features.packer.items(rows)).to(device))
+            _, items[rows[0] : rows[-1] + 1], prior[rows[0] : rows[-1] + 1] = model.comparable(nobody, vectors)
+    return items, prior

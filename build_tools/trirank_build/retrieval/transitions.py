@@ -12,20 +12,28 @@ from trirank_backend.features.past_kernels import ATTRIBUTE_DECAY, TRANSITION_DE
 
 from trirank_build.features.fitting import Features
 from trirank_build.retrieval.counting import falling, weigh
+from trirank_build.retrieval.scores import Factors, Listed
 
 
 class Followers:
     """Items that came after those of the history, as the features count them."""
 
     def __init__(self, features: Features) -> None:
-        table, items = features.packer.transitions, len(features.catalogue)
-        self._table = sparse.csr_matrix((table.weights, table.rows, table.starts[:-1]), (items, items))
+        table, self.items = features.packer.transitions, len(features.catalogue)
+        self._table = sparse.csr_matrix((table.weights, table.rows, table.starts[:-1]), (self.items, self.items))
 
     def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
         """[B, L] item rows, newest last, -1 padded → [B, M]."""
-        return np.asarray(
-            (weigh(histories, _fading(TRANSITION_DECAY), self._table.shape[0]) @ self._table).toarray(), np.float32
-        )
+        return np.asarray(self._found(histories).toarray(), np.float32)
+
+    def listed(self, histories: NDArray[np.int32]) -> Listed:
+        """The same of what came after the history."""
+        found = self._found(histories).tocsr()
+        found.sort_indices()
+        return Listed(found)
+
+    def _found(self, histories: NDArray[np.int32]) -> sparse.csr_matrix:
+        return weigh(histories, _fading(TRANSITION_DECAY), self.items) @ self._table
 
 
 class Alike:
@@ -36,14 +44,19 @@ class Alike:
         row, slot = np.nonzero(items.attributes[:-1])
         attribute = items.attributes[row, slot]
         values = items.attribute_idf[attribute] * items.attribute_scale[row]
-        shape = (len(features.catalogue), len(items.attribute_idf))
-        self._items = sparse.csr_matrix((values, (row, attribute)), shape)
-        self._attributes = self._items.T.tocsr()
+        self.items = len(features.catalogue)
+        self._items = sparse.csr_matrix((values, (row, attribute)), (self.items, len(items.attribute_idf)))
 
     def scores(self, histories: NDArray[np.int32], queries: list[str] | None = None) -> NDArray[np.float32]:
         """[B, L] item rows, newest last, -1 padded → [B, M]."""
-        tastes = weigh(histories, _fading(ATTRIBUTE_DECAY), self._items.shape[0]) @ self._items
-        return np.asarray((tastes @ self._attributes).toarray(), np.float32)
+        return np.asarray((self._tastes(histories) @ self._items.T).toarray(), np.float32)
+
+    def listed(self, histories: NDArray[np.int32]) -> Factors:
+        """The same, a block of items at a time: a category may be that of a million of them."""
+        return Factors(self._tastes(histories), self._items)
+
+    def _tastes(self, histories: NDArray[np.int32]) -> sparse.csr_matrix:
+        return weigh(histories, _fading(ATTRIBUTE_DECAY), self.items) @ self._items
 
 
 def _fading(decay: float) -> Callable[[int], NDArray[np.float32]]:
