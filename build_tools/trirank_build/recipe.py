@@ -82,6 +82,10 @@ class ModelRecipe(_Section):
     """For low_rank: numbers kept of each item."""
     embedding_rows: Annotated[int, Field(ge=2)] = 4_096
     """For quotient_remainder: rows of the remainder table."""
+    embedding_updates: Literal["all", "rows"] = "all"
+    """What of the embedding tables a training step moves: all rows, or those that its batch held (without weight decay
+    on any). ``rows`` is for catalogues of a million items and more, whose steps then take as long as those of small
+    ones."""
 
     @model_validator(mode="after")
     def _fits(self) -> ModelRecipe:
@@ -202,6 +206,15 @@ class Recipe(_Section):
             raise ValueError('pretraining.objective = "masked_item" needs model.attention = "full"')
         if self.pretraining.objective == "next_item" and self.model.attention != "causal":
             raise ValueError('pretraining.objective = "next_item" needs model.attention = "causal"')
+        if (
+            self.model.embedding_updates == "rows"
+            and self.pretraining.objective != "none"
+            and (self.pretraining.negatives == "all")
+        ):
+            raise ValueError(
+                'model.embedding_updates = "rows" goes with sampled negatives, such as pretraining.negatives = '
+                '"uniform": "all" moves every row at every step'
+            )
         if self.training.position_bias and self.training.objective == "pointwise":
             raise ValueError(
                 'training.position_bias goes with objective = "listwise" or "lambda": a classifier would '

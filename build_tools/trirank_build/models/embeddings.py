@@ -26,7 +26,7 @@ STD = 0.02
 def make_embedding(spec: FeatureSpec, recipe: ModelRecipe) -> nn.Module:
     """ids int [...] of the joint vocabulary → [..., D]; id 0, "missing", gives zeros."""
     if recipe.embedding == "plain":
-        return _table(spec.vocabulary_size, recipe.dim)
+        return _table(spec.vocabulary_size, recipe.dim, sparse=recipe.embedding_updates == "rows")
     return _Compressed(spec, recipe)
 
 
@@ -44,12 +44,14 @@ class _Compressed(nn.Module):
         self.first, self.size = first, size
         # The items come first in the joint vocabulary, so the other ids only move down.
         assert first == 0, "items lead the joint vocabulary"
-        self.rest = _table(spec.vocabulary_size - size + 1, recipe.dim)
+        sparse = recipe.embedding_updates == "rows"
+        self.rest = _table(spec.vocabulary_size - size + 1, recipe.dim, sparse=sparse)
         self.items: nn.Module
         if recipe.embedding == "low_rank":
             widen = nn.Linear(recipe.embedding_rank, recipe.dim, bias=False)
             nn.init.normal_(widen.weight, std=STD)
-            self.items = nn.Sequential(_table(size, recipe.embedding_rank, std=recipe.embedding_rank**-0.5), widen)
+            rows = _table(size, recipe.embedding_rank, std=recipe.embedding_rank**-0.5, sparse=sparse)
+            self.items = nn.Sequential(rows, widen)
         else:
             self.items = _QuotientRemainder(size, recipe.embedding_rows, recipe.dim)
 
@@ -74,8 +76,8 @@ class _QuotientRemainder(nn.Module):
         return vectors * (ids > 0).to(vectors.dtype)[..., None]
 
 
-def _table(rows: int, dim: int, std: float = STD) -> nn.Embedding:
-    table = nn.Embedding(rows, dim, padding_idx=0)
+def _table(rows: int, dim: int, std: float = STD, sparse: bool = False) -> nn.Embedding:
+    table = nn.Embedding(rows, dim, padding_idx=0, sparse=sparse)
     nn.init.normal_(table.weight, std=std)
     with torch.no_grad():
         table.weight[0] = 0

@@ -22,6 +22,7 @@ from trirank_build.errors import BadCheckpoint, Diverged
 from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from trirank_build.progress import console, progress
 from trirank_build.training.distributed import Ranks
+from trirank_build.training.optimiser import Optimiser
 
 LAST = "last.safetensors"
 CLIP = 1.0
@@ -144,15 +145,12 @@ class Loop:
         load_weights(self.model, load_checkpoint(self.best(phase))[0], self.best(phase))
         self.ranks.wait()  # until all have read them: the file may be moved now
 
-    def _run_phase(self, phase: Phase, state: dict[int, dict[str, Tensor]] | None, report: Any) -> None:
+    def _run_phase(self, phase: Phase, state: dict[str, Tensor] | None, report: Any) -> None:
         settings = phase.settings
         step = self.ranks.parallel(phase.step)
-        trained = [parameter for parameter in phase.step.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.AdamW(
-            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        optimiser = Optimiser(phase.step, settings.learning_rate, settings.weight_decay)
         if state is not None:
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+            optimiser.load(state)
         per_epoch = len(phase.plan(np.random.default_rng(self.seed)))
         total = settings.epochs * per_epoch
         with progress() as bar:
@@ -191,9 +189,7 @@ class Loop:
         best = max(range(len(own)), key=lambda at: own[at]["valid_ndcg10"])
         return len(own) - 1 - best >= phase.settings.patience
 
-    def _run_epoch(
-        self, phase: Phase, step: nn.Module, optimiser: torch.optim.Optimizer, total: int, done: Any
-    ) -> float:
+    def _run_epoch(self, phase: Phase, step: nn.Module, optimiser: Optimiser, total: int, done: Any) -> float:
         """The rest of an epoch; gives the mean loss over the whole of it."""
         ranks = self.ranks
         plan = phase.plan(np.random.default_rng((self.seed, self._phase, self._epoch)))
@@ -217,12 +213,8 @@ class Loop:
                     f"{phase.name}: the loss is {loss.item()} at epoch {self._epoch + 1}, batch {self._at + 1}, "
                     f"learning rate {rate:.2g}; lower learning_rate. The last good checkpoint is kept."
                 )
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(phase.step.parameters(), CLIP)
-            optimiser.step()
+            optimiser.step(rate, CLIP)
             self._step += 1
             self._at += 1
             self._total += float(loss.detach())
@@ -245,10 +237,9 @@ class Loop:
         """Seconds of training, those before an interruption included."""
         return self.seconds + time.monotonic() - self._started
 
-    def _save(self, phase: Phase, optimiser: torch.optim.Optimizer) -> None:
+    def _save(self, phase: Phase, optimiser: Optimiser) -> None:
         tensors = {f"step.{name}": tensor for name, tensor in phase.step.state_dict().items()}
-        for index, state in optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
+        tensors |= {f"optimiser.{name}": value for name, value in optimiser.state().items()}
         place = {
             "identity": self.identity, "phase": self._phase, "epoch": self._epoch, "at": self._at,
             "step": self._step, "total": self._total, "curve": self.curve, "seconds": self.elapsed(),
@@ -269,13 +260,8 @@ class Loop:
             console.print(f"resuming {self.phases[self._phase][0]} at epoch {self._epoch + 1}, batch {self._at + 1}")
         return tensors
 
-    def _resume(self, phase: Phase, saved: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    def _resume(self, phase: Phase, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put the saved weights back; gives the optimiser's state."""
         own = {n.removeprefix("step."): t for n, t in saved.items() if n.startswith("step.")}
         load_weights(phase.step, own, self.last)
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in saved.items():
-            if name.startswith("optimiser."):
-                _, index, key = name.split(".")
-                states.setdefault(int(index), {})[key] = tensor
-        return states
+        return {n.removeprefix("optimiser."): t for n, t in saved.items() if n.startswith("optimiser.")}

@@ -1,0 +1,70 @@
+"""AdamW for what every batch moves, and for the rows of embedding tables that only some batches do.
+
+A table of ten million rows of 64 numbers has 640 million: AdamW reads and writes each of them, and its two moments, at
+every step, whatever the batch held. Tables with ``model.embedding_updates = "rows"`` get sparse gradients, and moments
+that move only where there is one (torch.optim.SparseAdam, "lazy Adam"); weight decay does not act on them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimiser:
+    """Of what is trained of a module."""
+
+    def __init__(self, module: nn.Module, learning_rate: float, weight_decay: float) -> None:
+        tables = {
+            id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding) and table.sparse
+        }  # fmt: skip
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._rows = [parameter for parameter in trained if id(parameter) in tables]
+        self._whole = [parameter for parameter in trained if id(parameter) not in tables]
+        self._parts: list[torch.optim.Optimizer] = []
+        if self._whole:
+            whole = torch.optim.AdamW(self._whole, lr=learning_rate, weight_decay=weight_decay, fused=True)
+            self._parts.append(whole)
+        if self._rows:
+            self._parts.append(torch.optim.SparseAdam(self._rows, lr=learning_rate))
+
+    def step(self, rate: float, most: float) -> None:
+        """One step at a learning rate, the norm of all gradients cut to ``most``; then they are gone."""
+        self._clip(most)
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def _clip(self, most: float) -> None:
+        gradients = [parameter.grad for parameter in self._whole if parameter.grad is not None]
+        for parameter in self._rows:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.coalesce()
+                gradients.append(parameter.grad.values())
+        if gradients:
+            scale = (most / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and counts, by names that ``load`` knows."""
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(self._parts):
+            for index, state in part.state_dict()["state"].items():
+                found |= {f"{number}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what ``state`` gave."""
+        states: list[dict[int, dict[str, Any]]] = [{} for _ in self._parts]
+        for name, value in tensors.items():
+            number, index, key = name.split(".")
+            sparse = isinstance(self._parts[int(number)], torch.optim.SparseAdam)
+            states[int(number)].setdefault(int(index), {})[key] = (
+                int(value) if sparse and key == "step" else value
+            )  # SparseAdam counts in Python
+        for part, state in zip(self._parts, states, strict=True):
+            part.load_state_dict({**part.state_dict(), "state": state})
