@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+WEIGHTS = ".weights"
+"""Suffix of the file beside a graph that has too many weights to hold them itself (trirank_build.export.weights)."""
+
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:

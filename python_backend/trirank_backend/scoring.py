@@ -29,7 +29,7 @@ _BF16 = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 class OnnxRanker:
-    """Runs ``model.onnx`` with ONNX Runtime.
+    """Runs ``model.onnx`` with ONNX Runtime. A path's links are followed: large weights lie beside the graph itself.
 
     Args:
         threads: of one call. One is best where several instances share the cores.
@@ -49,7 +49,7 @@ class OnnxRanker:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            self._session = onnxruntime.InferenceSession(str(path.resolve()), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
             raise InvalidRelease(f"ranker {path} cannot be loaded ({error}); export again") from error
         # Without a GPU ONNX Runtime says nothing and takes the CPU.
@@ -95,7 +95,7 @@ class OpenVinoRanker:
         }  # fmt: skip
         try:
             core = openvino.Core()
-            model = core.read_model(str(path))
+            model = core.read_model(str(path.resolve()))
             self.input_names = tuple(tensor.get_any_name() for tensor in model.inputs)
             self._dynamic = core.compile_model(model, "CPU", config).create_infer_request()
             self._fixed = {}

@@ -381,6 +381,24 @@ def test_a_folded_ranker_says_the_same(trained, dataset, tmp_path, model):
     np.testing.assert_allclose(score(work.model, examples.seen_by(work.features)), whole, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["low_rank", "quotient_remainder"])
+def test_a_compact_table_is_not_folded_into_a_large_one(trained, kind):
+    """17 MB became 2.56 GB of ten million items (issue 16)."""
+    sizes = trained.recipe.model.model_copy(
+        update={"embedding": kind, "embedding_rank": 2, "embedding_rows": 16, "cross_blocks": 0}
+    )
+    compact = make_ranker(trained.features.spec, sizes)
+    with pytest.raises(BadRecipe, match=r"it would make 0.0\d MB, a vector for each of 312 items, .* leave fold out"):
+        checked("fold", compact, trained)
+    assert compact.folded is None
+
+
+def test_nor_is_one_that_a_step_made_compact(trained, model):
+    factors = checked("factorise", model, trained, matrices="embeddings", budget=0.3)
+    with pytest.raises(BadRecipe, match="kept compact"):
+        checked("fold", factors, trained)
+
+
 # Fusing and distilling
 
 

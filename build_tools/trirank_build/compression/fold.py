@@ -38,7 +38,27 @@ def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.
     ranker = shared_context(model, "fold")
     if ranker.folded is not None:
         raise BadRecipe("the chain folds twice; once is enough")
+    _check_stays_small(ranker, features)
     return rebuild(model, _decide(ranker, features)), _features(features)
+
+
+def _check_stays_small(ranker: SharedContextRanker, features: Features) -> None:
+    """A compact table holds what items have in common once; the sum of an item's fields is its own, and has no such form.
+
+    Raises:
+        BadRecipe: one vector an item would take more than the compact table does.
+    """
+    if isinstance(ranker.embedding, nn.Embedding):
+        return
+    now = sum(tensor.numel() * tensor.element_size() for tensor in ranker.embedding.state_dict().values())
+    decisions = _decide(ranker, features)
+    then = 4 * ranker.dim * (decisions["items"] + decisions["rest"])
+    if then > now:
+        raise BadRecipe(
+            f"it would make {then / 1e6:,.2f} MB, a vector for each of {len(features.catalogue):,} items, of tables that "
+            f"are kept compact in {now / 1e6:,.2f} MB; leave fold out of the chain, or train with "
+            'model.embedding = "plain"'
+        )
 
 
 def run(work: Work, settings: Settings, context: Context) -> None:

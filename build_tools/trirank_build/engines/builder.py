@@ -27,6 +27,7 @@ from trirank_build.engines.plan import PlanManifest, manifest_path, sm_name
 from trirank_build.engines.rewriting import for_tensorrt
 from trirank_build.errors import BadModel
 from trirank_build.export.onnx import check_onnx
+from trirank_build.export.weights import LARGEST, weights_of
 from trirank_build.progress import progress
 
 OPT_BATCH = 8
@@ -92,7 +93,14 @@ def build_plans(
     """
     options = options or BuildOptions()
     options.check(flavour)
-    graph = for_tensorrt(check_onnx(onnx_path, spec)).SerializeToString()
+    checked = check_onnx(onnx_path, spec)
+    if beside := weights_of(onnx_path, checked):
+        raise BadModel(
+            f"{onnx_path} has more than {LARGEST / 1e9:g} GB of weights, in {beside[0].name} beside it: plans are "
+            'not built from; keep a smaller table of items (model.embedding = "low_rank" or "quotient_remainder"), or '
+            "assemble with --runtime python"
+        )
+    graph = for_tensorrt(checked).SerializeToString()
     version, names = library(flavour).__version__, [sm_name(target) for target in targets]
     _check_targets(flavour, version, names)
     digest, cuda = file_digest(onnx_path), cuda_version(flavour)

@@ -18,24 +18,36 @@ from torch import nn
 from trirank import contract
 from trirank_backend.features import FeatureSpec
 
-from trirank_build.artefacts import atomic_file
+from trirank_build.artefacts import WEIGHTS, atomic_file
 from trirank_build.errors import BadModel
 from trirank_build.export.operators import TENSORRT_OPERATORS
 from trirank_build.export.parity import Parity, check_parity, sample_inputs
+from trirank_build.export.weights import detached, drop_unused, weights_of
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
 
 OPSET = 18
 
 
 def export(module: nn.Module, spec: FeatureSpec, path: Path) -> Parity:
-    """Write the graph whole or not at all, after it was found equal to the module.
+    """Write the graph whole or not at all, after it was found equal to the module; large weights go beside it
+    (export.weights).
 
     Raises:
         BadModel: the module does not take or give what the contract says, or the graph differs from it.
     """
-    with atomic_file(path) as scratch:
-        write_graph(module, spec, scratch)
-        return check_parity(module, scratch, spec)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = set(path.parent.glob(f"*{WEIGHTS}"))
+    replaced = set(weights_of(path)) if path.is_file() else set()
+    try:
+        with atomic_file(path) as scratch:
+            write_graph(module, spec, scratch)
+            parity = check_parity(module, scratch, spec)
+    except BaseException:
+        for file in set(path.parent.glob(f"*{WEIGHTS}")) - before:
+            file.unlink()
+        raise
+    drop_unused(path.parent, replaced)
+    return parity
 
 
 def write_graph(module: nn.Module, spec: FeatureSpec, path: Path) -> None:
@@ -72,9 +84,10 @@ def write_graph(module: nn.Module, spec: FeatureSpec, path: Path) -> None:
         assert program is not None
         # Drops what the exporter notes about every node (half of a small file) and constants that are there twice.
         # ONNX Runtime's own optimiser would turn INT8 weights back into floats; neither makes the graph faster.
-        written = onnxslim.slim(program.model_proto)
+        proto = detached(program.model, path.parent)
+        written = onnxslim.slim(proto)
         del written.graph.input[:]  # without those that the module does not use, which Triton sends all the same
-        written.graph.input.extend(program.model_proto.graph.input)
+        written.graph.input.extend(proto.graph.input)
         onnx.save(written, str(path))
     except Exception as error:  # the exporter raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -87,6 +100,8 @@ def write_graph(module: nn.Module, spec: FeatureSpec, path: Path) -> None:
 
 def _exported(module: nn.Module) -> nn.Module:
     """The module in the form that is written: quantised layers hold INT8 there."""
+    if not any(hasattr(part, "exported") for part in module.modules()):
+        return module
     copied = copy.deepcopy(module)
     for name, part in module.named_modules():
         if hasattr(part, "exported"):
@@ -96,14 +111,17 @@ def _exported(module: nn.Module) -> nn.Module:
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
-    """A graph that ONNX's own checker finds whole.
+    """A graph that ONNX's own checker finds whole; weights that lie beside it are not read.
 
     Raises:
-        BadModel: it is truncated or damaged.
+        BadModel: it or its weights are truncated or damaged.
     """
     try:
-        model = onnx.load(str(path))
-        onnx.checker.check_model(model)
+        model = onnx.load(str(path), load_external_data=False)
+        weights_of(path, model)
+        onnx.checker.check_model(str(path.resolve()))
+    except BadModel:
+        raise
     except Exception as error:  # protobuf's and onnx's exceptions share no base
         raise BadModel(f"{path} is no whole ONNX graph ({str(error).strip().splitlines()[0]}); export again") from error
     return model

@@ -22,6 +22,7 @@ from trirank_backend.scoring import exact_engines, load_ranker, rankers_of
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import latencies, scoring_calls
 from trirank_build.errors import BadCheckpoint
+from trirank_build.export.weights import graph_bytes
 from trirank_build.features.examples import Examples
 from trirank_build.progress import working
 from trirank_build.repository.assemble import assemble
@@ -94,7 +95,7 @@ def measure_stages(
         size = (each.directory / BEST).stat().st_size / 1e6
         yield Stage(name, scores, name, float(np.median(took[name])), size)
         last = name
-    own, spec, size = examples.seen_by(run.features), run.features.spec, onnx_path.stat().st_size / 1e6
+    own, spec, size = examples.seen_by(run.features), run.features.spec, graph_bytes(onnx_path) / 1e6
     exact, graph = next(rankers_of(onnx_path, exact_engines()))  # ONNX Runtime, where it can
     rankers = {"ONNX": graph}
     if engine != exact:

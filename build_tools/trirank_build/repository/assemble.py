@@ -26,6 +26,7 @@ from trirank_build.engines.plan import PlanManifest, load_plan_manifest
 from trirank_build.errors import BadModel
 from trirank_build.evaluation.scoring import retrieval_ndcg, valid_ndcg
 from trirank_build.export.onnx import check_onnx
+from trirank_build.export.weights import copy_graph
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import refresh_features
 from trirank_build.features.rule_attributes import rule_attributes
@@ -124,7 +125,7 @@ def assemble(
                 shutil.copyfile(template, version / "model.py")
         # Beside plans too: `trirank serve --fallback onnxruntime` takes it where no plan fits.
         graph = scratch / graph_place(pipeline)
-        shutil.copyfile(onnx_path, graph)
+        copy_graph(onnx_path, graph)
         for path, manifest in plan_files:
             shutil.copyfile(path, graph.with_name(f"{manifest.sm}.plan"))
         if refreshed:

@@ -31,7 +31,7 @@ def export_run(run: TrainedRun, onnx_path: Path) -> None:
 
 def write_parity(onnx_path: Path, parity: Parity, module: str) -> dict[str, Any]:
     """Leave the export's report beside its graph; `assemble` takes no graph without one. Gives the report."""
-    beyond = beyond_tensorrt(onnx.load(str(onnx_path)))
+    beyond = beyond_tensorrt(onnx.load(str(onnx_path), load_external_data=False))
     report = {"onnx": file_digest(onnx_path), "module": module, "beyond_tensorrt": beyond, **parity.to_json()}
     with atomic_file(parity_path(onnx_path)) as scratch:
         scratch.write_text(json.dumps(report, indent=1) + "\n")

@@ -17,7 +17,7 @@ from typing import Any
 
 from trirank import contract
 
-from trirank_build.artefacts import atomic_directory
+from trirank_build.artefacts import WEIGHTS, atomic_directory
 from trirank_build.repository.configs import (
     RankerRuntime,
     config_text,
@@ -98,7 +98,8 @@ class LiveRepository:
             files = list((served.release / MODELS / stage / "1").iterdir())
             if stage == contract.RANKER and served.fallback is not None:
                 config = ranker_config(packed_shape(config), RankerRuntime("python", served.fallback))
-                files = [*(file for file in files if file.name == GRAPH), TEMPLATES / stage / "1" / "model.py"]
+                graph = [file for file in files if file.name == GRAPH or file.suffix == WEIGHTS]
+                files = [*graph, TEMPLATES / stage / "1" / "model.py"]
             config.name = served.model(stage)
             self._write(config, served.release, files)
         self._write(served.ensemble(served.entry))
