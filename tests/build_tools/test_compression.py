@@ -18,6 +18,7 @@ from trirank_build.compression.finetune import divergences
 from trirank_build.compression.recipe import KINDS, parse_recipe
 from trirank_build.compression.step import Work
 from trirank_build.data.dataset import Dataset
+from trirank_build.errors import BadRecipe
 from trirank_build.evaluation.scoring import score
 from trirank_build.export.onnx import export, write_graph
 from trirank_build.export.parity import sample_inputs

@@ -43,7 +43,7 @@ def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.
 
 
 def _check_stays_small(ranker: SharedContextRanker, features: Features) -> None:
-    """A compact table holds what items have in common once; the sum of an item's fields is its own, and has no such form.
+    """A compact table holds what items share but once; the sum of an item's fields is its own, and has no such form.
 
     Raises:
         BadRecipe: one vector an item would take more than the compact table does.
@@ -55,8 +55,8 @@ def _check_stays_small(ranker: SharedContextRanker, features: Features) -> None:
     then = 4 * ranker.dim * (decisions["items"] + decisions["rest"])
     if then > now:
         raise BadRecipe(
-            f"it would make {then / 1e6:,.2f} MB, a vector for each of {len(features.catalogue):,} items, of tables that "
-            f"are kept compact in {now / 1e6:,.2f} MB; leave fold out of the chain, or train with "
+            f"it would make {then / 1e6:,.2f} MB, a vector for each of {len(features.catalogue):,} items, of tables "
+            f"that are kept compact in {now / 1e6:,.2f} MB; leave fold out of the chain, or train with "
             'model.embedding = "plain"'
         )
 
