@@ -56,7 +56,11 @@ def check(
 @app.command()
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="`shop`, a CSV, Parquet or text file, or, with --from-events, an earlier dataset.")
+        str,
+        typer.Argument(
+            help="`shop`, a CSV, Parquet or text file, a folder or an address (s3://…) of such, "
+            "or, with --from-events, an earlier dataset."
+        ),
     ],
     target: Annotated[Path, typer.Option("--out", help="Dataset directory to write.")],
     items: Annotated[Path | None, typer.Option(help="Item file: item_id and title, brand, category, price, …")] = None,
@@ -74,6 +78,9 @@ def prepare(
     user_ids: UserIds = None,
     max_loss: MaxLoss = 0.1,
     min_count: Annotated[int, typer.Option(min=1, help="k of the k-core; 1: off.")] = 1,
+    engine: Annotated[
+        str | None, typer.Option(help="What cleans and splits a log: polars, or a cluster, dask://HOST:PORT.")
+    ] = None,
     max_train: Annotated[int, typer.Option(min=1, help="Training requests to keep.")] = 200_000,
     max_eval: Annotated[int, typer.Option(min=1, help="Validation and test requests to keep.")] = 20_000,
     seed: Seed = 7,
@@ -88,7 +95,7 @@ def prepare(
     if from_events is not None:
         given = {
             "--items": items, "--queries": queries, "--encoding": encoding, "--behaviour": behaviour,
-            "--item-ids": item_ids, "--user-ids": user_ids,
+            "--item-ids": item_ids, "--user-ids": user_ids, "--engine": engine,
         }  # fmt: skip
         if said := [name for name, value in given.items() if value is not None]:
             raise BadUsage(
@@ -100,7 +107,7 @@ def prepare(
         dataset = make(source, PrepareOptions(
             items, queries, min_count, max_train, max_eval, seed, encoding=encoding,
             behaviours=_meanings(behaviour or []), item_ids=item_ids,
-            user_ids=user_ids, max_loss=max_loss,
+            user_ids=user_ids, max_loss=max_loss, engine=engine,
         ))  # fmt: skip
     with working("writing the dataset"):
         dataset.save(target)

@@ -13,7 +13,7 @@ from trirank_backend.stores.events import HISTORY_KINDS, Event
 from trirank_build.data.dataset import GAINS, OPTIMUM, POSITIONS, REQUEST_ID, REQUESTS, Dataset
 from trirank_build.errors import BadData
 from trirank_build.online.requests import NEEDED
-from trirank_build.preparation.splitting import split_by_time, time_split
+from trirank_build.preparation.splitting import times_of, with_split
 from trirank_build.progress import warn
 
 _FEEDBACK = ", and feedback"
@@ -53,15 +53,14 @@ def with_feedback(base: Dataset, events: Iterable[Event], requests: Iterable[dic
     _check_something_is_new(done, kept, lines, new_events, tasks)
     old = old.filter(~pl.col(REQUEST_ID).is_in(tasks[REQUEST_ID].to_list()))
     every = pl.concat([old, tasks.select(old.columns)]).sort("timestamp", maintain_order=True)
-    valid_from, test_from = split_by_time(every["timestamp"])
-    split = time_split(valid_from, test_from)
+    valid_from, test_from = times_of(every)
     before = base.events.drop("split")
     fresh = new_events.join(before, on=new_events.columns, how="anti")
     happened = pl.concat([before, fresh]).sort("timestamp", "user_id", maintain_order=True)
     found = Dataset(
         base.items,
-        happened.with_columns(split),
-        every.with_columns(split).lazy(),
+        with_split(happened, valid_from, test_from),
+        with_split(every, valid_from, test_from).lazy(),
         replace(
             base.description,
             source=f"{base.description.source.removesuffix(_FEEDBACK)}{_FEEDBACK}",

@@ -1,16 +1,24 @@
-"""Cleaning rules for behaviour logs, each counted: rows in, rows out."""
+"""Cleaning rules for behaviour logs, each counted: rows in, rows out.
+
+What looks at one row is done where a part of a log is read. What looks at all rows is written in narwhals, and runs on
+polars or on a cluster (preparation.engines).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
+import narwhals as nw
 import polars as pl
 
 from trirank_build.errors import BadData
 
+Frame = nw.LazyFrame[Any]
 EARLIEST = 631_152_000  # 1990-01-01: what lies before is no time of an online shop
 BOT_EVENTS_PER_MINUTE = 60
 MAX_LOSS = 0.1
@@ -29,6 +37,35 @@ class Report:
     rows: list[tuple[str, int, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     max_loss: float = MAX_LOSS
+    part: bool = False
+    """Whether it is of a part of a log: what is of no use is then judged with that of the others, in ``add``."""
+    losses: list[tuple[str, int, int, str, str]] = field(default_factory=list)
+    """(what, total, lost, examples, advice) of a part; ``rows`` and ``notes`` are as for the whole."""
+
+    def of_a_part(self) -> Report:
+        """An empty report for a part of what this one is about."""
+        return Report(max_loss=self.max_loss, part=True)
+
+    def add(self, parts: Sequence[Report]) -> None:
+        """Take in what was told of all parts: rules and losses of one name are added up.
+
+        Raises:
+            BadData: more than ``max_loss`` of the values is of no use.
+        """
+        rows: dict[str, tuple[int, int]] = {}
+        losses: dict[str, tuple[int, int, str, str]] = {}
+        for part in parts:
+            for line in part.notes:
+                self.note(line)
+            for rule, before, after in part.rows:
+                old = rows.get(rule, (0, 0))
+                rows[rule] = old[0] + before, old[1] + after
+            for what, total, lost, examples, advice in part.losses:
+                first = losses.get(what, (0, 0, "", ""))
+                losses[what] = first[0] + total, first[1] + lost, first[2] or examples, first[3] or advice
+        self.rows += [(rule, before, after) for rule, (before, after) in rows.items()]
+        for what, (total, lost, examples, advice) in losses.items():
+            self.lost(what, total, lost, examples, advice)
 
     def note(self, line: str) -> None:
         """Say how something was read; once."""
@@ -47,9 +84,8 @@ class Report:
             BadData: more than ``max_loss`` of the values are.
         """
         bad = text.filter(found.is_null() & text.is_not_null())
-        if len(bad):
-            named = ", ".join(repr(example) for example in bad.unique(maintain_order=True).head(3))
-            self.lost(f"unreadable {name}", text.len(), len(bad), f"such as {named}", advice)
+        named = ", ".join(repr(example) for example in bad.unique(maintain_order=True).head(3))
+        self.lost(f"unreadable {name}", text.len(), len(bad), f"such as {named}" if named else "", advice)
 
     def lost(self, what: str, total: int, lost: int, examples: str, advice: str) -> None:
         """Count what is of no use.
@@ -57,6 +93,9 @@ class Report:
         Raises:
             BadData: it is more than ``max_loss`` of all.
         """
+        if self.part:
+            self.losses.append((what, total, lost, examples if lost else "", advice if lost else ""))
+            return
         if not lost:
             return
         if lost > self.max_loss * total:
@@ -67,7 +106,7 @@ class Report:
         self.note(f"{what}: {lost:,} of {total:,}, {examples}")
 
     def apply(self, rule: str, frame: pl.DataFrame, clean: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
-        """Run one rule and count."""
+        """Run a rule that looks at one row, and count."""
         after = clean(frame)
         self.rows.append((rule, frame.height, after.height))
         return after
@@ -78,16 +117,15 @@ class Report:
             self.rows.append((f"missing {what} filled ({missing:,} values)", rows, rows))
 
 
-def clean_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report, min_count: int) -> pl.DataFrame:
-    """Clean user_id, item_id, behaviour, timestamp rows.
+def complete_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report) -> pl.DataFrame:
+    """The rules that look at one row: of user_id, item_id, behaviour, timestamp rows those where all is known.
 
     Args:
         events: behaviour is a Behaviour code, null where the source's word is unknown.
         now: seconds since 1970; later timestamps are impossible.
-        min_count: k of the k-core; every user and every item left has at least so many events. 1: off.
 
     Raises:
-        BadData: nothing is left.
+        BadData: too many are of no use.
     """
     events = _complete(
         events, ["user_id", "item_id"], "user or item missing", "rows without user or item",
@@ -106,16 +144,65 @@ def clean_events(events: pl.DataFrame, *, timed: bool, now: int, report: Report,
         events = report.apply(
             "impossible timestamp", events, lambda f: f.filter(pl.col("timestamp").is_between(EARLIEST, now))
         )
+    return events
+
+
+class Keeps(Protocol):
+    """What runs the rules (preparation.engines)."""
+
+    def keep(self, frame: Frame) -> Frame:
+        """The same, calculated now."""
+        ...
+
+    def by_user(self, frame: Frame, rule: Callable[[Frame], Frame]) -> Frame:
+        """What a rule leaves that looks at the rows of one user at a time."""
+        ...
+
+    def collect(self, frame: Frame) -> pl.DataFrame:
+        """The rows, in this process."""
+        ...
+
+
+def clean_events(events: Frame, engine: Keeps, *, timed: bool, report: Report, min_count: int) -> Frame:
+    """The rules that look at all rows, of complete events.
+
+    Args:
+        events: user_id, item_id, behaviour, timestamp, query, and place, which orders all events of a log.
+        min_count: k of the k-core; every user and every item left has at least so many events. 1: off.
+
+    Raises:
+        BadData: nothing is left.
+    """
+    events = engine.keep(events)
+    count = _count(events, engine)
+
+    def apply(rule: str, clean: Callable[[Frame], Frame]) -> None:
+        nonlocal events, count
+        before, events = count, engine.keep(engine.by_user(events, clean))
+        count = _count(events, engine)
+        report.rows.append((rule, before, count))
+
     # Without timestamps two equal rows are two events; with them they are one event logged twice.
     if timed:
-        events = report.apply("exact duplicate", events, lambda f: f.unique(maintain_order=True))
-        events = report.apply(f"bot (over {BOT_EVENTS_PER_MINUTE} events a minute)", events, _without_bots)
+        apply("exact duplicate", _without_duplicates)
+        apply(f"bot (over {BOT_EVENTS_PER_MINUTE} events a minute)", _without_bots)
     if min_count > 1:
-        events = report.apply(f"{min_count}-core", events, lambda frame: _k_core(frame, min_count))
-    if events.is_empty():
+        begun = count
+        while True:
+            often = engine.by_user(events, partial(_active, least=min_count))
+            before, events = count, engine.keep(_met(events, often, min_count))
+            count = _count(events, engine)
+            if count == before:
+                break
+        report.rows.append((f"{min_count}-core", begun, count))
+    if not count:
         steps = "; ".join(f"{rule}: {before:,} → {after:,}" for rule, before, after in report.rows)
         raise BadData(f"no item is left after cleaning ({steps}); check the columns' meaning, or lower --min-count")
     return events
+
+
+def _count(events: Frame, engine: Keeps) -> int:
+    return int(engine.collect(events.select(nw.col("place").count())).item())
 
 
 def _complete(
@@ -146,17 +233,24 @@ def _date(seconds: int) -> str:
         return "no date at all"
 
 
-def _without_bots(events: pl.DataFrame) -> pl.DataFrame:
-    rate = events.group_by("user_id", pl.col("timestamp") // 60).len()
-    bots = rate.filter(pl.col("len") > BOT_EVENTS_PER_MINUTE).select("user_id").unique()
-    return events.join(bots, on="user_id", how="anti", maintain_order="left")
+def _without_duplicates(events: Frame) -> Frame:
+    same = [name for name in events.collect_schema().names() if name != "place"]
+    return events.group_by(*same).agg(nw.col("place").min())
 
 
-def _k_core(events: pl.DataFrame, k: int) -> pl.DataFrame:
-    """The largest part in which every user and every item has at least ``k`` events."""
-    while True:
-        enough = (pl.len().over("user_id") >= k) & (pl.len().over("item_id") >= k)
-        kept = events.filter(enough)
-        if kept.height == events.height:
-            return kept
-        events = kept
+def _without_bots(events: Frame) -> Frame:
+    minutes = events.with_columns(minute=nw.col("timestamp") // 60).group_by("user_id", "minute")
+    rate = minutes.agg(nw.col("place").count().alias("events"))
+    bots = rate.filter(nw.col("events") > BOT_EVENTS_PER_MINUTE).select("user_id").unique(subset=["user_id"])
+    return events.join(bots, on="user_id", how="anti")
+
+
+def _active(events: Frame, least: int) -> Frame:
+    counts = events.group_by("user_id").agg(nw.col("place").count().alias("events"))
+    return events.join(counts.filter(nw.col("events") >= least).select("user_id"), on="user_id", how="inner")
+
+
+def _met(events: Frame, kept: Frame, least: int) -> Frame:
+    """Those of ``kept`` whose item has at least so many events among all."""
+    counts = events.group_by("item_id").agg(nw.col("place").count().alias("events"))
+    return kept.join(counts.filter(nw.col("events") >= least).select("item_id"), on="item_id", how="inner")

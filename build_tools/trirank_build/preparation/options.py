@@ -22,6 +22,7 @@ class PrepareOptions:
     queries: a query file beside the log.
     min_count: k of the k-core; 1: off.
     max_train, max_eval: ranking tasks to keep of each split.
+    engine: what cleans and splits, see preparation.engines.
     """
 
     items: Path | None = None
@@ -35,6 +36,7 @@ class PrepareOptions:
     item_ids: str | None = None
     user_ids: str | None = None
     max_loss: float = MAX_LOSS
+    engine: str | None = None
 
     def report(self) -> Report:
         """An empty report that is as strict as was asked for."""

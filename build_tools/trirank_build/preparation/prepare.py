@@ -7,13 +7,14 @@ from pathlib import Path
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
 from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.parts import is_remote
 from trirank_build.preparation.sources.behaviour_log import COLUMNS as LOG_COLUMNS
 from trirank_build.preparation.sources.behaviour_log import prepare_behaviour_log
 from trirank_build.preparation.sources.judged_search import COLUMNS as JUDGED_COLUMNS
 from trirank_build.preparation.sources.judged_search import prepare_judged_search
 from trirank_build.preparation.sources.sequences import looks_like_sequences, prepare_sequences
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
-from trirank_build.preparation.sources.tables import is_parquet, read_text, split_header
+from trirank_build.preparation.sources.tables import LARGE, is_parquet, read_text, split_header
 
 SHOP = "shop"
 
@@ -32,10 +33,8 @@ def prepare(source: str, options: PrepareOptions) -> Dataset:
             raise BadData("--items and --queries go with a log of yours; the shop has items and queries of its own")
         return make_shop(ShopSize(), options.seed)
     path = Path(source)
-    if path.is_dir():
-        raise BadData(f"{path} is a folder; give one of its files")
-    if is_parquet(path):
-        return prepare_behaviour_log(path, options)
+    if is_remote(source) or not path.is_file() or is_parquet(path) or path.stat().st_size > LARGE:
+        return prepare_behaviour_log(source, options)
     text = read_text(path, options.report(), options.encoding)
     head = text.lstrip().split("\n", 1)[0].strip()
     if looks_like_sequences(head):
@@ -44,7 +43,9 @@ def prepare(source: str, options: PrepareOptions) -> Dataset:
     if {"search_term", "relevance"} & names:
         return prepare_judged_search(path, options)
     if len(names) > 1:
-        return prepare_behaviour_log(path, options)
+        return prepare_behaviour_log(source, options)
+    if options.engine is not None:
+        raise BadData(f"--engine is for logs with a header or in Parquet; {path} has none")
     raise BadData(
         f"{path} starts with {head[:60]!r}, which is none of: a header with {', '.join(LOG_COLUMNS)}; "
         f"a header with {', '.join(JUDGED_COLUMNS)}; lines of `user item item …` in numbers"

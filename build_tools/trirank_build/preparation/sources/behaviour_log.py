@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import narwhals as nw
 import polars as pl
 from trirank.contract import Behaviour
 
 from trirank_build.data.dataset import GAINS, TASKS, Dataset, Description
 from trirank_build.errors import BadData
 from trirank_build.preparation.candidates import requests_from_events
-from trirank_build.preparation.cleaning import Report, clean_events
+from trirank_build.preparation.cleaning import Report, clean_events, complete_events
+from trirank_build.preparation.engines import PolarsEngine, Table, engine_of
 from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.parts import local, parts_of
 from trirank_build.preparation.sources.catalogue_table import complete, open_items, read_items
-from trirank_build.preparation.sources.tables import read_table, require
+from trirank_build.preparation.sources.tables import read_table, read_tables, require
 from trirank_build.preparation.splitting import leave_last_out, split_by_time, time_split
 from trirank_build.preparation.values import IdKind, behaviours, id_text, kind_of_ids, seconds, to_ids
 
@@ -24,41 +29,96 @@ SYNONYMS = {
     "event": "behavior", "visitorid": "user_id", "user": "user_id", "itemid": "item_id", "item": "item_id",
     "product_id": "item_id", "ts": "timestamp", "time": "timestamp", "event_time": "timestamp",
 }  # fmt: skip
+HEAD = 1_000_000
+"""Rows of a log's first file by which it is told what its ids are."""
+_PLACES = 40
+"""Bits of an event's place within its file."""
 QUERY_REACH_S = 1800
 """An event belongs to the user's last query if it came within half an hour."""
 
 
-def prepare_behaviour_log(path: Path, options: PrepareOptions) -> Dataset:
+def prepare_behaviour_log(source: str, options: PrepareOptions) -> Dataset:
     """Read, clean, split, and retrieve candidates.
+
+    Args:
+        source: a file, a folder of files, a pattern, or an address of these (preparation.parts).
 
     Raises:
         BadData: columns are missing, or nothing is left after cleaning.
     """
-    report = options.report()
-    table = open_log(path, options, report)
+    report, parts = options.report(), parts_of(source)
+    with local(parts[0]) as first:
+        head = open_log(first, options, Report(), rows=HEAD)
     given = None if options.items is None else open_items(options.items, options, report)
-    kinds = kinds_of(table, given, options, report)
-    timed = "timestamp" in table.columns
-    events = clean_log(table, kinds, options, report)
+    timed = "timestamp" in head.columns
+    with engine_of(options.engine) as engine:
+        if not timed and not isinstance(engine, PolarsEngine):
+            raise BadData(f"{source} has no timestamps, so its order is that of its rows, which a cluster does not "
+                          "keep; prepare it without --engine")  # fmt: skip
+        reader = LogReader(options, kinds_of(head, given, options, report), timed)
+        read, names, told = engine.read(parts, reader)
+        report.add(told)
+        kept = clean_events(read, engine, timed=timed, report=report, min_count=options.min_count)
+        if timed:
+            kept = kept.with_columns(time_split(*split_by_time(kept, engine.collect)))
+        events = engine.collect(kept).sort("place").drop("place")
     return dataset_from_events(
-        events, options, source=path.name, timed=timed, report=report, kinds=kinds, given=given,
-        names=names_of(table["item_id"], kinds["item"]),
+        events, options, source=Path(source).name, timed=timed, report=report, kinds=reader.kinds, given=given,
+        names=names,
     )  # fmt: skip
 
 
-def open_log(path: Path, options: PrepareOptions, report: Report) -> pl.DataFrame:
-    """A log as it stands there, its columns under the names that are used here.
+@dataclass(frozen=True)
+class LogReader:
+    """Reads the parts of a log, wherever the engine runs it; see engines.Reader.
+
+    Attributes:
+        kinds: what the ids of items and users are, as the log's first part tells.
+        timed: whether it has timestamps.
+    """
+
+    options: PrepareOptions
+    kinds: dict[str, IdKind]
+    timed: bool
+
+    def __call__(self, address: str, number: int) -> Iterator[Table]:
+        """The tables of a part, number ``number`` of the log."""
+        place = number << _PLACES
+        with local(address) as path:
+            for table in tables(path, self.options, report := self.options.report().of_a_part()):
+                if ("timestamp" in table.columns) != self.timed:
+                    has = "no" if self.timed else "a"
+                    raise BadData(f"{address} has {has} column timestamp, unlike the first file of the log; give files "
+                                  "of one kind")  # fmt: skip
+                events = read_events(table, self.kinds, self.options, report)
+                events = events.with_columns(place=pl.int_range(place, place + events.height, dtype=pl.Int64))
+                place += events.height
+                yield Table(events, names_of(table["item_id"], self.kinds["item"]), report)
+                report = self.options.report().of_a_part()
+
+
+def open_log(path: Path, options: PrepareOptions, report: Report, rows: int | None = None) -> pl.DataFrame:
+    """A log as it stands there, or the first ``rows`` of it, its columns under the names that are used here.
 
     Raises:
         BadData: it cannot be read, or a column is missing.
     """
-    table = read_table(path, report, options.encoding)
+    return _named(read_table(path, report, options.encoding, rows), path, report)
+
+
+def tables(path: Path, options: PrepareOptions, report: Report) -> Iterator[pl.DataFrame]:
+    """The same, of a large file a piece at a time."""
+    for table in read_tables(path, report, options.encoding):
+        yield _named(table, path, report)
+
+
+def _named(table: pl.DataFrame, path: Path, report: Report) -> pl.DataFrame:
     for other, name in SYNONYMS.items():
         if other in table.columns and name not in table.columns:
             table = table.rename({other: name})
     require(table, path, COLUMNS)
     report.unused(path, table.columns, (*COLUMNS, "timestamp", "query"))
-    return table
+    return table.select(name for name in (*COLUMNS, "timestamp", "query") if name in table.columns)
 
 
 def kinds_of(
@@ -72,11 +132,11 @@ def kinds_of(
     }
 
 
-def clean_log(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareOptions, report: Report) -> pl.DataFrame:
-    """The events of an opened log that can be used: user_id, item_id, behaviour, timestamp, query.
+def read_events(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareOptions, report: Report) -> pl.DataFrame:
+    """The events of an opened log that are complete: user_id, item_id, behaviour, timestamp, query.
 
     Raises:
-        BadData: too many values cannot be read, or nothing is left.
+        BadData: too many values cannot be read.
     """
     timed = "timestamp" in table.columns
     found = [to_ids(table["user_id"], kinds["user"]), to_ids(table["item_id"], kinds["item"])]
@@ -91,7 +151,19 @@ def clean_log(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareOpt
         columns = report.apply("behaviours to be left out", columns, lambda f: f.filter(~words.is_in(left_out)))
     if "query" in table.columns:
         report.filled("queries", columns.height, table["query"].null_count())
-    return clean_events(columns, timed=timed, now=int(time.time()), report=report, min_count=options.min_count)
+    return complete_events(columns, timed=timed, now=int(time.time()), report=report)
+
+
+def clean_log(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareOptions, report: Report) -> pl.DataFrame:
+    """The events of an opened log that can be used.
+
+    Raises:
+        BadData: too many values cannot be read, or nothing is left.
+    """
+    events = read_events(table, kinds, options, report).with_row_index("place")
+    engine, timed = PolarsEngine(), "timestamp" in table.columns
+    kept = clean_events(nw.from_native(events.lazy()), engine, timed=timed, report=report, min_count=options.min_count)
+    return engine.collect(kept).sort("place").drop("place")
 
 
 def dataset_from_events(
@@ -105,9 +177,10 @@ def dataset_from_events(
     given: pl.DataFrame | None,
     names: pl.DataFrame | None = None,
 ) -> Dataset:
-    """Split clean events, complete the catalogue, retrieve candidates. Shared by all kinds of logs.
+    """Complete the catalogue of clean events, retrieve candidates. Shared by all kinds of logs.
 
     Args:
+        events: in the log's order; with ``split`` where they are timed.
         kinds: what the ids of items and users are.
         given: an opened item file.
         names: item_id and key, what the log calls its items; None: as their numbers.
@@ -117,8 +190,8 @@ def dataset_from_events(
             raise BadData("a query file needs timestamps in the log, to know which events a query led to")
         events = _with_queries(events, options, kinds, report)
     events = events.sort("timestamp", maintain_order=True)
-    boundaries = split_by_time(events["timestamp"])
-    events = events.with_columns(time_split(*boundaries)) if timed else leave_last_out(events)
+    if not timed:
+        events = leave_last_out(events)
     if events["split"].n_unique() < 3:
         raise BadData(
             f"{source} cannot be split: {events.height:,} events give only "

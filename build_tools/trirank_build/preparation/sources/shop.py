@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from trirank.contract import ANONYMOUS_USER, Behaviour
 
 from trirank_build.data.dataset import GAINS, OPTIMUM, TASKS, Dataset, Description
-from trirank_build.preparation.splitting import split_by_time, time_split
+from trirank_build.preparation.splitting import times_of, with_split
 from trirank_build.progress import progress
 
 KINDS = 8
@@ -180,13 +180,14 @@ class Shop:
 def _dataset(world: _World, size: ShopSize, seed: int, rng: np.random.Generator) -> Dataset:
     requests = _draw_requests(world, size, rng)
     events = _events_of(requests)
-    valid_from, test_from = split_by_time(requests["timestamp"])
-    split = time_split(valid_from, test_from)
+    valid_from, test_from = times_of(requests)
     items = _item_table(world)
     return Dataset(
         items=items,
-        events=events.with_columns(split),
-        requests=requests.with_columns(split, missed=pl.lit([], dtype=pl.List(pl.Float32))).lazy(),
+        events=with_split(events, valid_from, test_from),
+        requests=with_split(requests, valid_from, test_from)
+        .with_columns(missed=pl.lit([], dtype=pl.List(pl.Float32)))
+        .lazy(),
         description=Description(
             source=f"synthetic shop, seed {seed}",
             timed=True,

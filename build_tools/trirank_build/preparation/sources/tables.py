@@ -6,6 +6,7 @@ import codecs
 import csv
 import gzip
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +15,10 @@ from trirank_build.errors import BadData
 from trirank_build.preparation.cleaning import Report
 
 _SEPARATORS = (",", "\t", ";", "|")
+LARGE = 256 << 20
+"""Bytes of a file that is read whole."""
+ROWS = 2_000_000
+"""Of a larger one that are read at a time."""
 _SHOWN = 40
 """Letters of a damaged line that an error shows."""
 
@@ -76,12 +81,17 @@ def read_text(path: Path, report: Report, encoding: str | None = None) -> str:
         return text
 
 
-def read_table(path: Path, report: Report, encoding: str | None = None) -> pl.DataFrame:
+def read_table(path: Path, report: Report, encoding: str | None = None, rows: int | None = None) -> pl.DataFrame:
     """A table whose column names are in small letters; CSV columns are all strings.
+
+    Args:
+        rows: the first ones alone, of a large file.
 
     Raises:
         BadData: it cannot be parsed, or two columns have one name.
     """
+    if rows is not None and _is_large(path, encoding):
+        return next(read_tables(path, report, encoding)).head(rows)
     try:
         if is_parquet(path):
             table = pl.read_parquet(path)
@@ -93,6 +103,39 @@ def read_table(path: Path, report: Report, encoding: str | None = None) -> pl.Da
         return pl.read_csv(body, separator=separator, infer_schema=False, new_columns=names)
     except (pl.exceptions.PolarsError, csv.Error) as error:
         raise BadData(f"{path} cannot be read as a table: {error}".split("\n")[0]) from error
+
+
+def read_tables(path: Path, report: Report, encoding: str | None = None) -> Iterator[pl.DataFrame]:
+    """The same of a file of any size: one of more than LARGE bytes by pieces, where it is Parquet or plain UTF-8.
+
+    Raises:
+        BadData: as read_table.
+    """
+    if not _is_large(path, encoding):
+        yield read_table(path, report, encoding)
+        return
+    try:
+        if is_parquet(path):
+            scanned = pl.scan_parquet(path)
+            names = scanned.collect_schema().names()
+        else:
+            with path.open(encoding="utf-8-sig") as stream:
+                head = stream.readline()
+            separator, names = split_header(head)
+            scanned = pl.scan_csv(path, separator=separator, infer_schema=False, new_columns=names)
+        scanned = scanned.rename(dict(zip(names, _names(names, path), strict=True)))
+        for table in scanned.collect_batches(chunk_size=ROWS, maintain_order=True):
+            for start in range(0, table.height, ROWS):
+                yield table.slice(start, ROWS)
+    except (pl.exceptions.PolarsError, csv.Error, UnicodeDecodeError) as error:
+        raise BadData(f"{path} cannot be read as a table: {error}".split("\n")[0]) from error
+
+
+def _is_large(path: Path, encoding: str | None) -> bool:
+    if not path.is_file() or path.stat().st_size <= LARGE or encoding not in (None, "utf-8", "utf8"):
+        return False
+    with path.open("rb") as stream:
+        return not stream.read(3).startswith((b"\x1f\x8b", codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
 def is_parquet(path: Path) -> bool:
