@@ -140,7 +140,8 @@ class TestItemKnn:
         assert np.diff(ItemKnn(*self.pairs(rng))._similarity.indptr).max() == 7
 
     def test_of_a_long_history_the_newest_count(self, monkeypatch):
-        monkeypatch.setattr(item_knn, "LONGEST", 3)
+        monkeypatch.setattr(item_knn, "LONGEST", (6, 3, 1))
+        monkeypatch.setattr(item_knn, "MOST_PAIRS", 20)
         users, rows = np.array([0, 1, 0, 0, 0, 1, 0]), np.array([0, 0, 1, 2, 3, 1, 4])
         kept = item_knn._newest(users, rows)
         assert [line.tolist() for line in kept] == [[1, 0, 0, 1, 0], [0, 2, 3, 1, 4]]

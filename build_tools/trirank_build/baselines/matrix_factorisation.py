@@ -14,7 +14,7 @@ FACTORS, REGULARISATION, CONFIDENCE, ITERATIONS = 128, 0.05, 10.0, 15
 class MatrixFactorisation:
     """Item factors fitted on (user, item) pairs; a user is folded in from the history."""
 
-    def __init__(self, users: NDArray[np.int64], rows: NDArray[np.int64], n_users: int, n_items: int) -> None:
+    def __init__(self, users: NDArray[np.int64], rows: NDArray[np.int32], n_users: int, n_items: int) -> None:
         """Fit. ``users`` and ``rows`` are parallel, numbered from 0."""
         chosen = sparse.csr_matrix((np.ones(len(rows), np.float32), (users, rows)), (n_users, n_items))
         chosen.data[:] = 1  # a pair counts once

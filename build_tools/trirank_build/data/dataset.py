@@ -25,6 +25,8 @@ SCHEMA_VERSION = 2
 ROW_GROUP = 20_000
 """Requests that are read from the file at a time."""
 SPLITS = ("train", "valid", "test")
+SPLIT = pl.Enum(SPLITS)
+"""As a column of events is held: a byte an event."""
 
 ITEMS: dict[str, Any] = {
     "item_id": pl.Int64,
@@ -158,8 +160,9 @@ class Dataset:
         """The same data with what was lent to training in the training split: what such a ranker may be fitted on, and
         is no longer judged by."""
         learnt = (pl.col("split") == "valid") & pl.col("user_id").is_in(self.lent_users(seed))
-        split = pl.when(learnt).then(pl.lit("train")).otherwise(pl.col("split")).alias("split")
-        return replace(self, events=self.events.with_columns(split), requests=self.requests.with_columns(split))
+        split = pl.when(learnt).then(pl.lit("train")).otherwise(pl.col("split").cast(pl.String)).alias("split")
+        events = self.events.with_columns(split.cast(SPLIT))
+        return replace(self, events=events, requests=self.requests.with_columns(split))
 
     def training_choices(self) -> NDArray[np.int64]:
         """Item ids of the training events, one a choice; judged search has none."""
@@ -199,7 +202,7 @@ class Dataset:
                 extra = [name for name in _EXTRA if name in frame.collect_schema().names()]
                 path = scratch / f"{name}.parquet"
                 columns = [*(pl.col(c).cast(t) for c, t in schema.items()), *extra]
-                frame.select(columns).collect().write_parquet(path, row_group_size=ROW_GROUP)
+                frame.select(columns).sink_parquet(path, row_group_size=ROW_GROUP)
                 digests[path.name] = file_digest(path)
             description = asdict(self.description) | {"digest": combined_digest(digests), "files": digests}
             (scratch / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
@@ -232,6 +235,9 @@ class Dataset:
             if not (directory / name).is_file() or file_digest(directory / name) != digest:
                 raise BadData(f"{directory / name} is missing or differs from what was written; prepare it again")
             table = name.removesuffix(".parquet")
-            read = pl.scan_parquet if table == "requests" else pl.read_parquet
-            frames[table] = read(directory / name)
+            frames[table] = pl.scan_parquet(directory / name)
+            if table == "events":
+                frames[table] = frames[table].with_columns(pl.col("split").cast(SPLIT))
+            if table != "requests":
+                frames[table] = frames[table].collect()
         return cls(**frames, description=description)

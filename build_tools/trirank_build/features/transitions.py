@@ -23,7 +23,8 @@ _EVENTS = 10_000_000
 def training_sequences(dataset: Dataset, catalogue: Catalogue) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Users, numbered from 0, and rows [E] of the training events, one user after the other, oldest first."""
     events = dataset.training_events()
-    users = np.unique(events["user_id"].to_numpy(), return_inverse=True)[1].astype(np.int64)
+    of = events["user_id"].to_numpy()
+    users = np.cumsum(np.append(True, of[1:] != of[:-1])[: len(of)]) - 1
     return users, catalogue.rows(events["item_id"].to_numpy())
 
 

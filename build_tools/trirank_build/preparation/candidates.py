@@ -33,31 +33,31 @@ def requests_from_events(
     """One task an event that has something before it: rank what the user chose next.
 
     Args:
-        events: user_id, item_id, gain, timestamp, query, split; in each user's order.
+        events: user_id, item_id, gain, timestamp, split, and query where there are any; in each user's order.
         exclude_history: leave out what the user has had (where nothing is chosen twice).
         max_train, max_eval: tasks to keep of each split, drawn at random; the newest of a user have no priority.
     """
     events = events.sort("user_id", "timestamp", maintain_order=True)
-    users, user = np.unique(events["user_id"].to_numpy(), return_inverse=True)
     ids = items["item_id"].to_numpy()
-    row = np.searchsorted(ids, events["item_id"].to_numpy())
-    times = events["timestamp"].to_numpy()
-    split = events["split"].to_numpy()
-    first = np.searchsorted(user, np.arange(len(users)))
-    # Events of one moment do not know of each other.
-    moment = np.unique(np.stack([user, times], 1), axis=0, return_inverse=True)[1].ravel()
-    before = np.searchsorted(moment, moment)  # index of the first event of the same moment
+    row = np.searchsorted(ids, events["item_id"].to_numpy()).astype(np.int32)
+    of, times = events["user_id"].to_numpy(), events["timestamp"].to_numpy()
+    begins = np.append(True, of[1:] != of[:-1])[: len(of)]
+    user = (np.cumsum(begins) - 1).astype(np.int32)
+    first = np.flatnonzero(begins)
+    # Events of one moment do not know of each other: known is what lies before the first event of the same moment.
+    begins[1:] |= times[1:] != times[:-1]
+    before = np.maximum.accumulate(np.where(begins, np.arange(len(of)), 0))
+    del of, times, begins
 
     rng = np.random.default_rng(seed)
-    has_history = before > first[user]
-    gain = events["gain"].to_numpy()
+    able = (before > first[user]) & (events["gain"].to_numpy() > 0)
     chosen = []
     for name, limit in (("train", max_train), ("valid", max_eval), ("test", max_eval)):
-        eligible = np.flatnonzero((split == name) & has_history & (gain > 0))
+        eligible = np.flatnonzero((events["split"] == name).to_numpy() & able)
         chosen.append(np.sort(rng.permutation(eligible)[:limit]))
 
-    train = split == "train"
-    fold_of_user = rng.integers(FOLDS, size=len(users))
+    train = (events["split"] == "train").to_numpy()
+    fold_of_user = rng.integers(FOLDS, size=len(first))
     parts: list[pl.DataFrame] = []
     with progress() as bar:
         task = bar.add_task("retrieving candidates", total=sum(map(len, chosen)))
@@ -69,7 +69,7 @@ def requests_from_events(
                 wanted, fitted_on = np.concatenate(chosen[1:]), train
             if not len(wanted):
                 continue
-            knn = ItemKnn(user[fitted_on], row[fitted_on], len(users), len(ids))
+            knn = ItemKnn(user[fitted_on], row[fitted_on], len(first), len(ids))
             histories = _histories(row, first[user[wanted]], before[wanted])
             start = 0
             for top, scores in knn.retrieve(histories, min(CANDIDATES, len(ids)), exclude_history):
@@ -80,7 +80,7 @@ def requests_from_events(
     return pl.concat(parts).sort("timestamp", "user_id", maintain_order=True)
 
 
-def _histories(row: NDArray[np.int64], first: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int32]:
+def _histories(row: NDArray[np.int32], first: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int32]:
     """[B, L] item rows of the events in [first, end), newest last, -1 in front."""
     at = end[:, None] - np.arange(_HISTORY, 0, -1)[None, :]
     return np.where(at >= first[:, None], row[np.maximum(at, 0)], -1).astype(np.int32)
@@ -89,7 +89,7 @@ def _histories(row: NDArray[np.int64], first: NDArray[np.int64], end: NDArray[np
 def _tasks(
     events: pl.DataFrame,
     ids: NDArray[np.int64],
-    row: NDArray[np.int64],
+    row: NDArray[np.int32],
     at: NDArray[np.int64],
     top: NDArray[np.int64],
     scores: NDArray[np.float32],
@@ -109,6 +109,8 @@ def _tasks(
     lists: dict[str, NDArray[Any]] = {"item_ids": ids[top], "retrieval_scores": scores, "labels": labels}
     # -inf marks what the history excludes; a catalogue barely larger than the list may not offer enough else.
     kept = ~np.isneginf(scores)
+    if "query" not in picked.columns:
+        picked = picked.with_columns(query=pl.lit(""))
     return picked.select("user_id", "timestamp", "query", "split").with_columns(
         *(_list_column(name, values, kept) for name, values in lists.items()),
         scenario=pl.when(pl.col("query") == "").then(pl.lit("home")).otherwise(pl.lit("search")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +15,17 @@ from scipy import sparse
 
 from trirank_build.data.dataset import Dataset
 from trirank_build.features.fitting import Features
-from trirank_build.features.transitions import largest
+from trirank_build.features.transitions import largest, training_sequences
 from trirank_build.retrieval.scores import Listed, scores_of
 
 NEIGHBOURS = 200
 """Of an item, the most similar ones; fewer where all items' would be more than ENTRIES."""
 ENTRIES = 200_000_000
 """Most numbers of the table of similarities: 8 bytes each."""
-LONGEST = 1_000
-"""Newest events of a user that are looked at: pairs grow with the square, and of a robot they say nothing."""
+LONGEST = (1_000, 500, 200, 100, 50, 20, 10, 5)
+"""Newest events of a user that are looked at: as many of these as leave MOST_PAIRS. Pairs grow with the square, and
+those of a robot say nothing."""
+MOST_PAIRS = 300_000_000
 _PAIRS = 50_000_000
 """Pairs of events that are multiplied at a time."""
 DECAY = 0.8
@@ -35,7 +38,7 @@ _FAVOURITES = 10_000
 class ItemKnn:
     """Similarities fitted on (user, item) pairs."""
 
-    def __init__(self, users: NDArray[np.int64], rows: NDArray[np.int64], n_users: int, n_items: int) -> None:
+    def __init__(self, users: NDArray[Any], rows: NDArray[Any], n_users: int, n_items: int) -> None:
         """Fit. ``users`` and ``rows`` are parallel, numbered from 0, a user's newest last."""
         users, rows = _newest(users, rows)
         chosen = sparse.csr_matrix((np.ones(len(rows), np.float32), (users, rows)), (n_users, n_items))
@@ -84,14 +87,16 @@ class ItemKnn:
             yield scores_of(self, part).top(min(k, self.items), banned)
 
 
-def _newest(users: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The newest LONGEST events of each user."""
+def _newest(users: NDArray[Any], rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The newest events of each user, see LONGEST."""
     counts = np.bincount(users) if len(users) else np.zeros(0, np.int64)
-    if not (counts > LONGEST).any():
+    few = (length for length in LONGEST if (np.minimum(counts, length).astype(float) ** 2).sum() <= MOST_PAIRS)
+    longest = next(few, LONGEST[-1])
+    if not (counts > longest).any():
         return users, rows
     order = np.argsort(users, kind="stable")
     from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(order))
-    kept = np.sort(order[from_end <= LONGEST])
+    kept = np.sort(order[from_end <= longest])
     return users[kept], rows[kept]
 
 
@@ -116,9 +121,7 @@ def fit_item_knn(dataset: Dataset, features: Features) -> ItemKnn:
     return ItemKnn(*choices_of(dataset, features))
 
 
-def choices_of(dataset: Dataset, features: Features) -> tuple[NDArray[np.int64], NDArray[np.int64], int, int]:
+def choices_of(dataset: Dataset, features: Features) -> tuple[NDArray[np.int64], NDArray[np.int32], int, int]:
     """Parallel users and rows of the training events, and how many of either there are."""
-    events = dataset.training_events()
-    users = np.unique(events["user_id"].to_numpy(), return_inverse=True)[1]
-    rows = features.catalogue.rows(events["item_id"].to_numpy()).astype(np.int64)
+    users, rows = training_sequences(dataset, features.catalogue)
     return users, rows, int(users.max(initial=-1)) + 1, len(features.catalogue)

@@ -11,7 +11,7 @@ import narwhals as nw
 import polars as pl
 from trirank.contract import Behaviour
 
-from trirank_build.data.dataset import GAINS, TASKS, Dataset, Description
+from trirank_build.data.dataset import GAINS, SPLIT, TASKS, Dataset, Description
 from trirank_build.errors import BadData
 from trirank_build.preparation.candidates import requests_from_events
 from trirank_build.preparation.cleaning import Report, clean_events, complete_events
@@ -61,7 +61,11 @@ def prepare_behaviour_log(source: str, options: PrepareOptions) -> Dataset:
         kept = clean_events(read, engine, timed=timed, report=report, min_count=options.min_count)
         if timed:
             kept = kept.with_columns(time_split(*split_by_time(kept, engine.collect)))
+        if "query" not in head.columns:
+            kept = kept.drop("query")
         events = engine.collect(kept).sort("place").drop("place")
+        if timed:
+            events = events.with_columns(pl.col("split").cast(SPLIT))
     return dataset_from_events(
         events, options, source=Path(source).name, timed=timed, report=report, kinds=reader.kinds, given=given,
         names=names,
@@ -93,7 +97,9 @@ class LogReader:
                 events = read_events(table, self.kinds, self.options, report)
                 events = events.with_columns(place=pl.int_range(place, place + events.height, dtype=pl.Int64))
                 place += events.height
-                yield Table(events, names_of(table["item_id"], self.kinds["item"]), report)
+                kind = self.kinds["item"]
+                named = table["item_id"] if kind == "strings" else table["item_id"].clear()  # a number is its own name
+                yield Table(events, names_of(named, kind), report)
                 report = self.options.report().of_a_part()
 
 
@@ -259,7 +265,8 @@ def _with_queries(
             f"{options.queries}; do users and times of the two files belong together?"
         )
     report.note(f"{options.queries.name}: {led:,} of {joined.height:,} events follow a query")
-    return joined.with_columns(query=pl.coalesce("searched", "query")).drop("searched")
+    own = pl.col("query") if "query" in joined.columns else pl.lit("")
+    return joined.with_columns(query=pl.coalesce("searched", own)).drop("searched")
 
 
 def open_queries(path: Path, options: PrepareOptions, report: Report) -> pl.DataFrame:
