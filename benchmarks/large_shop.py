@@ -2,9 +2,9 @@
 
     python benchmarks/large_shop.py FOLDER --items 10000000 --users 2000000 --events 100000000
 
-Items have a category, and within it a popularity; users like a few categories, and after an item often take the one beside it.
-So there is something to learn from ids, from content and from sequences. ``FOLDER/log/part-NNN.parquet`` is in time
-order, ``FOLDER/items.parquet`` has titles, brands, categories and prices.
+Items have a category, and within it a popularity; users like a few categories, and after an item often take the next
+one. So there is something to learn from ids, from content and from sequences. ``FOLDER/log/part-NNN.parquet`` is in
+time order, ``FOLDER/items.parquet`` has titles, brands, categories and prices.
 """
 
 from __future__ import annotations

@@ -463,6 +463,9 @@ def assemble(
         Path | None,
         typer.Option(help="What `trirank tune-serving` found: pipeline, engine, threads, instances, batches."),
     ] = None,
+    index: Annotated[
+        bool, typer.Option("--index", help="Put an index of all items in it, to find candidates with.")
+    ] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Point `current` at it.")] = False,
 ) -> None:
     """Make a release: a model repository with all that it needs."""
@@ -497,6 +500,7 @@ def assemble(
             provider=provider,
             allow_failing_gate=allow_failing_gate,
             policies=own,
+            index=index,
             **served,
         )
     if any(plan["flavour"] != "tensorrt" for plan in load_manifest(made)["engines"]):

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from trirank_build.commands.options import Json
-from trirank_build.errors import BadModel
+from trirank_build.errors import BadModel, BadUsage
 from trirank_build.progress import out
 
 app = typer.Typer(help="List, check, promote and remove releases.", no_args_is_help=True)
@@ -75,6 +75,41 @@ def verify(release: Release) -> None:
 def promote(release: Release) -> None:
     """Point `current` at a release; servers that follow the link take it up."""
     out.print(f"{promote_checked(release)} → {release.resolve().name}")
+
+
+@app.command()
+def candidates(
+    release: Release,
+    items: Annotated[list[str], typer.Option("--item", help="Item that the user has met, the newest last; repeat.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="Items to find.")] = 10,
+    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave these items out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What the index of a release finds for a user among all its items."""
+    import numpy as np
+    import polars as pl
+    from trirank.contract import stable_id
+    from trirank_backend.candidates import CandidateSource
+
+    from trirank_build.repository.release import ITEMS, load_manifest
+
+    strings = load_manifest(release)["ids"]["item"] == "strings"
+    if not strings and (wrong := next((item for item in items if not item.isdigit()), None)) is not None:
+        raise BadUsage(f"--item {wrong} is no number, and the items of this release are numbers")
+    known = np.array([stable_id(item) if strings else int(item) for item in items], np.int64)
+    found = CandidateSource(release).find([known], count, exclude_seen=exclude_seen)
+    table = pl.read_parquet(release / ITEMS)
+    lines = pl.DataFrame({"item_id": found.item_ids[0], "score": found.scores[0].astype(float)})
+    lines = lines.join(table, on="item_id", how="inner", maintain_order="left").select(
+        "key", "score", "title", "category"
+    )
+    if as_json:
+        print(lines.write_json())
+        return
+    shown = Table("item", "score", "title", "category")
+    for key, score, title, category in lines.iter_rows():
+        shown.add_row(key, f"{score:.3f}", title, category)
+    out.print(shown)
 
 
 @app.command()

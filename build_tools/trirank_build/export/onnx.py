@@ -66,6 +66,22 @@ def write_graph(module: nn.Module, spec: FeatureSpec, path: Path) -> None:
         tensor.name: {0: batch} | ({1: candidates} if tensor.shape[0] < 0 else {})
         for tensor in contract.ranker_inputs(spec.shape)
     }
+    advice = "forward must work for any batch and any number of candidates, without branches on values"
+    write_module(module, inputs, shapes, "scores", path, advice)
+    check_onnx(path, spec)
+
+
+def write_module(
+    module: nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any], output: str, path: Path, advice: str
+) -> None:
+    """Write the graph of a module with one output.
+
+    Args:
+        shapes: of each input its axes that may have any size, as torch.export takes them.
+
+    Raises:
+        BadModel: it cannot be exported.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -76,7 +92,7 @@ def write_graph(module: nn.Module, spec: FeatureSpec, path: Path) -> None:
                 dynamo=True,
                 dynamic_shapes=shapes,
                 input_names=list(inputs),
-                output_names=["scores"],
+                output_names=[output],
                 opset_version=OPSET,
                 verbose=False,
                 external_data=False,
@@ -91,11 +107,7 @@ def write_graph(module: nn.Module, spec: FeatureSpec, path: Path) -> None:
         onnx.save(written, str(path))
     except Exception as error:  # the exporter raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadModel(
-            f"{type(module).__name__} cannot be exported: {reason}; forward must work for any batch and any "
-            "number of candidates, without branches on values"
-        ) from error
-    check_onnx(path, spec)
+        raise BadModel(f"{type(module).__name__} cannot be exported: {reason}; {advice}") from error
 
 
 def _exported(module: nn.Module) -> nn.Module:

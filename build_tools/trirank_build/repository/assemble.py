@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 from trirank import contract
 from trirank_backend.attributes import FOLDER
+from trirank_backend.candidates import FOLDER as RETRIEVAL
 from trirank_backend.errors import InvalidRelease
 from trirank_backend.policies import SHIPPED, Items, Policy, Release, load_policies
 from trirank_backend.release import POLICIES, load_features
@@ -28,7 +29,7 @@ from trirank_build.evaluation.scoring import retrieval_ndcg, valid_ndcg
 from trirank_build.export.onnx import check_onnx
 from trirank_build.export.weights import copy_graph
 from trirank_build.features.examples import Examples
-from trirank_build.features.fitting import refresh_features
+from trirank_build.features.fitting import Features, refresh_features
 from trirank_build.features.rule_attributes import rule_attributes
 from trirank_build.features.vocabulary import FILE as VOCABULARY
 from trirank_build.repository.configs import Batching, Instances, RankerRuntime, model_configs
@@ -46,6 +47,7 @@ from trirank_build.repository.release import (
 )
 from trirank_build.repository.reports import gate_of, parity_of
 from trirank_build.repository.store import assembling, settle
+from trirank_build.retrieval.index import build_index
 from trirank_build.training.run import TrainedRun
 
 _RECORDED = 8
@@ -70,6 +72,7 @@ def assemble(
     batching: Batching | None = None,
     allow_failing_gate: bool = False,
     policies: Mapping[str, Policy] | None = None,
+    index: bool = False,
 ) -> Path:
     """Write a release below ``out`` under its digest, or find it there already; gives its directory. What is told of it
     (card and manifest: its gate, say) is the newest in either case.
@@ -85,6 +88,7 @@ def assemble(
         allow_failing_gate: take a graph whose gate failed, a compressed one that went through none, or a ranker worse
             than retrieval's order. The manifest says so.
         policies: scenario → policy, beside the shipped ones or in their place.
+        index: put an index of all items beside the ranker, see retrieval.index.
 
     Raises:
         BadModel: the graph or a plan does not fit the contract, the features or its report, its gate failed, or the
@@ -135,6 +139,11 @@ def assemble(
         else:
             shutil.copytree(run.directory / FEATURES, scratch / FEATURES, ignore=shutil.ignore_patterns(VOCABULARY))
         _write_rules(scratch / FEATURES, dataset.items, load_policies(SHIPPED) | dict(policies or {}))
+        indexed = None
+        if index:
+            (scratch / RETRIEVAL).mkdir()
+            served = Features.load(scratch / FEATURES) if refreshed else run.features
+            indexed = build_index(run.model(), served, dataset, scratch / RETRIEVAL)
         dataset.items.select("item_id", "key", "title", "brand", "category", "price").write_parquet(scratch / ITEMS)
         (scratch / REQUESTS).write_text(json.dumps(_recorded(dataset), indent=1) + "\n")
 
@@ -150,6 +159,7 @@ def assemble(
             "onnx": file_digest(onnx_path),
             "parity": parity,
             "gate": gate,
+            "index": indexed,
             "failing_gate_allowed": allow_failing_gate,
             "compression": run.facts.get("compression"),
             "engines": [manifest.to_json() for _, manifest in plan_files],

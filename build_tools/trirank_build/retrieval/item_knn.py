@@ -6,28 +6,26 @@ Sarwar et al., "Item-based collaborative filtering recommendation algorithms", W
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from implicit.nearest_neighbours import ItemItemRecommender
 from numpy.typing import NDArray
 from scipy import sparse
 
 from trirank_build.data.dataset import Dataset
 from trirank_build.features.fitting import Features
-from trirank_build.features.transitions import largest, training_sequences
+from trirank_build.features.transitions import training_sequences
 from trirank_build.retrieval.scores import Listed, scores_of
 
 NEIGHBOURS = 200
 """Of an item, the most similar ones; fewer where all items' would be more than ENTRIES."""
-ENTRIES = 200_000_000
-"""Most numbers of the table of similarities: 8 bytes each."""
+ENTRIES = 150_000_000
+"""Most numbers of the table of similarities: 8 bytes each, and 28 while it is made."""
 LONGEST = (1_000, 500, 200, 100, 50, 20, 10, 5)
 """Newest events of a user that are looked at: as many of these as leave MOST_PAIRS. Pairs grow with the square, and
 those of a robot say nothing."""
-MOST_PAIRS = 300_000_000
-_PAIRS = 50_000_000
-"""Pairs of events that are multiplied at a time."""
+MOST_PAIRS = 1_000_000_000
 DECAY = 0.8
 """Weight of an event relative to the one after it in the user's history."""
 _CHUNK = 512
@@ -102,18 +100,12 @@ def _newest(users: NDArray[Any], rows: NDArray[Any]) -> tuple[NDArray[Any], NDAr
 
 def _nearest(scaled: sparse.csr_matrix, count: int) -> sparse.csr_matrix:
     """The ``count`` largest similarities [M, M] of each item, from users' choices [U, M] of length 1 an item."""
-    items = scaled.T.tocsr()
-    # What a row of the product costs: all choices of all users who chose the item.
-    cost = np.cumsum(np.asarray((items != 0) @ np.diff(scaled.indptr)).ravel())
-    edges = [0, *np.searchsorted(cost, np.arange(_PAIRS, int(cost[-1]) if len(cost) else 0, _PAIRS)), items.shape[0]]
-    parts = []
-    for first, end in pairwise(edges):
-        if end > first:
-            part = (items[first:end] @ scaled).tocoo()
-            others = part.row + first != part.col
-            part = sparse.csr_matrix((part.data[others], (part.row[others], part.col[others])), part.shape)
-            parts.append(largest(part, count))
-    return sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix(items.shape[:1] * 2, dtype=np.float32)
+    found = ItemItemRecommender(K=count + 1)  # an item is nearest to itself
+    found.fit(scaled.astype(np.float64), show_progress=False)
+    pairs = found.similarity.tocoo()
+    others = pairs.row != pairs.col
+    values = pairs.data[others].astype(np.float32)
+    return sparse.csr_matrix((values, (pairs.row[others], pairs.col[others])), (scaled.shape[1],) * 2)
 
 
 def fit_item_knn(dataset: Dataset, features: Features) -> ItemKnn:
