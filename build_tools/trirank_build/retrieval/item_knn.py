@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from implicit.nearest_neighbours import ItemItemRecommender
+from implicit.nearest_neighbours import all_pairs_knn
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -100,12 +100,12 @@ def _newest(users: NDArray[Any], rows: NDArray[Any]) -> tuple[NDArray[Any], NDAr
 
 def _nearest(scaled: sparse.csr_matrix, count: int) -> sparse.csr_matrix:
     """The ``count`` largest similarities [M, M] of each item, from users' choices [U, M] of length 1 an item."""
-    found = ItemItemRecommender(K=count + 1)  # an item is nearest to itself
-    found.fit(scaled.astype(np.float64), show_progress=False)
-    pairs = found.similarity.tocoo()
-    others = pairs.row != pairs.col
-    values = pairs.data[others].astype(np.float32)
-    return sparse.csr_matrix((values, (pairs.row[others], pairs.col[others])), (scaled.shape[1],) * 2)
+    items = scaled.shape[1]
+    pairs = all_pairs_knn(scaled.astype(np.float64), count + 1, show_progress=False)  # an item is nearest to itself
+    others = (pairs.row != pairs.col) & (pairs.data > 0)
+    # Rows come in their order; SciPy's own way to a CSR matrix would sort each of them besides.
+    starts = np.append(0, np.cumsum(np.bincount(pairs.row[others], minlength=items)))
+    return sparse.csr_matrix((pairs.data[others].astype(np.float32), pairs.col[others], starts), (items, items))
 
 
 def fit_item_knn(dataset: Dataset, features: Features) -> ItemKnn:
