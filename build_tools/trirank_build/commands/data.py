@@ -78,6 +78,10 @@ def prepare(
     user_ids: UserIds = None,
     max_loss: MaxLoss = 0.1,
     min_count: Annotated[int, typer.Option(min=1, help="k of the k-core; 1: off.")] = 1,
+    onto: Annotated[
+        Path | None,
+        typer.Option(help="A dataset to which a newer log is added; what it was made of is not read again."),
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="What cleans and splits a log: polars, or a cluster, dask://HOST:PORT.")
     ] = None,
@@ -92,6 +96,8 @@ def prepare(
     check_target(target, "a dataset", replaces="dataset.json")
     if requests is not None and from_events is None:
         raise BadUsage("--requests goes with --from-events: what was shown is told by feedback")
+    if onto is not None and from_events is not None:
+        raise BadUsage("--onto and --from-events both add to a dataset; do one after the other")
     if from_events is not None:
         given = {
             "--items": items, "--queries": queries, "--encoding": encoding, "--behaviour": behaviour,
@@ -104,11 +110,18 @@ def prepare(
             )
         dataset = _from_events(source, from_events, requests)
     else:
-        dataset = make(source, PrepareOptions(
+        told = PrepareOptions(
             items, queries, min_count, max_train, max_eval, seed, encoding=encoding,
             behaviours=_meanings(behaviour or []), item_ids=item_ids,
             user_ids=user_ids, max_loss=max_loss, engine=engine,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if onto is None:
+            dataset = make(source, told)
+        else:
+            from trirank_build.data.dataset import Dataset
+            from trirank_build.preparation.increment import prepare_onto
+
+            dataset = prepare_onto(Dataset.load(onto), source, told)
     with working("writing the dataset"):
         dataset.save(target)
     show_report(dataset.description.notes.get("read", []), dataset.description.cleaning)

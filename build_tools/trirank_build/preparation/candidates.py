@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from trirank_build.data.dataset import REQUESTS
 from trirank_build.progress import progress
 from trirank_build.retrieval.item_knn import ItemKnn
 
@@ -33,7 +34,8 @@ def requests_from_events(
     """One task an event that has something before it: rank what the user chose next.
 
     Args:
-        events: user_id, item_id, gain, timestamp, split, and query where there are any; in each user's order.
+        events: user_id, item_id, gain, timestamp, split, and query where there are any; in each user's order. With a
+            column ``fresh`` those alone become tasks of which it is true.
         exclude_history: leave out what the user has had (where nothing is chosen twice).
         max_train, max_eval: tasks to keep of each split, drawn at random; the newest of a user have no priority.
     """
@@ -51,6 +53,8 @@ def requests_from_events(
 
     rng = np.random.default_rng(seed)
     able = (before > first[user]) & (events["gain"].to_numpy() > 0)
+    if "fresh" in events.columns:
+        able &= events["fresh"].to_numpy()
     chosen = []
     for name, limit in (("train", max_train), ("valid", max_eval), ("test", max_eval)):
         eligible = np.flatnonzero((events["split"] == name).to_numpy() & able)
@@ -77,6 +81,8 @@ def requests_from_events(
                 parts.append(_tasks(events, ids, row, at, top, scores, force_positive=fold < FOLDS))
                 start += len(top)
                 bar.advance(task, len(top))
+    if not parts:
+        return pl.DataFrame(schema=REQUESTS)
     return pl.concat(parts).sort("timestamp", "user_id", maintain_order=True)
 
 

@@ -46,6 +46,39 @@ def prepare_behaviour_log(source: str, options: PrepareOptions) -> Dataset:
     Raises:
         BadData: columns are missing, or nothing is left after cleaning.
     """
+    cleaned = clean_source(source, options)
+    return dataset_from_events(
+        cleaned.events, options, source=Path(source).name, timed=cleaned.timed, report=cleaned.report,
+        kinds=cleaned.kinds, given=cleaned.given, names=cleaned.names,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A log that was read and cleaned.
+
+    Attributes:
+        events: user_id, item_id, behaviour, timestamp, query where the log has any, split where it has times; in the
+            log's order.
+        kinds: what the ids of items and users are.
+        given: an opened item file.
+        names: item_id and key of items whose ids are text.
+    """
+
+    events: pl.DataFrame
+    timed: bool
+    kinds: dict[str, IdKind]
+    given: pl.DataFrame | None
+    names: pl.DataFrame
+    report: Report
+
+
+def clean_source(source: str, options: PrepareOptions) -> Cleaned:
+    """Read and clean a log by the engine of the options.
+
+    Raises:
+        BadData: see prepare_behaviour_log.
+    """
     report, parts = options.report(), parts_of(source)
     with local(parts[0]) as first:
         head = open_log(first, options, Report(), rows=HEAD)
@@ -66,10 +99,7 @@ def prepare_behaviour_log(source: str, options: PrepareOptions) -> Dataset:
         events = engine.collect(kept).sort("place").drop("place")
         if timed:
             events = events.with_columns(pl.col("split").cast(SPLIT))
-    return dataset_from_events(
-        events, options, source=Path(source).name, timed=timed, report=report, kinds=reader.kinds, given=given,
-        names=names,
-    )  # fmt: skip
+    return Cleaned(events, timed, reader.kinds, given, names, report)
 
 
 @dataclass(frozen=True)
@@ -191,10 +221,9 @@ def dataset_from_events(
         given: an opened item file.
         names: item_id and key, what the log calls its items; None: as their numbers.
     """
-    if options.queries is not None:
-        if not timed:
-            raise BadData("a query file needs timestamps in the log, to know which events a query led to")
-        events = _with_queries(events, options, kinds, report)
+    if options.queries is not None and not timed:
+        raise BadData("a query file needs timestamps in the log, to know which events a query led to")
+    events = with_searches(events, options, kinds, report)
     events = events.sort("timestamp", maintain_order=True)
     if not timed:
         events = leave_last_out(events)
@@ -203,13 +232,9 @@ def dataset_from_events(
             f"{source} cannot be split: {events.height:,} events give only "
             f"{', '.join(sorted(events['split'].unique()))}; it needs more events over time, or users with 3 or more"
         )
-    if events["behaviour"].max() == Behaviour.VIEW.value:
-        events = events.with_columns(behaviour=pl.lit(Behaviour.CLICK.value, pl.Int8))
+    events = as_choices(events)
     items = _items(events, given, kinds, report, names)
-    gains = {Behaviour[name].value: gain for name, gain in GAINS.items()}
-    events = events.with_columns(
-        gain=pl.col("behaviour").replace_strict(list(gains), list(gains.values()), return_dtype=pl.Float32)
-    )
+    events = with_gains(events)
     requests = requests_from_events(
         events,
         items,
@@ -245,11 +270,27 @@ def dataset_from_events(
     )
 
 
-def _with_queries(
+def as_choices(events: pl.DataFrame) -> pl.DataFrame:
+    """Where nothing but views is logged, a view counts as a click."""
+    if events["behaviour"].max() == Behaviour.VIEW.value:
+        return events.with_columns(behaviour=pl.lit(Behaviour.CLICK.value, pl.Int8))
+    return events
+
+
+def with_gains(events: pl.DataFrame) -> pl.DataFrame:
+    """Events with the column ``gain``: what each was worth."""
+    gains = {Behaviour[name].value: gain for name, gain in GAINS.items()}
+    return events.with_columns(
+        gain=pl.col("behaviour").replace_strict(list(gains), list(gains.values()), return_dtype=pl.Float32)
+    )
+
+
+def with_searches(
     events: pl.DataFrame, options: PrepareOptions, kinds: dict[str, IdKind], report: Report
 ) -> pl.DataFrame:
-    """Give each event the user's last query of the half hour before it."""
-    assert options.queries is not None
+    """Give each event the user's last query of the half hour before it, where there is a query file."""
+    if options.queries is None:
+        return events
     queries = read_queries(open_queries(options.queries, options, report), kinds, report)
     joined = events.sort("timestamp", maintain_order=True).join_asof(
         queries.sort("timestamp"),
@@ -317,6 +358,23 @@ def _items(
     if "price" in known.columns:
         report.filled("price", items.height, int(items["price"].is_nan().sum()))
     return items
+
+
+def joined_items(base: pl.DataFrame, cleaned: Cleaned, events: pl.DataFrame) -> pl.DataFrame:
+    """The items of a dataset and those of newer events: what a newer item file says of an item takes the place of what
+    was known."""
+    new = events.select("item_id").unique().join(cleaned.names, on="item_id", how="left")
+    if cleaned.given is not None:
+        known = read_items(cleaned.given, cleaned.kinds["item"], cleaned.report)
+        compare_items(events, known, cleaned.report)
+        new = known.join(new, on="item_id", how="full", coalesce=True, suffix="_log")
+        new = new.with_columns(key=pl.coalesce("key", "key_log")).drop("key_log")
+    both = new.join(base, on="item_id", how="full", coalesce=True, suffix="_base")
+    twice = [name for name in new.columns if name != "item_id" and f"{name}_base" in both.columns]
+    both = both.with_columns(pl.coalesce(name, f"{name}_base").alias(name) for name in twice)
+    items = complete(both.drop(f"{name}_base" for name in twice))
+    cleaned.report.note(f"items that are new: {items.height - base.height:,}")
+    return items.select(base.columns)
 
 
 def compare_items(events: pl.DataFrame, known: pl.DataFrame, report: Report) -> None:
