@@ -119,10 +119,15 @@ def train(
     data: Data,
     target: Annotated[Path, typer.Option("--out", help="Run directory; a stopped run goes on.")],
     start_from: Annotated[Path | None, typer.Option(help="A finished run whose weights are the first ones.")] = None,
+    update: Annotated[
+        Path | None, typer.Option(help="A finished run on earlier data, that goes on with what was added since.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what is there.")] = False,
 ) -> None:
     """Train a ranker; under torchrun, on as many processes as it starts."""
     check_target(target, "a run")
+    if update is not None and start_from is not None:
+        raise BadUsage("--update and --start-from both say where to begin; give one")
     from trirank_build.recipe import load_recipe
 
     loaded = None if recipe == "auto" else load_recipe(recipe)
@@ -136,7 +141,7 @@ def train(
         loaded, reasons = choose(dataset)
         if leads:
             out.print("\n".join(reasons), soft_wrap=True, markup=False)
-    run = run_training(loaded, dataset, target, start_from=start_from, fresh=fresh)
+    run = run_training(loaded, dataset, target, start_from=start_from, update=update, fresh=fresh)
     if not leads:  # torchrun's other processes have nothing to add
         return
     title = f"{run.recipe.name}: {run.facts['parameters']:,} parameters"

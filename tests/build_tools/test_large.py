@@ -147,7 +147,7 @@ class TestItemKnn:
         monkeypatch.setattr(item_knn, "MOST_PAIRS", 20)
         users, rows = np.array([0, 1, 0, 0, 0, 1, 0]), np.array([0, 0, 1, 2, 3, 1, 4])
         kept = item_knn._newest(users, rows)
-        assert [line.tolist() for line in kept] == [[1, 0, 0, 1, 0], [0, 2, 3, 1, 4]]
+        assert [line.tolist() for line in kept] == [[0, 0, 0, 1, 1], [2, 3, 4, 0, 1]]
 
 
 class TestNegatives:

@@ -167,8 +167,9 @@ class Examples:
         limit: int | None = None,
         seed: int = 0,
         directory: Path | None = None,
+        since: int | None = None,
     ) -> Examples:
-        """The requests of a split, or ``limit`` of them drawn at random.
+        """The requests of a split, or ``limit`` of them drawn at random, or those of the time ``since`` and later.
 
         Raises:
             BadData: the split has none.
@@ -180,6 +181,12 @@ class Examples:
         if limit is not None and sizes.requests > limit:
             kept[:] = False
             kept[np.random.default_rng(seed).choice(sizes.requests, limit, replace=False)] = True
+        if since is not None:
+            times = dataset.requests.filter(pl.col("split") == split).select("timestamp").collect()["timestamp"]
+            kept &= (times >= since).to_numpy()
+            if not kept.any():
+                raise BadData(f"the dataset has no {split} requests since {since}, when the run to update had learned "
+                              "from what there was; add a newer log")  # fmt: skip
         examples = cls(dataset, features, int(kept.sum()), sizes.candidates, sizes.missed, sizes.has_optimum, directory)
         read = filled = 0
         for chunk in dataset.chunks(split, _CHUNK):

@@ -68,14 +68,22 @@ class Features:
         )
 
 
-def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path) -> Features:
-    """Fit on the training split and write to ``directory``, which must exist."""
+def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path, known: Path | None = None) -> Features:
+    """Fit on the training split and write to ``directory``, which must exist.
+
+    Args:
+        known: the ``features`` folder of an earlier run, whose words and values keep their meaning and are added to.
+    """
     items = dataset.items
     counts = popularity(dataset.training_choices(), items["item_id"].to_numpy())
     has_text = bool((items["title"] != "").any())
     titles = recipe.title_length if has_text else 0
-    tokenizer = _tokenizer(dataset, recipe.vocabulary if has_text else 2)
-    vocabulary = Vocabulary.fit(items, counts, recipe.attribute_slots)
+    if known is None:
+        tokenizer = _tokenizer(dataset, recipe.vocabulary if has_text else 2)
+        vocabulary = Vocabulary.fit(items, counts, recipe.attribute_slots)
+    else:
+        tokenizer = Tokenizer.from_file(str(known / "tokenizer.json"))
+        vocabulary = Vocabulary.load(known).grown(items, counts)
     vocabulary.save(directory)
 
     sizes = vocabulary.sizes

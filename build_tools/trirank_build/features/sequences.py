@@ -30,7 +30,8 @@ class SequenceBatch(NamedTuple):
 class Sequences:
     """Windows of up to L + 1 events of one user each, every event the next one of exactly one window."""
 
-    def __init__(self, dataset: Dataset, features: Features) -> None:
+    def __init__(self, dataset: Dataset, features: Features, since: int | None = None) -> None:
+        """``since``: windows that end at this time or later alone."""
         events = dataset.training_events()
         user = events["user_id"].to_numpy()
         self._features = features
@@ -48,6 +49,8 @@ class Sequences:
         # A window in which nothing but the same item follows has nothing to teach.
         changes = np.cumsum(np.append(0, self._rows[1:] != self._rows[:-1])) if len(user) else np.zeros(0, np.int64)
         teaching = changes[self._end - 1] > changes[self._start]
+        if since is not None:
+            teaching &= events["timestamp"].to_numpy()[self._end - 1] >= since
         self._start, self._end = self._start[teaching], self._end[teaching]
         if not len(self._start):
             raise BadData("no user chose two different items in the training split, so there is no next item to "

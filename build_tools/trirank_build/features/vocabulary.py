@@ -5,7 +5,7 @@ An item that training has not met has no number of its own and lives by its cont
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,19 @@ class Vocabulary:
             popularity=np.array([log_counts.mean(), log_counts.std()]),
             attribute_slots=np.array([slots]),
         )  # fmt: skip
+
+    def grown(self, items: pl.DataFrame, counts: NDArray[np.int64]) -> Vocabulary:
+        """With what a newer catalogue has besides; what is known of prices and popularity stays, so that numbers mean
+        what they meant."""
+        met = items["item_id"].to_numpy()[counts > 0]
+        attributes = _words(pl.concat(_slots(items, self.slots))) if self.slots else self.attribute
+        return replace(
+            self,
+            item=np.union1d(self.item, met),
+            brand=np.union1d(self.brand, _words(items["brand"])),
+            category=np.union1d(self.category, _words(items["category"])),
+            attribute=np.union1d(self.attribute, attributes),
+        )
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -92,9 +92,10 @@ def _newest(users: NDArray[Any], rows: NDArray[Any]) -> tuple[NDArray[Any], NDAr
     longest = next(few, LONGEST[-1])
     if not (counts > longest).any():
         return users, rows
-    order = np.argsort(users, kind="stable")
-    from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(order))
-    kept = np.sort(order[from_end <= longest])
+    if (users[1:] < users[:-1]).any():
+        order = np.argsort(users, kind="stable")
+        users, rows = users[order], rows[order]
+    kept = np.cumsum(counts)[users] - np.arange(len(users)) <= longest
     return users[kept], rows[kept]
 
 

@@ -91,12 +91,13 @@ class Pretraining:
         features: Features,
         seed: int,
         name: str = "",
+        since: int | None = None,
     ) -> None:
         self.name: str = name or recipe.objective
         self.settings, self.decays, self.judges_start = recipe, recipe.decay, False
         self.step = PretrainingStep(model, recipe.log_q, recipe.negatives == "all")
         self._model, self._features = model, features
-        self._sequences = Sequences(dataset, features)
+        self._sequences = Sequences(dataset, features, since)
         counts = popularity(dataset.training_choices(), features.catalogue.ids)
         self._sampler = NegativeSampler(recipe.negatives, counts, recipe.negative_samples)
         self._all = features.packer.items(np.arange(len(features.catalogue), dtype=np.int32))

@@ -166,10 +166,10 @@ class Ranking:
 
 
 def logged(
-    dataset: Dataset, features: Features, recipe: TrainingRecipe, seed: int, directory: Path
+    dataset: Dataset, features: Features, recipe: TrainingRecipe, seed: int, directory: Path, since: int | None = None
 ) -> tuple[Examples, Examples]:
-    """The dataset's own requests: all of the training split, some of validation."""
-    train = Examples.read(dataset, "train", features, directory=directory)
+    """The dataset's own requests: all of the training split, or those since a time, and some of validation."""
+    train = Examples.read(dataset, "train", features, directory=directory, since=since)
     return train, Examples.read(dataset, "valid", features, recipe.validation_requests, seed)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import tomli_w
 import torch
 
@@ -18,11 +19,13 @@ from trirank_build.artefacts import atomic_directory, atomic_file, file_digest
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadCheckpoint, BadRecipe
 from trirank_build.features.fitting import Features, fit_features, refresh_features
+from trirank_build.features.vocabulary import Vocabulary
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
 from trirank_build.models.family import make_ranker
 from trirank_build.progress import working
 from trirank_build.recipe import Recipe
 from trirank_build.training.distributed import Ranks, ranks
+from trirank_build.training.growing import grown
 from trirank_build.training.loop import Loop, Phase
 from trirank_build.training.pretraining import Pretraining
 from trirank_build.training.ranking import RANKING, Ranking, held_out, logged
@@ -44,6 +47,7 @@ def train(
     out: Path,
     *,
     start_from: Path | None = None,
+    update: Path | None = None,
     fresh: bool = False,
     report: Report | None = None,
 ) -> TrainedRun:
@@ -51,38 +55,58 @@ def train(
 
     Args:
         start_from: a finished run whose weights are the first ones; its features must be the same.
+        update: a finished run on an earlier state of the data, which goes on with what has been added since; see
+            training.growing.
 
     Raises:
-        BadRecipe: held-out requests are asked for, and nothing was pre-trained.
+        BadRecipe: held-out requests are asked for, and nothing was pre-trained; or the recipe cannot be an update's.
         BadCheckpoint: ``out`` holds a run of another recipe or dataset, and ``fresh`` was not said.
         BadData: the dataset has nothing to learn from.
         Diverged: the loss is not a number.
     """
-    first = None if start_from is None else TrainedRun.load(start_from)
+    earlier = update or start_from
+    first = None if earlier is None else TrainedRun.load(earlier)
+    if update is not None:
+        assert first is not None
+        _check_update(recipe, dataset, first)
     if first is None and recipe.training.requests == "held_out" and recipe.pretraining.objective == "none":
         raise BadRecipe(
             'training.requests = "held_out" retrieves with pre-trained states; choose pretraining.objective, or start '
             "from a run that was pre-trained (--start-from)"
         )
-    identity = _identity(recipe, dataset, first)
+    identity = _identity(recipe, dataset, first, update is not None)
     with ranks() as group:
         if group.leads:
-            _prepare(out, recipe, dataset, identity, fresh)
+            _prepare(out, recipe, dataset, identity, fresh, None if update is None else update / FEATURES)
         group.wait()
         if not (out / RUN).is_file():
-            _run(recipe, dataset, out, identity, group, first, report)
+            _run(recipe, dataset, out, identity, group, first, update is not None, report)
         group.wait()
     return TrainedRun.load(out)
 
 
-def _identity(recipe: Recipe, dataset: Dataset, first: TrainedRun | None) -> str:
+def _check_update(recipe: Recipe, dataset: Dataset, first: TrainedRun) -> None:
+    first.check_refresh(dataset)
+    if recipe.training.refit:
+        raise BadRecipe("training.refit begins from nothing at the end, which is no update; say "
+                        "training.refit = false, or train anew")  # fmt: skip
+    for section in ("features", "model"):
+        if getattr(recipe, section) != getattr(first.recipe, section):
+            raise BadRecipe(f"[{section}] differs from that of {first.directory}; an update goes on with what is there")
+    if not dataset.description.timed:
+        raise BadRecipe(f"{dataset.description.source} has no times, so nothing of it is newer; train anew")
+    if "trained_until" not in first.facts:
+        raise BadCheckpoint(f"{first.directory} does not say until when it learned; train it anew with this version")
+
+
+def _identity(recipe: Recipe, dataset: Dataset, first: TrainedRun | None, update: bool) -> str:
     # What tuning would try, and how often a place is saved, change nothing of the weights.
     settings = recipe.model_dump_json(exclude={"tuning": True, "training": {"checkpoint_minutes"}})
-    weights = "" if first is None else file_digest(first.directory / BEST)
+    weights = "" if first is None else f"{'update of ' * update}{file_digest(first.directory / BEST)}"
     return hashlib.sha256(f"{settings}\0{dataset.description.digest}\0{weights}".encode()).hexdigest()
 
 
-def _prepare(out: Path, recipe: Recipe, dataset: Dataset, identity: str, fresh: bool) -> None:
+def _prepare(out: Path, recipe: Recipe, dataset: Dataset, identity: str, fresh: bool, known: Path | None) -> None:
     """Make ``out`` with its recipe and features, unless a run with this identity is there already."""
     marker = out / "identity"
     if out.exists() and any(out.iterdir()):
@@ -98,7 +122,7 @@ def _prepare(out: Path, recipe: Recipe, dataset: Dataset, identity: str, fresh: 
     with atomic_directory(out) as scratch:
         (scratch / FEATURES).mkdir()
         with working("fitting features"):
-            fit_features(dataset, recipe.features, scratch / FEATURES)
+            fit_features(dataset, recipe.features, scratch / FEATURES, known)
         (scratch / RECIPE).write_text(tomli_w.dumps(recipe.model_dump(exclude_none=True)))
         (scratch / "identity").write_text(identity)
 
@@ -110,18 +134,26 @@ def _run(
     identity: str,
     group: Ranks,
     first: TrainedRun | None,
+    update: bool,
     report: Report | None,
 ) -> None:
     features = Features.load(out / FEATURES)
     torch.manual_seed(recipe.seed)
     model = make_ranker(features.spec, recipe.model).to(group.device)
-    if first is not None:
+    since = None
+    if update:
+        assert first is not None
+        since = first.facts["trained_until"] + 1
+        words = Vocabulary.load(first.directory / FEATURES), Vocabulary.load(out / FEATURES)
+        with working("carrying over what was learned"):
+            grown(first.model().to(group.device), first.features, words[0], model, features, words[1])
+    elif first is not None:
         check_features(first, features)
         load_weights(model, load_checkpoint(first.directory / BEST)[0], first.directory / BEST)
     unpacked = out / _EXAMPLES / str(group.rank)
 
     def pretraining() -> Phase:
-        return Pretraining(model, recipe.pretraining, dataset, features, recipe.seed)
+        return Pretraining(model, recipe.pretraining, dataset, features, recipe.seed, since=since)
 
     begun: dict[str, Any] = {}
 
@@ -132,7 +164,7 @@ def _run(
                 requests = held_out(dataset, features, model, settings, seed)
         else:
             with working("unpacking requests"):
-                requests = logged(dataset, features, settings, seed, unpacked)
+                requests = logged(dataset, features, settings, seed, unpacked, since)
         phase = Ranking(model, settings, dataset, *requests)
         begun["valid_retrieval_ndcg10"] = round(phase.retrieved(), 6)
         if settings.start == "linear" and first is None:
@@ -186,6 +218,8 @@ def _run(
             "seconds": round(loop.elapsed(), 1),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "processes": group.world,
+            "trained_until": _newest(dataset),
+            **({"update_of": first.facts["dataset"]["digest"]} if update and first is not None else {}),
             **(json.loads((out / _BEGUN).read_text()) if (out / _BEGUN).is_file() else {}),
             "valid_ndcg10": _best(loop.curve, RANKING if RANKING in phases else list(phases)[-1])["valid_ndcg10"],
         }
@@ -195,6 +229,15 @@ def _run(
         loop.last.unlink()
         (out / _BEGUN).unlink(missing_ok=True)
         shutil.rmtree(out / _EXAMPLES, ignore_errors=True)
+
+
+def _newest(dataset: Dataset) -> int:
+    """Second of the newest training event, or of the newest training request where there are none."""
+    found = dataset.events.lazy().filter(pl.col("split") == "train").select(pl.col("timestamp").max()).collect().item()
+    if found is None:
+        requests = dataset.requests.filter(pl.col("split") == "train")
+        found = requests.select(pl.col("timestamp").max()).collect().item()
+    return int(found or 0)
 
 
 def _best(curve: list[dict[str, Any]], phase: str) -> dict[str, Any]:
