@@ -39,10 +39,11 @@ def requests_from_events(
         exclude_history: leave out what the user has had (where nothing is chosen twice).
         max_train, max_eval: tasks to keep of each split, drawn at random; the newest of a user have no priority.
     """
-    events = events.sort("user_id", "timestamp", maintain_order=True)
+    # Columns one by one in the order of users: a sorted table would be all of it once more.
+    order = events.select(pl.arg_sort_by("user_id", "timestamp", maintain_order=True)).to_series()
     ids = items["item_id"].to_numpy()
-    row = np.searchsorted(ids, events["item_id"].to_numpy()).astype(np.int32)
-    of, times = events["user_id"].to_numpy(), events["timestamp"].to_numpy()
+    row = np.searchsorted(ids, events["item_id"].to_numpy()).astype(np.int32)[order.to_numpy()]
+    of, times = (events[name].gather(order).to_numpy() for name in ("user_id", "timestamp"))
     begins = np.append(True, of[1:] != of[:-1])[: len(of)]
     user = (np.cumsum(begins) - 1).astype(np.int32)
     first = np.flatnonzero(begins)
@@ -52,15 +53,15 @@ def requests_from_events(
     del of, times, begins
 
     rng = np.random.default_rng(seed)
-    able = (before > first[user]) & (events["gain"].to_numpy() > 0)
+    able = (before > first[user]) & (events["gain"].gather(order) > 0).to_numpy()
     if "fresh" in events.columns:
-        able &= events["fresh"].to_numpy()
+        able &= events["fresh"].gather(order).to_numpy()
     chosen = []
     for name, limit in (("train", max_train), ("valid", max_eval), ("test", max_eval)):
-        eligible = np.flatnonzero((events["split"] == name).to_numpy() & able)
+        eligible = np.flatnonzero((events["split"] == name).gather(order).to_numpy() & able)
         chosen.append(np.sort(rng.permutation(eligible)[:limit]))
 
-    train = (events["split"] == "train").to_numpy()
+    train = (events["split"] == "train").gather(order).to_numpy()
     fold_of_user = rng.integers(FOLDS, size=len(first))
     parts: list[pl.DataFrame] = []
     with progress() as bar:
@@ -78,7 +79,8 @@ def requests_from_events(
             start = 0
             for top, scores in knn.retrieve(histories, min(CANDIDATES, len(ids)), exclude_history):
                 at = wanted[start : start + len(top)]
-                parts.append(_tasks(events, ids, row, at, top, scores, force_positive=fold < FOLDS))
+                picked = events[order.gather(at)]
+                parts.append(_tasks(picked, ids, row[at], top, scores, force_positive=fold < FOLDS))
                 start += len(top)
                 bar.advance(task, len(top))
     if not parts:
@@ -93,21 +95,19 @@ def _histories(row: NDArray[np.int32], first: NDArray[np.int64], end: NDArray[np
 
 
 def _tasks(
-    events: pl.DataFrame,
+    picked: pl.DataFrame,
     ids: NDArray[np.int64],
-    row: NDArray[np.int32],
-    at: NDArray[np.int64],
+    chosen: NDArray[np.int32],
     top: NDArray[np.int64],
     scores: NDArray[np.float32],
     force_positive: bool,
 ) -> pl.DataFrame:
-    picked = events[at]
     gain = picked["gain"].to_numpy()
-    hit = top == row[at][:, None]  # [B, K]
+    hit = top == chosen[:, None]  # [B, K]
     missed = ~hit.any(1)
     if force_positive:
         # Training needs the choice among the candidates; its score stays unknown rather than invented.
-        top[missed, -1] = row[at][missed]
+        top[missed, -1] = chosen[missed]
         scores[missed, -1] = np.nan
         hit[missed, -1] = True
         missed[:] = False

@@ -20,7 +20,7 @@ from trirank_build.retrieval.scores import Listed, scores_of
 
 NEIGHBOURS = 200
 """Of an item, the most similar ones; fewer where all items' would be more than ENTRIES."""
-ENTRIES = 150_000_000
+ENTRIES = 100_000_000
 """Most numbers of the table of similarities: 8 bytes each, and 28 while it is made."""
 LONGEST = (1_000, 500, 200, 100, 50, 20, 10, 5)
 """Newest events of a user that are looked at: as many of these as leave MOST_PAIRS. Pairs grow with the square, and
@@ -39,11 +39,12 @@ class ItemKnn:
     def __init__(self, users: NDArray[Any], rows: NDArray[Any], n_users: int, n_items: int) -> None:
         """Fit. ``users`` and ``rows`` are parallel, numbered from 0, a user's newest last."""
         users, rows = _newest(users, rows)
-        chosen = sparse.csr_matrix((np.ones(len(rows), np.float32), (users, rows)), (n_users, n_items))
-        chosen.data[:] = 1  # a pair counts once
-        counts = np.asarray(chosen.sum(0)).ravel()
-        scaled = (chosen @ sparse.diags(1 / np.sqrt(np.maximum(counts, 1)))).tocsr()
-        self._similarity = _nearest(scaled, max(1, min(NEIGHBOURS, ENTRIES // max(n_items, 1))))
+        starts = np.append(0, np.cumsum(np.bincount(users, minlength=n_users)))
+        chosen = sparse.csr_matrix((np.ones(len(rows)), rows.astype(np.int32), starts), (n_users, n_items))
+        chosen.sum_duplicates()  # a pair counts once
+        counts = np.bincount(chosen.indices, minlength=n_items)
+        chosen.data = (1 / np.sqrt(np.maximum(counts, 1)))[chosen.indices]
+        self._similarity = _nearest(chosen, max(1, min(NEIGHBOURS, ENTRIES // max(n_items, 1))))
         # Fills lists that similarity alone leaves short; too small to change an order.
         self._prior = (1e-6 * counts / max(counts.max(), 1)).astype(np.float32)
         self._favourites = np.argsort(-self._prior, kind="stable")[:_FAVOURITES]
@@ -86,27 +87,30 @@ class ItemKnn:
 
 
 def _newest(users: NDArray[Any], rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The newest events of each user, see LONGEST."""
+    """The newest events of each user, see LONGEST, one user after the other."""
     counts = np.bincount(users) if len(users) else np.zeros(0, np.int64)
     few = (length for length in LONGEST if (np.minimum(counts, length).astype(float) ** 2).sum() <= MOST_PAIRS)
     longest = next(few, LONGEST[-1])
-    if not (counts > longest).any():
-        return users, rows
     if (users[1:] < users[:-1]).any():
         order = np.argsort(users, kind="stable")
         users, rows = users[order], rows[order]
+    if not (counts > longest).any():
+        return users, rows
     kept = np.cumsum(counts)[users] - np.arange(len(users)) <= longest
     return users[kept], rows[kept]
 
 
 def _nearest(scaled: sparse.csr_matrix, count: int) -> sparse.csr_matrix:
-    """The ``count`` largest similarities [M, M] of each item, from users' choices [U, M] of length 1 an item."""
+    """The ``count`` largest similarities [M, M] of each item, from users' choices [U, M] of length 1 an item, in double
+    precision."""
     items = scaled.shape[1]
-    pairs = all_pairs_knn(scaled.astype(np.float64), count + 1, show_progress=False)  # an item is nearest to itself
+    pairs = all_pairs_knn(scaled, count + 1, show_progress=False)  # an item is nearest to itself
     others = (pairs.row != pairs.col) & (pairs.data > 0)
     # Rows come in their order; SciPy's own way to a CSR matrix would sort each of them besides.
     starts = np.append(0, np.cumsum(np.bincount(pairs.row[others], minlength=items)))
-    return sparse.csr_matrix((pairs.data[others].astype(np.float32), pairs.col[others], starts), (items, items))
+    columns = pairs.col[others]
+    values = pairs.data.astype(np.float32)[others]
+    return sparse.csr_matrix((values, columns, starts), (items, items))
 
 
 def fit_item_knn(dataset: Dataset, features: Features) -> ItemKnn:

@@ -224,7 +224,8 @@ def dataset_from_events(
     if options.queries is not None and not timed:
         raise BadData("a query file needs timestamps in the log, to know which events a query led to")
     events = with_searches(events, options, kinds, report)
-    events = events.sort("timestamp", maintain_order=True)
+    if not events["timestamp"].is_sorted():
+        events = events.sort("timestamp", maintain_order=True)
     if not timed:
         events = leave_last_out(events)
     if events["split"].n_unique() < 3:
