@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trirank_build.errors import DiskFull
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WEIGHTS = ".weights"
 """Suffix of the file beside a graph that has too many weights to hold them itself (trirank_build.export.weights)."""
 
@@ -24,7 +29,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         scratch.chmod(0o755)
-        yield scratch
+        with _fits(target):
+            yield scratch
         if target.is_dir():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, old / target.name)
@@ -42,10 +48,31 @@ def atomic_file(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield scratch
+        with _fits(target):
+            yield scratch
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def _fits(target: Path) -> Iterator[None]:
+    """Raises DiskFull in place of what libraries say when there is no room: not all of them say it in numbers."""
+    try:
+        yield
+    except Exception as error:
+        told = str(error)
+        if (
+            getattr(error, "errno", None) in _FULL
+            or any(f"os error {number})" in told or os.strerror(number) in told for number in _FULL)
+            or re.search(r"\d+ requested and \d+ written", told)  # numpy's words
+        ):
+            free = shutil.disk_usage(target.parent).free
+            raise DiskFull(
+                f"{target} does not fit: {' '.join(told.split())[:160]}. {free / 1e9:,.1f} GB are free there; make "
+                "room, or choose another --out. Nothing was left half-written"
+            ) from error
+        raise
 
 
 def file_digest(path: Path) -> str:

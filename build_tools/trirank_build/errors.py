@@ -5,6 +5,7 @@
 ├── BadCheckpoint      a checkpoint is damaged, unsafe, or of another model
 ├── BadModel           an ONNX graph or module breaks the contract
 ├── Diverged           a loss is no number any more
+├── DiskFull           what was to be written does not fit
 └── ServeError         the server cannot be found, started or reached
 
 The command prints the message on one line and exits with 1, or 2 where its own arguments are at fault, as for those
@@ -38,6 +39,10 @@ class BadModel(TrirankBuildError):
 
 class Diverged(TrirankBuildError):
     """A loss is no number any more; the last good checkpoint is kept."""
+
+
+class DiskFull(TrirankBuildError):
+    """What was to be written does not fit the disk, or a limit on files; nothing of it is left."""
 
 
 class ServeError(TrirankBuildError):

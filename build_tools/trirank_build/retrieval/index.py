@@ -69,7 +69,7 @@ def build_index(model: SequenceRanker, features: Features, dataset: Dataset, fol
     vectors, prior = item_vectors(model, features)
     items = torch.cat([vectors, prior[:, None]], 1).numpy()
     del vectors, prior
-    states = _states(graph, features, dataset)
+    states = states_of(graph, features, dataset)
     begun = time.perf_counter()
     index, kind, cells = fit(items)
     seconds = time.perf_counter() - begun
@@ -135,7 +135,7 @@ def recall_of(index: Any, probes: int, states: NDArray[np.float32], truth: NDArr
     )
 
 
-def _states(graph: StateGraph, features: Features, dataset: Dataset) -> NDArray[np.float32]:
+def states_of(graph: StateGraph, features: Features, dataset: Dataset) -> NDArray[np.float32]:
     """[B, D+1] of users of the validation split, as they were then."""
     tasks = CatalogueTasks.of(dataset, "valid", features, _JUDGES)
     if not len(tasks):
