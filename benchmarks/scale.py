@@ -5,8 +5,9 @@
 Parts: ``path`` (prepare, train, candidates, export, assemble, serve, rank; of a shop of the given size and one a
 hundredth of it), ``step`` (a training step at both sizes), ``libraries`` (searching among the vectors of ``path``),
 ``cluster`` (the same rows from Dask), ``limit`` (a log of three times the memory that it is prepared and trained in),
-``increment`` (a week's events against training anew). All by default. A step is a process of its own, measured by its
-wall clock and its largest resident set; what is done is not done again (work/benchmarks/scale).
+``increment`` (a week's events against training anew), ``rates`` (of reading and cleaning). All by default. A step is a
+process of its own, measured by its wall clock and its largest resident set; what is done is not done again
+(work/benchmarks/scale).
 """
 
 from __future__ import annotations
@@ -383,11 +384,12 @@ def main() -> None:
         search(*given.search)
         return
     sizes = (given.items, given.users, given.events)
-    from scale_parts import increment, libraries
+    from scale_parts import increment, libraries, rates
 
     parts = {
         "path": lambda: path(sizes), "step": lambda: step(sizes), "cluster": lambda: cluster(sizes), "limit": limit,
         "libraries": lambda: libraries(Way(*sizes).folder), "increment": increment,
+        "rates": lambda: rates(Way(*sizes).folder),
     }  # fmt: skip
     for name in given.parts or parts:
         figures = parts[name]()

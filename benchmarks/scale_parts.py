@@ -17,8 +17,13 @@ from trirank_build.evaluation.metrics import ideal_gains, ndcg, order_gains, tie
 from trirank_build.evaluation.scoring import score
 from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features, refresh_features
+from trirank_build.preparation.cleaning import Report, clean_events
+from trirank_build.preparation.engines import engine_of
+from trirank_build.preparation.options import PrepareOptions
+from trirank_build.preparation.parts import parts_of
+from trirank_build.preparation.sources.behaviour_log import LogReader
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
-from trirank_build.preparation.splitting import with_split
+from trirank_build.preparation.splitting import split_by_time, with_split
 from trirank_build.recipe import load_recipe
 from trirank_build.retrieval.index import StateGraph, choose_probes, exact_top, fit, states_of
 from trirank_build.retrieval.tasks import item_vectors
@@ -30,6 +35,30 @@ VECTORS = 1_000_000
 SEEDS, DAY = (0, 1, 2), 86_400
 SPAN = 7 * DAY
 """What is called a day: the shop's requests of a week."""
+
+
+def rates(folder: Path, parts: int = 10) -> list[Figure]:
+    """Seconds that a million events of the large log take to be read, and to be cleaned and split, in one process."""
+    options = PrepareOptions(min_count=2)
+    files = parts_of(str(folder / "shop" / "log"))[:parts]
+    took: dict[str, list[float]] = {"read": [], "clean": []}
+    for _ in range(3):
+        with engine_of(None) as engine:
+            begun = time.perf_counter()
+            reader = LogReader(options, {"item": "numbers", "user": "numbers"}, True)
+            frame, _, told = engine.read(files, reader)
+            read = time.perf_counter()
+            kept = clean_events(frame, engine, timed=True, report=Report(), min_count=options.min_count)
+            split_by_time(kept, engine.collect)
+            done = time.perf_counter()
+        millions = sum(part.rows[0][1] for part in told) / 1e6
+        took["read"].append((read - begun) / millions)
+        took["clean"].append((done - read) / millions)
+    note = (
+        f"{millions:.0f} million events, polars on two cores; cleaning: duplicates, bots, a 2-core, the split's times"
+    )
+    return [Figure(f"rates_{name}_s", float(np.median(values)), min(values), max(values), "s", note)
+            for name, values in took.items()]  # fmt: skip
 
 
 def libraries(folder: Path) -> list[Figure]:

@@ -13,6 +13,7 @@ import sys
 
 from online_tables import ONLINE
 from results import RESULTS, ROOT, Figure, read
+from scale_tables import SCALE
 from serving_tables import SERVING
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -469,6 +470,7 @@ TABLES = {
     "stages": stages,
     "hops": hops,
     **ONLINE,
+    **SCALE,
     **SERVING,
 }
 

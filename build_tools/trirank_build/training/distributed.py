@@ -30,10 +30,12 @@ class Ranks:
         """Whether this process validates, writes and reports."""
         return self.rank == 0
 
-    def parallel(self, module: nn.Module) -> nn.Module:
-        """The module, its gradients averaged over the ranks; all start from the first rank's weights."""
+    def parallel(self, module: nn.Module, apart: list[str]) -> nn.Module:
+        """The module, its gradients averaged over the ranks but for the parameters ``apart``; all start from the first
+        rank's weights."""
         if self.world == 1:
             return module
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, apart)
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
 
@@ -45,12 +47,15 @@ class Ranks:
         dist.broadcast(tensor, 0)
         return float(tensor.item())
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Mean over the ranks."""
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks."""
         if self.world > 1:
             dist.all_reduce(value)
-            value = value / self.world
         return value
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Mean over the ranks."""
+        return self.total(value) / self.world
 
     def wait(self) -> None:
         """Until all are here."""

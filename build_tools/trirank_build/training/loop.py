@@ -23,6 +23,7 @@ from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_
 from trirank_build.progress import console, progress
 from trirank_build.training.distributed import Ranks
 from trirank_build.training.optimiser import Optimiser
+from trirank_build.training.shards import Shards
 
 LAST = "last.safetensors"
 CLIP = 1.0
@@ -119,6 +120,7 @@ class Loop:
         self._started = time.monotonic()
         self._phase = self._epoch = self._at = self._step = 0
         self._total = 0.0
+        self._shards = Shards(model, 0, 1)
 
     def run(self, report: Any = None) -> None:
         """All phases; each ends with its best weights in the model. ``report(phase, epoch, ndcg)`` is called after
@@ -147,8 +149,9 @@ class Loop:
 
     def _run_phase(self, phase: Phase, state: dict[str, Tensor] | None, report: Any) -> None:
         settings = phase.settings
-        step = self.ranks.parallel(phase.step)
-        optimiser = Optimiser(phase.step, settings.learning_rate, settings.weight_decay)
+        self._shards = Shards(phase.step, self.ranks.rank, self.ranks.world)
+        step = self.ranks.parallel(phase.step, self._shards.parameters)
+        optimiser = Optimiser(phase.step, settings.learning_rate, settings.weight_decay, self.ranks)
         if state is not None:
             optimiser.load(state)
         per_epoch = len(phase.plan(np.random.default_rng(self.seed)))
@@ -161,15 +164,19 @@ class Loop:
                 loss = self._run_epoch(phase, step, optimiser, total, lambda: bar.advance(task))
                 self._epoch, self._at, self._total = self._epoch + 1, 0, 0.0
                 ndcg = self._judge(phase, loss)
-                if self.ranks.leads:
-                    self._save(phase, optimiser)
+                self._save(phase, optimiser)
                 bar.update(task, description=f"{phase.name}, epoch {self._epoch}: NDCG@10 {ndcg:.4f}")
                 if report is not None:
                     report(phase.name, self._epoch, ndcg)
             bar.update(task, total=self._step, completed=self._step)
+        self._shards.leave()
 
     def _judge(self, phase: Phase, loss: float | None) -> float:
         """Validate, and keep the weights where they are the phase's best so far; ``loss`` None: before training."""
+        with self._shards.whole():
+            return self._judge_whole(phase, loss)
+
+    def _judge_whole(self, phase: Phase, loss: float | None) -> float:
         ndcg = self.ranks.agree(phase.validate() if self.ranks.leads else 0.0)
         point = {"phase": phase.name, "epoch": self._epoch, "loss": None if loss is None else round(loss, 6),
                  "valid_ndcg10": round(ndcg, 6)}  # fmt: skip
@@ -206,6 +213,7 @@ class Loop:
                 name: tensor.to(ranks.device, non_blocking=True)
                 for name, tensor in phase.batch(np.sort(which), np.random.default_rng(place)).items()
             }
+            self._shards.fetch(tensors)
             with torch.autocast(ranks.device.type, torch.bfloat16) if self.half else nullcontext():
                 loss = step(**tensors)
             if not torch.isfinite(loss):
@@ -214,12 +222,14 @@ class Loop:
                     f"learning rate {rate:.2g}; lower learning_rate. The last good checkpoint is kept."
                 )
             loss.backward()
+            self._shards.push()
             optimiser.step(rate, CLIP)
             self._step += 1
             self._at += 1
             self._total += float(loss.detach())
             done()
-            if ranks.leads and time.monotonic() - saved > self.checkpoint_minutes * 60:
+            # Shards are gathered by all processes, whose clocks differ: they are saved after an epoch alone.
+            if ranks.leads and not self._shards.tables and time.monotonic() - saved > self.checkpoint_minutes * 60:
                 self._save(phase, optimiser)
                 saved = time.monotonic()
         return float(ranks.mean(torch.tensor(self._total / len(plan), device=ranks.device)))
@@ -238,13 +248,27 @@ class Loop:
         return self.seconds + time.monotonic() - self._started
 
     def _save(self, phase: Phase, optimiser: Optimiser) -> None:
-        tensors = {f"step.{name}": tensor for name, tensor in phase.step.state_dict().items()}
-        tensors |= {f"optimiser.{name}": value for name, value in optimiser.state().items()}
-        place = {
+        """Write down where training stands: the first process, and of shards each its own moments, before it."""
+        tensors = {f"optimiser.{name}": value for name, value in optimiser.state().items()}
+        if self._shards.tables:
+            if not self.ranks.leads:
+                save_checkpoint(self._last_of_own, tensors, self._place())
+            self.ranks.wait()
+        with self._shards.whole():
+            if self.ranks.leads:
+                tensors |= {f"step.{name}": tensor for name, tensor in phase.step.state_dict().items()}
+                save_checkpoint(self.last, tensors, self._place())
+
+    @property
+    def _last_of_own(self) -> Path:
+        return self.last.with_name(f"last.{self.ranks.rank}.safetensors")
+
+    def _place(self) -> dict[str, Any]:
+        return {
             "identity": self.identity, "phase": self._phase, "epoch": self._epoch, "at": self._at,
             "step": self._step, "total": self._total, "curve": self.curve, "seconds": self.elapsed(),
+            "processes": self.ranks.world if self._shards.tables else None,
         }  # fmt: skip
-        save_checkpoint(self.last, tensors, place)
 
     def _find_place(self) -> dict[str, Tensor] | None:
         """Take up the saved place, if there is one; gives what was saved."""
@@ -253,6 +277,14 @@ class Loop:
         tensors, place = load_checkpoint(self.last)
         if place.get("identity") != self.identity:
             raise BadCheckpoint(f"{self.last} is of another recipe or dataset; choose another --out, or say --fresh")
+        if place.get("processes") not in (None, self.ranks.world):
+            raise BadCheckpoint(f"{self.last} has tables in {place['processes']} shards; go on with as many processes, or "
+                                "say --fresh")  # fmt: skip
+        if place.get("processes") is not None and not self.ranks.leads:
+            own, its = load_checkpoint(self._last_of_own)
+            if any(its[key] != place[key] for key in ("identity", "phase", "epoch", "at")):
+                raise BadCheckpoint(f"{self._last_of_own} stands at another place than {self.last}; say --fresh")
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("step.")} | own
         self._phase, self._epoch, self._at = place["phase"], place["epoch"], place["at"]
         self._step, self._total, self.curve = place["step"], place["total"], place["curve"]
         self.seconds = place["seconds"]

@@ -12,14 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trirank_build.training.distributed import Ranks
+from trirank_build.training.shards import ShardedTable
+
 
 class Optimiser:
-    """Of what is trained of a module."""
+    """Of what is trained of a module.
 
-    def __init__(self, module: nn.Module, learning_rate: float, weight_decay: float) -> None:
-        tables = {
-            id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding) and table.sparse
-        }  # fmt: skip
+    Args:
+        ranks: the processes that train it together; None: this one alone.
+    """
+
+    def __init__(
+        self, module: nn.Module, learning_rate: float, weight_decay: float, ranks: Ranks | None = None
+    ) -> None:
+        self._ranks = ranks
+        self._shards = {id(part.shard) for part in module.modules() if isinstance(part, ShardedTable)}
+        tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding) and part.sparse}
+        tables |= self._shards
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._rows = [parameter for parameter in trained if id(parameter) in tables]
         self._whole = [parameter for parameter in trained if id(parameter) not in tables]
@@ -40,14 +50,19 @@ class Optimiser:
             part.zero_grad(set_to_none=True)
 
     def _clip(self, most: float) -> None:
-        gradients = [parameter.grad for parameter in self._whole if parameter.grad is not None]
+        together = [parameter.grad for parameter in self._whole if parameter.grad is not None]
+        apart = []
         for parameter in self._rows:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.coalesce()
-                gradients.append(parameter.grad.values())
-        if gradients:
-            scale = (most / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, scale)
+                (apart if id(parameter) in self._shards else together).append(parameter.grad.values())
+        if not together and not apart:
+            return
+        norm = nn.utils.get_total_norm(together)
+        if self._shards:  # of which every process has its own
+            assert self._ranks is not None
+            norm = (norm.square() + self._ranks.total(nn.utils.get_total_norm(apart).square())).sqrt()
+        torch._foreach_mul_([*together, *apart], (most / (norm + 1e-6)).clamp(max=1.0))
 
     def state(self) -> dict[str, Tensor]:
         """Moments and counts, by names that ``load`` knows."""

@@ -226,7 +226,8 @@ def _run(
         os.replace(loop.best(list(phases)[-1]), out / BEST)
         with atomic_file(out / RUN) as scratch:
             scratch.write_text(json.dumps(facts, indent=1) + "\n")
-        loop.last.unlink()
+        for last in out.glob("last*.safetensors"):
+            last.unlink()
         (out / _BEGUN).unlink(missing_ok=True)
         shutil.rmtree(out / _EXAMPLES, ignore_errors=True)
 
