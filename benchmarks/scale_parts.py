@@ -25,12 +25,12 @@ from trirank_build.preparation.sources.behaviour_log import LogReader
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
 from trirank_build.preparation.splitting import split_by_time, with_split
 from trirank_build.recipe import load_recipe
-from trirank_build.retrieval.index import StateGraph, choose_probes, exact_top, fit, states_of
+from trirank_build.retrieval.index import RECALL, StateGraph, exact_top, fit, states_of
 from trirank_build.retrieval.tasks import item_vectors
 from trirank_build.training.run import TrainedRun
 from trirank_build.training.trainer import train
 
-VECTORS = 1_000_000
+VECTORS = 300_000
 """Of the large shop's, that every library has to search among; graphs of neighbours take an hour for all."""
 SEEDS, DAY = (0, 1, 2), 86_400
 SPAN = 7 * DAY
@@ -75,28 +75,37 @@ def libraries(folder: Path) -> list[Figure]:
     figures = []
     for name, made in {"faiss_ivf_sq8": _faiss, "usearch": _usearch, "voyager": _voyager, "hnswlib": _hnswlib}.items():
         try:
-            seconds, tries = made(items, states, truth)
+            seconds, kept, search = made(items)
         except ImportError as error:
             print(f"{name}: not measured ({error})")
             continue
-        for setting, search in tries:  # noqa: B007  # the last one is told
-            found, took = [], []
-            for state in states[:200]:
-                begun = time.perf_counter()
-                found.append(search(state))
-                took.append(time.perf_counter() - begun)
-            recall = float(np.mean([len(np.intersect1d(a, b)) / 100 for a, b in zip(found, truth, strict=False)]))
-            if recall >= 0.95:
-                break
-        note = f"{len(items):,} vectors of {items.shape[1]} numbers, {setting}"
+        # The same grid for all, from 1 on; half of the states choose, the others are timed and tell the recall.
+        half = len(states) // 2
+        widths = [int(2 ** (step / 2)) for step in range(27)]
+        enough = (w for w in widths if _recall([search(one, w) for one in states[:half]], truth[:half]) >= RECALL)
+        chosen = next(enough, None)
+        if chosen is None:
+            print(f"{name}: no setting of {widths} finds {RECALL}")
+            continue
+        found, took = [], []
+        for state in states[half:]:
+            begun = time.perf_counter()
+            found.append(search(state, chosen))
+            took.append(time.perf_counter() - begun)
+        recall = _recall(found, truth[half:])
+        note = f"{len(items):,} vectors of {items.shape[1]} numbers, kept as {kept}; width {chosen}"
         ms = [float(np.quantile(took, share) * 1e3) for share in (0.5, 0.05, 0.95)]
         figures += [Figure(f"{name}_ms", *ms, "ms", note), Figure(f"{name}_recall", recall, recall, recall, "", note),
                     Figure(f"{name}_build_seconds", seconds, seconds, seconds, "s", "two threads")]  # fmt: skip
-        print(name, round(seconds, 1), "s", ms, recall, setting, flush=True)
+        print(name, round(seconds, 1), "s", ms, recall, chosen, flush=True)
     return figures
 
 
-def _faiss(items: np.ndarray, states: np.ndarray, truth: np.ndarray) -> tuple[float, Any]:
+def _recall(found: list[np.ndarray], truth: np.ndarray) -> float:
+    return float(np.mean([len(np.intersect1d(one, two)) / 100 for one, two in zip(found, truth, strict=True)]))
+
+
+def _faiss(items: np.ndarray) -> tuple[float, str, Any]:
     import faiss
     from trirank_backend.candidates import search_of
 
@@ -104,41 +113,34 @@ def _faiss(items: np.ndarray, states: np.ndarray, truth: np.ndarray) -> tuple[fl
     index, kind, cells = fit(items)
     seconds = time.perf_counter() - begun
     faiss.omp_set_num_threads(1)
-    probes, _ = choose_probes(index, cells, states, truth)
-    tries = [probes, 2 * probes, cells]
-    return seconds, [
-        (f"{kind}, {n} cells", lambda s, n=n: index.search(s[None], 100, params=search_of({"probes": n}))[1][0])
-        for n in tries
-    ]  # fmt: skip
+    return seconds, f"bytes ({kind})", lambda state, width: index.search(
+        state[None], 100, params=search_of({"probes": min(width, cells)}))[1][0]  # fmt: skip
 
 
-def _usearch(items: np.ndarray, states: np.ndarray, truth: np.ndarray) -> tuple[float, Any]:
+def _usearch(items: np.ndarray) -> tuple[float, str, Any]:
     library = importlib.import_module("usearch.index")
     index = library.Index(ndim=items.shape[1], metric="ip", dtype="f16", connectivity=16)
     begun = time.perf_counter()
     index.add(np.arange(len(items)), items, threads=2)
     seconds = time.perf_counter() - begun
 
-    def search(state: np.ndarray, wide: int) -> np.ndarray:
-        index.expansion_search = wide
+    def search(state: np.ndarray, width: int) -> np.ndarray:
+        index.expansion_search = max(width, 100)
         return index.search(state, 100, threads=1).keys
 
-    return seconds, [
-        (f"expansion {wide}", lambda s, wide=wide: search(s, wide)) for wide in (128, 256, 512, 1024, 2048)
-    ]
+    return seconds, "half precision", search
 
 
-def _voyager(items: np.ndarray, states: np.ndarray, truth: np.ndarray) -> tuple[float, Any]:
+def _voyager(items: np.ndarray) -> tuple[float, str, Any]:
     library = importlib.import_module("voyager")
     index = library.Index(library.Space.InnerProduct, num_dimensions=items.shape[1], M=16)
     begun = time.perf_counter()
     index.add_items(items, num_threads=2)
     seconds = time.perf_counter() - begun
-    return seconds, [(f"ef {wide}", lambda s, wide=wide: index.query(s, 100, query_ef=wide)[0])
-                     for wide in (128, 256, 512, 1024, 2048)]  # fmt: skip
+    return seconds, "single precision", lambda state, width: index.query(state, 100, query_ef=max(width, 100))[0]
 
 
-def _hnswlib(items: np.ndarray, states: np.ndarray, truth: np.ndarray) -> tuple[float, Any]:
+def _hnswlib(items: np.ndarray) -> tuple[float, str, Any]:
     library = importlib.import_module("hnswlib")
     index = library.Index(space="ip", dim=items.shape[1])
     index.init_index(len(items), ef_construction=200, M=16)
@@ -146,11 +148,11 @@ def _hnswlib(items: np.ndarray, states: np.ndarray, truth: np.ndarray) -> tuple[
     index.add_items(items, num_threads=2)
     seconds = time.perf_counter() - begun
 
-    def search(state: np.ndarray, wide: int) -> np.ndarray:
-        index.set_ef(wide)
+    def search(state: np.ndarray, width: int) -> np.ndarray:
+        index.set_ef(max(width, 100))
         return index.knn_query(state[None], 100, num_threads=1)[0][0]
 
-    return seconds, [(f"ef {wide}", lambda s, wide=wide: search(s, wide)) for wide in (128, 256, 512, 1024, 2048)]
+    return seconds, "single precision", search
 
 
 def increment() -> list[Figure]:
@@ -177,14 +179,20 @@ def increment() -> list[Figure]:
             _judge(old, refresh_features(old.directory / "features", today, folder / "stale"), today)
         )
     figures = []
-    anew = np.concatenate(values["anew"])
-    draws = np.random.default_rng(0).integers(0, len(anew), (2_000, len(anew)))
+    anew = values["anew"]
+    rng = np.random.default_rng(0)
+    shops = rng.integers(0, len(SEEDS), (2_000, len(SEEDS)))
     for name, share in (("updated", "incremental_ndcg_share"), ("stale", "stale_ndcg_share")):
-        own = np.concatenate(values[name])
-        ratios = own[draws].mean(1) / anew[draws].mean(1)
-        figures.append(Figure(share, own.mean() / anew.mean(), *np.quantile(ratios, (0.025, 0.975)).tolist(), "",
-                              f"of training anew, whose NDCG@10 is {anew.mean():.4f}; {len(anew):,} requests of the "
-                              f"week after, {len(SEEDS)} shops"))  # fmt: skip
+        own, ratios = values[name], []
+        for drawn in shops:  # shops first, then requests of each
+            at = [rng.integers(0, len(own[shop]), len(own[shop])) for shop in drawn]
+            both = [sum(each[shop][which].sum() for shop, which in zip(drawn, at, strict=True)) for each in (own, anew)]
+            ratios.append(both[0] / both[1])
+        value = sum(map(np.sum, own)) / sum(map(np.sum, anew))
+        single = ", ".join(f"{one.mean() / two.mean():.3f}" for one, two in zip(own, anew, strict=True))
+        figures.append(Figure(share, float(value), *np.quantile(ratios, (0.025, 0.975)).tolist(), "",
+                              f"NDCG@10 of training anew: {np.concatenate(anew).mean():.4f}; "
+                              f"{sum(map(len, anew)):,} requests of the week after, shops {single}"))  # fmt: skip
     speed = [one / two for one, two in zip(seconds["anew"], seconds["updated"], strict=True)]
     figures.append(Figure("incremental_speedup", float(np.median(speed)), min(speed), max(speed), "",
                           "time of training anew over that of the update"))  # fmt: skip

@@ -29,7 +29,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         scratch.chmod(0o755)
-        with _fits(target):
+        with fits(target):
             yield scratch
         if target.is_dir():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
@@ -48,7 +48,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with _fits(target):
+        with fits(target):
             yield scratch
         os.replace(scratch, target)
     finally:
@@ -56,7 +56,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _fits(target: Path) -> Iterator[None]:
+def fits(target: Path) -> Iterator[None]:
     """Raises DiskFull in place of what libraries say when there is no room: not all of them say it in numbers."""
     try:
         yield

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from trirank.contract import PAD_ITEM_ID
+from trirank.contract import PAD_ITEM_ID, Behaviour
 
 from trirank_backend.catalogue import NO_ROW
 from trirank_backend.errors import InvalidRelease
 from trirank_backend.release import FEATURES, check_contract, load_packer
 
+_KINDS = sorted(behaviour.value for behaviour in Behaviour)
 FOLDER, STATE, INDEX, FACTS = "retrieval", "state.onnx", "items.faiss", "index.json"
 
 
@@ -49,6 +50,7 @@ class CandidateSource:
             import faiss
         except ImportError as error:
             raise InvalidRelease(f"candidates need faiss ({error}); pip install 'trirank[retrieval]'") from error
+        mapped, self._faiss, self._threads = faiss.IO_FLAG_MMAP_IFC, faiss, threads
         check_contract(release)
         folder = release / FOLDER
         if not (folder / FACTS).is_file():
@@ -59,7 +61,7 @@ class CandidateSource:
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
             graph = str((folder / STATE).resolve())
             self._state = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-            self._index = faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
+            self._index = faiss.read_index(str(folder / INDEX), mapped)
         except Exception as error:  # neither library's exceptions share a public base
             raise InvalidRelease(f"the index of {release} cannot be read ({error}); assemble again") from error
         self._packer, _ = load_packer(release / FEATURES)
@@ -83,16 +85,21 @@ class CandidateSource:
             exclude_seen: leave out what is in the history.
 
         Raises:
-            ValueError: ``k`` is none of 1 to the number of items, or a list is longer than another.
+            ValueError: ``k`` is none of 1 to the number of items, lists differ in length, or a behaviour is none.
         """
         if not 1 <= k <= len(self._items):
             raise ValueError(f"k = {k}; it is 1 to {len(self._items):,}, the number of items")
+        if behaviours is not None and len(behaviours) != len(histories):
+            raise ValueError(f"{len(histories)} histories and {len(behaviours)} lists of behaviours; each has one")
         length = self._packer.spec.history_length
         rows, kinds = np.full((len(histories), length), NO_ROW, np.int32), np.zeros((len(histories), length), np.int32)
         seen = []
         for at, ids in enumerate(histories):
             own = self._items.rows(np.asarray(ids, np.int64))
-            kind = np.ones(len(own), np.int32) if behaviours is None else np.asarray(behaviours[at], np.int32)
+            clicks = np.full(len(own), Behaviour.CLICK.value, np.int32)
+            kind = clicks if behaviours is None else np.asarray(behaviours[at], np.int32)
+            if (wrong := kind[~np.isin(kind, _KINDS)]).size:
+                raise ValueError(f"user {at} has a behaviour {wrong[0]}; they are {_KINDS[0]} to {_KINDS[-1]}")
             if len(kind) != len(own):
                 raise ValueError(f"user {at} has {len(own)} items and {len(kind)} behaviours; each item has one")
             kept = own != NO_ROW
@@ -101,6 +108,7 @@ class CandidateSource:
             seen.append(own[kept])
         (states,) = self._state.run(["state"], {"history": self._packer.history(rows, kinds)})
         more = max((len(set(one.tolist())) for one in seen), default=0) if exclude_seen else 0
+        self._faiss.omp_set_num_threads(self._threads)  # of this thread's calls
         scores, found = self._index.search(states, min(k + more, len(self._items)), params=self._search)
         if exclude_seen:
             for at, one in enumerate(seen):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from trirank.contract import PAD_ITEM_ID
+from trirank.contract import PAD_ITEM_ID, Behaviour
 from trirank_backend.candidates import FACTS, INDEX, CandidateSource
 from trirank_backend.errors import InvalidRelease
 from trirank_build.cli import app
@@ -66,6 +67,30 @@ def test_users_are_found_for_together_and_alone(source, trained, rng):
         np.testing.assert_allclose(alone.scores[0], together.scores[at], atol=1e-3)
 
 
+def test_what_is_not_said_is_a_click(source, trained):
+    ids = trained.features.catalogue.ids[5:9]
+    said, unsaid = source.find([ids], 9, [np.full(4, Behaviour.CLICK.value)]), source.find([ids], 9)
+    np.testing.assert_array_equal(said.scores, unsaid.scores)
+    assert (source.find([ids], 9, [np.full(4, Behaviour.VIEW.value)]).scores != unsaid.scores).any()
+
+
+def test_cells_in_a_release_and_threads_that_search(world, trained, tmp_path, monkeypatch, source):
+    monkeypatch.setattr(index, "EXACT", 100)
+    made = assemble(trained, Dataset.load(world.data), world.onnx, tmp_path, index=True, allow_failing_gate=True)
+    cells = CandidateSource(made)
+    assert cells.facts["kind"] == "IVF64,SQ8"
+    users = [trained.features.catalogue.ids[at : at + 6] for at in range(0, 60, 2)]
+    alone = [cells.find([one], 10, exclude_seen=True) for one in users]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda one: cells.find([one], 10, exclude_seen=True), users))
+    for one, two, user in zip(alone, together, users, strict=True):
+        np.testing.assert_array_equal(one.item_ids, two.item_ids)
+        assert not set(one.item_ids[0].tolist()) & set(user.tolist())
+    best = [set(source.find([one], 10).item_ids[0].tolist()) for one in users]
+    found = [set(cells.find([one], 10).item_ids[0].tolist()) for one in users]
+    assert np.mean([len(a & b) / 10 for a, b in zip(best, found, strict=True)]) > 0.85
+
+
 def test_without_what_was_seen_and_what_is_not_there(source, trained):
     ids = trained.features.catalogue.ids
     seen = source.find([ids[:3]], 5).item_ids[0]
@@ -79,6 +104,10 @@ def test_without_what_was_seen_and_what_is_not_there(source, trained):
 def test_what_cannot_be_asked(source):
     with pytest.raises(ValueError, match="k = 0; it is 1 to 312, the number of items"):
         source.find([np.array([1])], 0)
+    with pytest.raises(ValueError, match="2 histories and 1 lists of behaviours"):
+        source.find([np.array([1])] * 2, 5, [np.array([1])])
+    with pytest.raises(ValueError, match="user 0 has a behaviour 99; they are 1 to 5"):
+        source.find([np.array([1])], 5, [np.array([99])])
     with pytest.raises(ValueError, match="user 0 has 1 items and 2 behaviours"):
         source.find([np.array([1])], 5, [np.array([1, 2])])
 
@@ -105,8 +134,12 @@ def test_the_command(release, trained, world):
     assert len(found) == 7
     titles = dict(pl.read_parquet(release / "items.parquet").select("key", "title").iter_rows())
     assert all(titles[line["key"]] == line["title"] for line in found)
-    wrong = CliRunner().invoke(app, ["release", "candidates", str(release), "--item", "chair"])
-    assert "--item chair is no number" in str(wrong.exception)
+    for given, told in (
+        (["--item", "chair"], "--item chair is no number"), (["--item", "²"], "--item ² is no number"),
+        (["--item", "9" * 20], "is no number below"), (["--item", "1", "--count", "313"], "--count 313 is more"),
+    ):  # fmt: skip
+        wrong = CliRunner().invoke(app, ["release", "candidates", str(release), *given])
+        assert told in str(wrong.exception)
 
 
 class TestCells:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import nn
-from trirank_build.compression import chain, factorise, fold, fuse, prune, quantise, share
+from trirank_build.compression import chain, factorise, fold, fuse, prune, quantise, search, share
 from trirank_build.compression.chain import compress
 from trirank_build.compression.finetune import divergences
 from trirank_build.compression.recipe import KINDS, parse_recipe
@@ -392,6 +393,18 @@ def test_a_compact_table_is_not_folded_into_a_large_one(trained, kind):
     with pytest.raises(BadRecipe, match=r"it would make 0.0\d MB, a vector for each of 312 items, .* leave fold out"):
         checked("fold", compact, trained)
     assert compact.folded is None
+
+
+def test_a_search_leaves_fold_out_where_it_cannot_be(trained, model):
+    sizes = trained.recipe.model.model_copy(update={"embedding": "quotient_remainder", "embedding_rows": 16})
+    compact = make_ranker(trained.features.spec, sizes)
+    start = recipe_of({"kind": "fold"})
+    drawn = {"heads": 0.5, "ffn": 0.5, "width": 0.0, "blocks": 0, "history_length": 8, "quantise": "none"}
+    for ranker, folds in ((model, True), (compact, False)):
+        dense = SimpleNamespace(model=lambda ranker=ranker: ranker, features=trained.features)
+        assert search._folds(dense) == folds
+        kinds = [step.kind for step in search._chain(start, drawn, 1, folds).steps]
+        assert ("fold" in kinds) == folds
 
 
 def test_nor_is_one_that_a_step_made_compact(trained, model):

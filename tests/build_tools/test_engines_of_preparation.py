@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from trirank_build.preparation.prepare import prepare
 from trirank_build.preparation.sources import tables
 
 DAY = 86_400
+prepare_module = importlib.import_module("trirank_build.preparation.prepare")
 START = 1_600_000_000 - 1_600_000_000 % DAY
 
 
@@ -106,13 +108,56 @@ def test_tables_that_go_through_files(whole, tmp_path, monkeypatch):
 
 def test_what_parts_lose_counts_together(tmp_path):
     """A file with many unknown words is no reason to stop where the whole log has few."""
-    frame = raw()
-    folder = in_parts(frame, tmp_path / "log")
-    with pytest.raises(BadData, match=r"unknown behaviours: 6[0-9] of 6,380, 'wave' .* That is more than 1%"):
+    frame = raw().with_columns(
+        behavior=pl.when(pl.int_range(pl.len()) < 66).then(pl.lit("wave")).otherwise(pl.lit("pv"))
+    )
+    folder = in_parts(frame, tmp_path / "log", parts=40)
+    with pytest.raises(BadData, match=r"unknown behaviours: 66 of 6,380, 'wave' .* That is more than 1%"):
         prepare(str(folder), PrepareOptions(max_loss=0.01))
     found = prepare(str(folder), PrepareOptions(max_loss=0.02))
     (line,) = [line for line in found.description.notes["read"] if line.startswith("unknown behaviours")]
     assert "of 6,380" in line
+
+
+def test_strange_ids_in_a_later_part_are_no_silence(tmp_path):
+    folder = in_parts(raw().with_columns(pl.col("item_id").cast(pl.String)), tmp_path / "log")
+    part = pl.read_parquet(folder / "part-003.parquet")
+    part.with_columns(pl.lit("sku-").add(pl.col("item_id")).alias("item_id")).head(90).write_parquet(
+        folder / "part-003.parquet"
+    )
+    with pytest.raises(BadData, match=r"90 of .* item ids are no plain numbers, such as 'sku-.*--item-ids strings"):
+        prepare(str(folder), PrepareOptions(**OPTIONS))
+    kept = prepare(str(folder), PrepareOptions(item_ids="numbers", **OPTIONS))
+    assert kept.description.ids["item"] == "numbers"
+
+
+def test_parts_to_which_nothing_fell(whole, tmp_path):
+    folder = in_parts(raw(), tmp_path / "log")
+    for number in (0, 3):
+        raw().head(0).write_parquet(folder / f"part-{number:03d}-empty.parquet")
+    raw().head(0).write_parquet(folder / "a-first-one.parquet")
+    assert same(prepare(str(folder), PrepareOptions(**OPTIONS)), whole)
+    for file in folder.glob("part-0*[0-9].parquet"):
+        file.unlink()
+    with pytest.raises(BadData, match="has a header but no row"):
+        prepare(str(folder), PrepareOptions(**OPTIONS))
+
+
+def test_large_files_of_other_kinds(tmp_path, monkeypatch):
+    for module in (tables, prepare_module):
+        monkeypatch.setattr(module, "LARGE", 100)
+    (tmp_path / "sequences.txt").write_text("\n".join("1 2 3 4 5 6 7 8" for _ in range(40)))
+    assert prepare(str(tmp_path / "sequences.txt"), PrepareOptions()).events.height == 280
+    raw().with_columns(query=pl.lit("Stühle")).write_csv(tmp_path / "log.csv")
+    text = "\n\n" + (tmp_path / "log.csv").read_text()
+    (tmp_path / "blank.csv").write_text(text)
+    assert prepare(str(tmp_path / "blank.csv"), PrepareOptions(**OPTIONS)).events.height > 1_000
+    (tmp_path / "latin.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BadData, match="Say --encoding latin-1"):
+        prepare(str(tmp_path / "latin.csv"), PrepareOptions(**OPTIONS))
+    assert prepare(str(tmp_path / "latin.csv"), PrepareOptions(encoding="latin-1", **OPTIONS)).events.height > 1_000
+    with pytest.raises(BadData, match="--engine is for logs with a header or in Parquet"):
+        prepare(str(tmp_path / "sequences.txt"), PrepareOptions(engine="dask://127.0.0.1:1"))
 
 
 def test_what_is_no_log(tmp_path):
@@ -177,7 +222,9 @@ def cluster(tmp_path_factory):
 
 def test_a_cluster_leaves_the_same_rows(whole, cluster, tmp_path):
     workers = [psutil.Process(process.pid).cpu_times() for process in cluster.workers]
-    found = prepare(str(in_parts(raw(), tmp_path / "log")), PrepareOptions(engine=cluster.address, **OPTIONS))
+    # From sixteen parts on a join on items leaves rows by item: what then looks at users has to have them together.
+    folder = in_parts(raw(), tmp_path / "log", parts=40)
+    found = prepare(str(folder), PrepareOptions(engine=cluster.address, **OPTIONS))
     assert same(found, whole)
     now = [psutil.Process(process.pid).cpu_times() for process in cluster.workers]
     assert all(after.user > before.user for before, after in zip(workers, now, strict=True))

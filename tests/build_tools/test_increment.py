@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -95,6 +97,75 @@ def test_it_says_from_what_it_was_made(grown, base, logs, tmp_path):
     again = prepare_onto(grown, str(tmp_path / "later.csv"), PrepareOptions())
     assert [line["source"] for line in again.description.notes["from"]] == ["before.csv", "day.csv", "later.csv"]
     assert again.description.source == "before.csv and later.csv"
+
+
+def test_what_becomes_training_has_its_choice(base, logs, tmp_path):
+    """Day after day: what retrieval missed while it was a test is among the candidates once it is learned from."""
+    data, rng = base, np.random.default_rng(1)
+    for day in range(10, 16):
+        rows = 500
+        frame = pl.DataFrame(
+            {
+                "user_id": rng.integers(1, 60, rows), "item_id": rng.integers(1, 90, rows) + 100 * (day - 9),
+                "behavior": rng.choice(["pv", "cart", "buy"], rows),
+                "timestamp": START + day * DAY + np.sort(rng.choice(DAY, rows, replace=False)),
+            }
+        )  # fmt: skip
+        frame.write_csv(tmp_path / f"{day}.csv")
+        data = prepare_onto(data, str(tmp_path / f"{day}.csv"), PrepareOptions())
+    train = data.split("train")
+    late = train.filter(pl.col("timestamp") >= START + 10 * DAY)
+    assert late.height > 200
+    assert (train["labels"].list.max() > 0).all()
+    assert (train["missed"].list.len() == 0).all()
+    forced = late.filter(pl.col("retrieval_scores").list.last().is_nan())
+    assert forced.height > 20
+    events = {(u, t): item for u, t, item in data.events.select("user_id", "timestamp", "item_id").iter_rows()}
+    for row in forced.head(50).iter_rows(named=True):
+        assert row["item_ids"][-1] == events[row["user_id"], row["timestamp"]]
+    assert (data.split("test")["missed"].list.len() > 0).any()
+
+
+def test_an_older_log_is_not_put_before_what_was_trained_on(base, logs, tmp_path):
+    raw(4_000, seed=3).with_columns(pl.col("timestamp") - 20 * DAY).write_csv(tmp_path / "older.csv")
+    with pytest.raises(BadData, match="older.csv is older than what before.csv is judged by: valid would begin"):
+        prepare_onto(base, str(tmp_path / "older.csv"), PrepareOptions())
+
+
+def test_views_count_as_they_did(tmp_path):
+    shop = raw().with_columns(
+        behavior=pl.when(pl.col("behavior") == "buy").then(pl.lit("buy")).otherwise(pl.lit("view"))
+    )
+    views = raw().with_columns(behavior=pl.lit("view"))
+    day = raw(300, seed=9).with_columns(pl.col("timestamp") + 10 * DAY, behavior=pl.lit("view"))
+    day.write_csv(tmp_path / "day.csv")
+    for name, frame, kind in (("shop", shop, 1), ("views", views, 2)):
+        frame.write_csv(tmp_path / f"{name}.csv")
+        first = prepare(str(tmp_path / f"{name}.csv"), PrepareOptions())
+        grown = prepare_onto(first, str(tmp_path / "day.csv"), PrepareOptions())
+        new = grown.events.filter(pl.col("timestamp") >= START + 10 * DAY)
+        assert set(new["behaviour"]) == {kind}, name
+
+
+def test_prices_that_a_newer_file_lacks_stay(logs, tmp_path):
+    pl.DataFrame({"item_id": [1, 3], "price": [5.0, 2.0]}).write_csv(tmp_path / "first.csv")
+    base = prepare(str(logs[0]), PrepareOptions(items=tmp_path / "first.csv"))
+    pl.DataFrame({"item_id": [1, 3], "price": ["", "4.0"]}).write_csv(tmp_path / "newer.csv")
+    found = prepare_onto(base, str(logs[1]), PrepareOptions(items=tmp_path / "newer.csv"))
+    assert dict(found.items.filter(pl.col("item_id").is_in([1, 3])).select("item_id", "price").iter_rows()) == {
+        1: 5.0,
+        3: 4.0,
+    }
+
+
+def test_a_base_with_feedback(base, logs):
+    """Tasks of feedback say where items stood; those of a log stood nowhere."""
+    nowhere = pl.col("item_ids").list.eval(pl.lit(2, pl.Int32)).alias("positions")
+    told = replace(base, requests=base.requests.with_columns(nowhere, request_id=pl.lit("r")))
+    found = prepare_onto(told, str(logs[1]), PrepareOptions()).requests.collect()
+    assert found["positions"].null_count() == found["request_id"].null_count() == 0
+    assert (found["positions"].list.len() == found["item_ids"].list.len()).all()
+    assert set(found["request_id"]) == {"r", ""}
 
 
 def test_old_logs_are_not_read_again(base, logs, monkeypatch):

@@ -56,6 +56,7 @@ with ranks() as group:
     with shards.whole():
         if group.leads:
             torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, sys.argv[1])
+    group.wait()
 """
 
 
@@ -100,9 +101,9 @@ def test_a_run_in_shards_is_a_run(kind, recipe, world, tmp_path):
     one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2
     assert two["parameters"] == one["parameters"]
-    assert two["curve"][0]["loss"] == pytest.approx(one["curve"][0]["loss"], rel=0.05)
+    assert two["curve"][0]["loss"] == pytest.approx(one["curve"][0]["loss"], rel=0.1)  # each process draws negatives
     assert two["valid_ndcg10"] == pytest.approx(one["valid_ndcg10"], abs=0.08)
-    shapes = [{name: tuple(tensor.shape) for name, tensor in load_checkpoint(tmp_path / name / "best.safetensors")[0].items()}
-              for name in ("one", "two")]  # fmt: skip
+    weights = [load_checkpoint(tmp_path / name / "best.safetensors")[0] for name in ("one", "two")]
+    shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in weights]
     assert shapes[0] == shapes[1]
     assert not list((tmp_path / "two").glob("last*"))

@@ -164,6 +164,42 @@ def test_what_is_no_update(days, updated, tmp_path):
         train(own.changed({"features.history_length": 4}), today, tmp_path / "other", update=old.directory)
 
 
+def test_an_update_is_not_judged_by_what_it_knows(days, updated, recipe, tmp_path):
+    old, _, own = updated
+    _, today, _ = days
+    moved = today.events.with_columns(split=pl.when(pl.col("timestamp") > old.facts["trained_until"] - 1000)
+                                      .then(pl.lit("valid")).otherwise(pl.lit("train")))  # fmt: skip
+    requests = today.requests.with_columns(split=pl.when(pl.col("timestamp") > old.facts["trained_until"] - 1000)
+                                           .then(pl.lit("valid")).otherwise(pl.lit("train")))  # fmt: skip
+    early = Dataset(today.items, moved, requests, today.description)
+    with pytest.raises(BadData, match="it would be judged by what it knows"):
+        train(own, early, tmp_path / "early", update=old.directory)
+    held = own.changed({"training.requests": "held_out", "pretraining.objective": "next_item"})
+    with pytest.raises(BadRecipe, match='an update goes with training.requests = "logged"'):
+        train(held, today, tmp_path / "held", update=old.directory)
+
+
+def test_both_phases_are_told_since_when(days, recipe, tmp_path, monkeypatch):
+    yesterday, today, _ = days
+    own = recipe.changed({"pretraining.objective": "next_item", "pretraining.epochs": 1, "training.epochs": 1})
+    old = train(own, yesterday, tmp_path / "old")
+    seen = {}
+    for name, function in (("windows", Sequences.__init__), ("requests", Examples._fill)):
+
+        def spy(self, *given, _name=name, _function=function):
+            if _name == "windows":
+                seen.setdefault(_name, given[2])
+            else:
+                seen.setdefault(_name, []).append(int(given[1]["timestamp"].min()))
+            return _function(self, *given)
+
+        monkeypatch.setattr(Sequences if name == "windows" else Examples, function.__name__, spy)
+    train(own, today, tmp_path / "new", update=old.directory)
+    since = old.facts["trained_until"] + 1
+    assert seen["windows"] == since
+    assert min(seen["requests"]) >= since
+
+
 def test_rows_that_are_shared_by_place_cannot_grow(days, recipe):
     yesterday, today, folder = days
     own = recipe.changed({"model.embedding": "quotient_remainder", "model.embedding_rows": 16, "training.epochs": 1})

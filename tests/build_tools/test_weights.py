@@ -65,6 +65,20 @@ def test_an_export_takes_the_place_of_the_one_before(graph, trained):
     assert second.is_file()
 
 
+def test_an_export_mends_what_was_damaged(graph, trained):
+    (beside,) = weights_of(graph)
+    beside.unlink()
+    graph.with_name("other.onnx").write_bytes(b"no graph")
+    export(trained.model(), trained.features.spec, graph)
+    assert weights_of(graph) == [beside]
+    graph.write_bytes(b"half a graph")
+    export(trained.model(), trained.features.spec, graph)
+    assert weights_of(graph) == [beside]
+    for _ in range(2):  # of any name
+        export(trained.model(), trained.features.spec, graph.with_name("ranker"))
+    assert weights_of(graph.with_name("ranker")) == [beside]
+
+
 def test_an_export_that_fails_leaves_nothing(small, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("trirank_build.export.parity.MODULE_LIMIT", -1.0)
     with pytest.raises(BadModel, match="differs from the module"):

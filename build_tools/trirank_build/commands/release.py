@@ -94,10 +94,11 @@ def candidates(
     from trirank_build.repository.release import ITEMS, load_manifest
 
     strings = load_manifest(release)["ids"]["item"] == "strings"
-    if not strings and (wrong := next((item for item in items if not item.isdigit()), None)) is not None:
-        raise BadUsage(f"--item {wrong} is no number, and the items of this release are numbers")
-    known = np.array([stable_id(item) if strings else int(item) for item in items], np.int64)
-    found = CandidateSource(release).find([known], count, exclude_seen=exclude_seen)
+    known = np.array([stable_id(item) if strings else _number(item) for item in items], np.int64)
+    source = CandidateSource(release)
+    if count > source.facts["items"]:
+        raise BadUsage(f"--count {count} is more than the release's {source.facts['items']:,} items")
+    found = source.find([known], count, exclude_seen=exclude_seen)
     table = pl.read_parquet(release / ITEMS)
     lines = pl.DataFrame({"item_id": found.item_ids[0], "score": found.scores[0].astype(float)})
     lines = lines.join(table, on="item_id", how="inner", maintain_order="left").select(
@@ -110,6 +111,12 @@ def candidates(
     for key, score, title, category in lines.iter_rows():
         shown.add_row(key, f"{score:.3f}", title, category)
     out.print(shown)
+
+
+def _number(item: str) -> int:
+    if item.isascii() and item.isdigit() and int(item) < 2**63:
+        return int(item)
+    raise BadUsage(f"--item {item} is no number below 2^63, and the items of this release are numbers")
 
 
 @app.command()

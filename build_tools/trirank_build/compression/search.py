@@ -24,12 +24,14 @@ from matplotlib.figure import Figure
 from trirank_backend.scoring import available_engines
 
 from trirank_build.artefacts import atomic_file
+from trirank_build.compression import fold
 from trirank_build.compression.chain import check_chain, compress
 from trirank_build.compression.recipe import CompressionRecipe, parse_recipe
 from trirank_build.data.dataset import Dataset
 from trirank_build.engines.latency import fastest_engine
 from trirank_build.errors import BadRecipe
 from trirank_build.export.onnx import write_graph
+from trirank_build.export.weights import graph_bytes
 from trirank_build.progress import progress
 from trirank_build.training.run import TrainedRun
 
@@ -101,6 +103,7 @@ def search(
         raise BadRecipe(f"{out} holds the search of another recipe, ranker or dataset; choose another --out")
     study.set_user_attr("identity", identity)
     base = max(point["valid_ndcg10"] for point in dense.facts["curve"])
+    folds = _folds(dense)
     if "start" not in study.user_attrs:
         study.set_user_attr("start", _try(start, dense, dataset, out, Target(), base))
     with progress() as bar:
@@ -108,7 +111,7 @@ def search(
         task = bar.add_task("searching", total=trials, completed=1 + len(ended))
         for _ in range(trials - 1 - len(ended)):
             trial = study.ask()
-            recipe = _chain(start, _draw(trial, dense), trial.number + 1)
+            recipe = _chain(start, _draw(trial, dense), trial.number + 1, folds)
             result = _try(recipe, dense, dataset, out, target, base)
             trial.set_user_attr("result", result)
             if "ndcg10" in result:
@@ -133,9 +136,19 @@ def _draw(trial: optuna.Trial, dense: TrainedRun) -> dict[str, Any]:
     }
 
 
-def _chain(start: CompressionRecipe, drawn: dict[str, Any], number: int) -> CompressionRecipe:
+def _folds(dense: TrainedRun) -> bool:
+    """Whether the ranker can be folded: one with a compact table of items would grow."""
+    try:
+        fold.check(dense.model(), fold.Settings(), dense.features)
+    except BadRecipe:
+        return False
+    return True
+
+
+def _chain(start: CompressionRecipe, drawn: dict[str, Any], number: int, folds: bool) -> CompressionRecipe:
     steps: list[dict[str, Any]] = [{"kind": "prune", **{k: v for k, v in drawn.items() if k != "quantise"}}]
-    steps.append({"kind": "fold", "training": {"epochs": 0}})
+    if folds:
+        steps.append({"kind": "fold", "training": {"epochs": 0}})
     if drawn["quantise"] != "none":
         steps.append({"kind": "quantise", "mode": drawn["quantise"]})
     return parse_recipe(start.to_toml() | {"name": f"{start.name}-{number}", "steps": steps})
@@ -150,7 +163,7 @@ def _try(
         path = Path(folder) / "form.onnx"
         write_graph(model, features.spec, path)  # its weights mean nothing, so neither would its parity
         engine, times = fastest_engine(path, features.spec, available_engines())
-        result: dict[str, Any] = {"latency_ms": times[engine], "size_mb": path.stat().st_size / 1e6, "engine": engine}
+        result: dict[str, Any] = {"latency_ms": times[engine], "size_mb": graph_bytes(path) / 1e6, "engine": engine}
     result["recipe"] = recipe.to_toml()
     for name in ("latency_ms", "size_mb"):
         limit = getattr(target, name)

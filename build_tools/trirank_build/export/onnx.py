@@ -22,7 +22,7 @@ from trirank_build.artefacts import WEIGHTS, atomic_file
 from trirank_build.errors import BadModel
 from trirank_build.export.operators import TENSORRT_OPERATORS
 from trirank_build.export.parity import Parity, check_parity, sample_inputs
-from trirank_build.export.weights import detached, drop_unused, weights_of
+from trirank_build.export.weights import detached, drop_unused, named_weights, weights_of
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
 
 OPSET = 18
@@ -36,17 +36,16 @@ def export(module: nn.Module, spec: FeatureSpec, path: Path) -> Parity:
         BadModel: the module does not take or give what the contract says, or the graph differs from it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = set(path.parent.glob(f"*{WEIGHTS}"))
-    replaced = set(weights_of(path)) if path.is_file() else set()
-    try:
-        with atomic_file(path) as scratch:
-            write_graph(module, spec, scratch)
+    replaced, before = named_weights(path), set(path.parent.glob(f"*{WEIGHTS}"))
+    with atomic_file(path) as scratch:
+        write_graph(module, spec, scratch)
+        try:
             parity = check_parity(module, scratch, spec)
-    except BaseException:
-        for file in set(path.parent.glob(f"*{WEIGHTS}")) - before:
-            file.unlink()
-        raise
-    drop_unused(path.parent, replaced)
+        except BaseException:
+            for file in named_weights(scratch) - before:
+                file.unlink(missing_ok=True)
+            raise
+    drop_unused(path, replaced)
     return parity
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir
+from google.protobuf.message import DecodeError
 
 from trirank_build.artefacts import WEIGHTS, file_digest
 from trirank_build.errors import BadModel
@@ -81,9 +82,23 @@ def copy_graph(path: Path, target: Path) -> None:
     shutil.copyfile(path, target)
 
 
-def drop_unused(folder: Path, before: set[Path]) -> None:
-    """Remove those of the weights ``before`` that no graph in a folder has any more."""
-    used = {file for graph in folder.glob("*.onnx") for file in weights_of(graph)}
+def named_weights(path: Path) -> set[Path]:
+    """The files that a graph names, whether they are there or not; none of one that is not there or cannot be read."""
+    try:
+        outside = _outside(onnx.load(str(path), load_external_data=False))
+    except (OSError, DecodeError):
+        return set()
+    said = [entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"]
+    return {path.with_name(Path(name).name) for name in said}
+
+
+def drop_unused(path: Path, before: set[Path]) -> None:
+    """Remove those of the weights ``before`` that neither the graph at ``path`` nor another beside it names."""
+    if not before:
+        return
+    used = named_weights(path)
+    for graph in path.parent.glob("*.onnx"):
+        used |= named_weights(graph)
     for file in before - used:
         file.unlink(missing_ok=True)
 

@@ -112,6 +112,10 @@ def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path, known
     )
     text = TextEncoder(tokenizer, tables["token"][0])
     catalogue = _catalogue(items, counts, vocabulary, spec, text, titles)
+    if known is not None:
+        theirs = Features.load(known)
+        moved = spec.tables["token"][0] - theirs.spec.tables["token"][0]
+        _check_same_shop(theirs.catalogue, catalogue, dataset.description.source, moved)
     catalogue.save(directory / "catalogue")
     spec.save(directory / "features.json")
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -146,8 +150,11 @@ def refresh_features(trained: Path, dataset: Dataset, directory: Path) -> Featur
     return Features.load(directory)
 
 
-def _check_same_shop(old: Catalogue, new: Catalogue, source: str) -> None:
+def _check_same_shop(old: Catalogue, new: Catalogue, source: str, moved: int = 0) -> None:
     """Where ids are small numbers, those of any two shops agree; what they stand for does not.
+
+    Args:
+        moved: by how much words' numbers have grown since; brands and categories are not compared then.
 
     Raises:
         BadData: most items that both have are other items now.
@@ -156,6 +163,9 @@ def _check_same_shop(old: Catalogue, new: Catalogue, source: str) -> None:
     known = rows >= 0
     # Titles where there are any, else brand and category; prices change.
     then, now = (old.titles, new.titles) if old.titles.shape[1] else (old.fields[:, 1:3], new.fields[:, 1:3])
+    if moved and not old.titles.shape[1]:
+        return
+    then = np.where(then > 0, then + moved, 0)
     then, now = then[rows[known]], now[:-1][known]
     told = (then != 0).any(1) | (now != 0).any(1)  # of an item without title, brand and category nothing is known
     same = (then == now).all(1)[told]

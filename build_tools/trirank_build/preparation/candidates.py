@@ -63,24 +63,27 @@ def requests_from_events(
 
     train = (events["split"] == "train").gather(order).to_numpy()
     fold_of_user = rng.integers(FOLDS, size=len(first))
+    at, learning = np.concatenate(chosen), len(chosen[0])
+    of, begin, end, place = user[at], first[user[at]], before[at], order.gather(at)
+    del before, able, order  # as long as the log, and fitting needs the room
     parts: list[pl.DataFrame] = []
     with progress() as bar:
-        task = bar.add_task("retrieving candidates", total=sum(map(len, chosen)))
+        task = bar.add_task("retrieving candidates", total=len(at))
         for fold in range(FOLDS + 1):
             if fold < FOLDS:
-                wanted = chosen[0][fold_of_user[user[chosen[0]]] == fold]
+                wanted = np.flatnonzero(fold_of_user[of[:learning]] == fold)
                 fitted_on = train & (fold_of_user[user] != fold)
             else:
-                wanted, fitted_on = np.concatenate(chosen[1:]), train
+                wanted, fitted_on = np.arange(learning, len(at)), train
             if not len(wanted):
                 continue
             knn = ItemKnn(user[fitted_on], row[fitted_on], len(first), len(ids))
-            histories = _histories(row, first[user[wanted]], before[wanted])
+            histories = _histories(row, begin[wanted], end[wanted])
             start = 0
             for top, scores in knn.retrieve(histories, min(CANDIDATES, len(ids)), exclude_history):
-                at = wanted[start : start + len(top)]
-                picked = events[order.gather(at)]
-                parts.append(_tasks(picked, ids, row[at], top, scores, force_positive=fold < FOLDS))
+                these = wanted[start : start + len(top)]
+                picked = events[place.gather(these)]
+                parts.append(_tasks(picked, ids, row[at[these]], top, scores, force_positive=fold < FOLDS))
                 start += len(top)
                 bar.advance(task, len(top))
     if not parts:

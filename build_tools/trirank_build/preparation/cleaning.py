@@ -39,6 +39,8 @@ class Report:
     max_loss: float = MAX_LOSS
     part: bool = False
     """Whether it is of a part of a log: what is of no use is then judged with that of the others, in ``add``."""
+    odd: list[tuple[str, int, int, str]] = field(default_factory=list)
+    """(item or user, ids, ids that are no plain numbers where the log's first part had none, an example)."""
     losses: list[tuple[str, int, int, str, str]] = field(default_factory=list)
     """(what, total, lost, examples, advice) of a part; ``rows`` and ``notes`` are as for the whole."""
 
@@ -63,6 +65,16 @@ class Report:
             for what, total, lost, examples, advice in part.losses:
                 first = losses.get(what, (0, 0, "", ""))
                 losses[what] = first[0] + total, first[1] + lost, first[2] or examples, first[3] or advice
+        for what in ("user", "item"):
+            found = [each for part in parts for each in part.odd if each[0] == what]
+            if number := sum(each[2] for each in found):
+                example = next(each[3] for each in found if each[2])
+                total = sum(each[1] for each in found)
+                raise BadData(
+                    f"{number:,} of {total:,} {what} ids are no plain numbers, such as {example!r}, though the log "
+                    f"begins with numbers; say --{what}-ids strings to take all of them as text (callers then send "
+                    f"strings), or --{what}-ids numbers to leave those out"
+                )
         self.rows += [(rule, before, after) for rule, (before, after) in rows.items()]
         for what, (total, lost, examples, advice) in losses.items():
             self.lost(what, total, lost, examples, advice)
@@ -154,8 +166,8 @@ class Keeps(Protocol):
         """The same, calculated now."""
         ...
 
-    def by_user(self, frame: Frame, rule: Callable[[Frame], Frame]) -> Frame:
-        """What a rule leaves that looks at the rows of one user at a time."""
+    def together(self, frame: Frame, column: str, rule: Callable[[Frame], Frame]) -> Frame:
+        """What a rule leaves that looks at the rows of one value of a column at a time."""
         ...
 
     def collect(self, frame: Frame) -> pl.DataFrame:
@@ -178,7 +190,7 @@ def clean_events(events: Frame, engine: Keeps, *, timed: bool, report: Report, m
 
     def apply(rule: str, clean: Callable[[Frame], Frame]) -> None:
         nonlocal events, count
-        before, events = count, engine.keep(engine.by_user(events, clean))
+        before, events = count, engine.keep(engine.together(events, "user_id", clean))
         count = _count(events, engine)
         report.rows.append((rule, before, count))
 
@@ -189,8 +201,10 @@ def clean_events(events: Frame, engine: Keeps, *, timed: bool, report: Report, m
     if min_count > 1:
         begun = count
         while True:
-            often = engine.by_user(events, partial(_active, least=min_count))
-            before, events = count, engine.keep(_met(events, often, min_count))
+            before = count
+            for column in ("user_id", "item_id"):
+                often = partial(_often, column=column, least=min_count)
+                events = engine.keep(engine.together(events, column, often))
             count = _count(events, engine)
             if count == before:
                 break
@@ -222,8 +236,8 @@ def _told_of_times(times: pl.Series, now: int, report: Report) -> None:
         ("timestamps before 1990", known.filter(known < EARLIEST),
          "look at the unit of the log's times: seconds, milliseconds and microseconds are told apart by most of them"),
     ):  # fmt: skip
-        if len(bad):
-            report.lost(what, times.len(), len(bad), f"such as {bad[0]} ({_date(int(bad[0]))})", advice)
+        such = f"such as {bad[0]} ({_date(int(bad[0]))})" if len(bad) else ""
+        report.lost(what, times.len(), len(bad), such, advice)
 
 
 def _date(seconds: int) -> str:
@@ -245,12 +259,6 @@ def _without_bots(events: Frame) -> Frame:
     return events.join(bots, on="user_id", how="anti")
 
 
-def _active(events: Frame, least: int) -> Frame:
-    counts = events.group_by("user_id").agg(nw.col("place").count().alias("events"))
-    return events.join(counts.filter(nw.col("events") >= least).select("user_id"), on="user_id", how="inner")
-
-
-def _met(events: Frame, kept: Frame, least: int) -> Frame:
-    """Those of ``kept`` whose item has at least so many events among all."""
-    counts = events.group_by("item_id").agg(nw.col("place").count().alias("events"))
-    return kept.join(counts.filter(nw.col("events") >= least).select("item_id"), on="item_id", how="inner")
+def _often(events: Frame, column: str, least: int) -> Frame:
+    counts = events.group_by(column).agg(nw.col("place").count().alias("events"))
+    return events.join(counts.filter(nw.col("events") >= least).select(column), on=column, how="inner")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import narwhals as nw
 import polars as pl
 
+from trirank_build.artefacts import fits
 from trirank_build.errors import BadData
 from trirank_build.preparation.cleaning import Report
 from trirank_build.progress import progress
@@ -64,8 +65,9 @@ class Engine(Protocol):
         """The same, calculated now, so that what is made of it twice is calculated once."""
         ...
 
-    def by_user(self, frame: Frame, rule: Callable[[Frame], Frame]) -> Frame:
-        """What ``rule`` leaves of the rows; it may look at all rows of one user together, and at no others."""
+    def together(self, frame: Frame, column: str, rule: Callable[[Frame], Frame]) -> Frame:
+        """What ``rule`` leaves of the rows; it may look at all rows of one value of the column together, and at no
+        others."""
         ...
 
     def collect(self, frame: Frame) -> pl.DataFrame:
@@ -83,7 +85,8 @@ def engine_of(address: str | None) -> Iterator[Engine]:
     if address is None or address == "polars":
         scratch = Path(tempfile.mkdtemp(prefix="trirank-prepare-"))
         try:
-            yield PolarsEngine(scratch)
+            with fits(scratch):
+                yield PolarsEngine(scratch)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     elif address.startswith(DASK):
@@ -98,6 +101,8 @@ class PolarsEngine:
 
     def __init__(self, scratch: Path | None = None) -> None:
         self._scratch, self._files = scratch, 0
+        self._kept: list[Path] = []
+        """What the newest ``keep`` was made of, or wrote."""
 
     def read(self, parts: list[str], reader: Reader) -> tuple[Frame, pl.DataFrame, list[Report]]:
         """See Engine."""
@@ -117,10 +122,13 @@ class PolarsEngine:
                         pl.concat(held).write_parquet(files[-1])
                         held = []
                 bar.advance(task)
+        if not reports:
+            raise BadData(f"none of {', '.join(parts[:3])} has a row")
         if files:
             if held:
                 files.append(self._file())
                 pl.concat(held).write_parquet(files[-1])
+            self._kept = files
             return nw.from_native(pl.scan_parquet(files)), names[0], reports
         return nw.from_native(pl.concat(held).lazy()), names[0], reports
 
@@ -131,9 +139,12 @@ class PolarsEngine:
             return nw.from_native(native.collect().lazy())
         path = self._file()
         native.sink_parquet(path)
+        for file in self._kept:  # rules follow one on the other: nothing is made of what was before any more
+            file.unlink()
+        self._kept = [path]
         return nw.from_native(pl.scan_parquet(path))
 
-    def by_user(self, frame: Frame, rule: Callable[[Frame], Frame]) -> Frame:
+    def together(self, frame: Frame, column: str, rule: Callable[[Frame], Frame]) -> Frame:
         """See Engine."""
         return rule(frame)
 
@@ -166,6 +177,9 @@ def _dask(address: str) -> Iterator[Engine]:
     try:
         with client.as_current():  # else Dask shuffles by files, as if it were one machine
             yield DaskEngine(client, address)
+    except ImportError as error:
+        raise BadData(f"a worker of {address} lacks a library ({_short(error)}); pip install 'trirank[cluster]' there, "
+                      "in the same version") from error  # fmt: skip
     except (OSError, KilledWorker, FutureCancelledError, TimeoutError) as error:
         raise BadData(f"the cluster {address} went away in the middle ({_short(error)}); {advice}") from error
     finally:
@@ -181,8 +195,8 @@ class DaskEngine:
 
     def __init__(self, client: Any, address: str) -> None:
         self._client, self._address = client, address
-        self._shuffled = False
-        """Whether all rows of a user lie in one partition."""
+        self._placed = ""
+        """The column of whose values each has all its rows in one partition."""
 
     def read(self, parts: list[str], reader: Reader) -> tuple[Frame, pl.DataFrame, list[Report]]:
         """See Engine."""
@@ -192,6 +206,8 @@ class DaskEngine:
         told = self._client.map(_told_of, read, pure=False)
         self._wait(told, "reading")
         names, reports = zip(*self._client.gather(told), strict=True)
+        if not any(reports):
+            raise BadData(f"none of {', '.join(parts[:3])} has a row")
         empty = _to_pandas(pl.DataFrame(schema=_SCHEMA))
         frames = dd.from_delayed(self._client.map(_events_of, read, pure=False), meta=empty, verify_meta=False)
         known = pl.concat(names).unique("item_id", keep="any")
@@ -205,11 +221,11 @@ class DaskEngine:
         self._wait(futures_of(kept), "cleaning")
         return _lazy(kept)
 
-    def by_user(self, frame: Frame, rule: Callable[[Frame], Frame]) -> Frame:
-        """See Engine. Rows go to their user's partition once; there the rule runs on polars."""
+    def together(self, frame: Frame, column: str, rule: Callable[[Frame], Frame]) -> Frame:
+        """See Engine. Rows go to their value's partition, unless they are there; there the rule runs on polars."""
         native = frame.to_native()
-        if not self._shuffled:
-            native, self._shuffled = native.shuffle(on="user_id"), True
+        if self._placed != column:
+            native, self._placed = native.shuffle(on=column), column
         return _lazy(native.map_partitions(_on_polars, rule, meta=_to_pandas(pl.DataFrame(schema=_SCHEMA))))
 
     def collect(self, frame: Frame) -> pl.DataFrame:
@@ -266,7 +282,12 @@ def _to_pandas(events: pl.DataFrame) -> Any:
 
 
 def _read_part(reader: Reader, address: str, number: int) -> tuple[pl.DataFrame, pl.DataFrame, list[Report]]:
-    tables = list(reader(address, number))
+    try:
+        tables = list(reader(address, number))
+    except OSError as error:  # of the file: the cluster's own are told otherwise
+        raise BadData(f"{address} cannot be read by a worker ({_short(error)})") from None
+    if not tables:
+        return pl.DataFrame(schema=_SCHEMA), pl.DataFrame(schema={"item_id": pl.Int64, "key": pl.String}), []
     names = pl.concat([table.names for table in tables]).unique("item_id", keep="any")
     return pl.concat([table.events for table in tables]), names, [table.report for table in tables]
 

@@ -9,12 +9,12 @@ from trirank_build.errors import BadData
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.parts import is_remote
 from trirank_build.preparation.sources.behaviour_log import COLUMNS as LOG_COLUMNS
-from trirank_build.preparation.sources.behaviour_log import prepare_behaviour_log
+from trirank_build.preparation.sources.behaviour_log import SYNONYMS, prepare_behaviour_log
 from trirank_build.preparation.sources.judged_search import COLUMNS as JUDGED_COLUMNS
 from trirank_build.preparation.sources.judged_search import prepare_judged_search
 from trirank_build.preparation.sources.sequences import looks_like_sequences, prepare_sequences
 from trirank_build.preparation.sources.shop import ShopSize, make_shop
-from trirank_build.preparation.sources.tables import LARGE, is_parquet, read_text, split_header
+from trirank_build.preparation.sources.tables import LARGE, first_line, is_parquet, read_text, split_header
 
 SHOP = "shop"
 
@@ -33,20 +33,28 @@ def prepare(source: str, options: PrepareOptions) -> Dataset:
             raise BadData("--items and --queries go with a log of yours; the shop has items and queries of its own")
         return make_shop(ShopSize(), options.seed)
     path = Path(source)
-    if is_remote(source) or not path.is_file() or is_parquet(path) or path.stat().st_size > LARGE:
+    if is_remote(source) or not path.is_file() or is_parquet(path):
         return prepare_behaviour_log(source, options)
+    if path.stat().st_size > LARGE and set(LOG_COLUMNS) <= columns_of(first_line(path)):
+        return prepare_behaviour_log(source, options)  # by pieces
     text = read_text(path, options.report(), options.encoding)
     head = text.lstrip().split("\n", 1)[0].strip()
+    names = columns_of(head)
+    if options.engine is not None and (looks_like_sequences(head) or {"search_term", "relevance"} & names):
+        raise BadData(f"--engine is for logs with a header or in Parquet; {path} is none")
     if looks_like_sequences(head):
         return prepare_sequences(path, options)
-    names = {name.strip().lower() for name in split_header(text)[1]}
     if {"search_term", "relevance"} & names:
         return prepare_judged_search(path, options)
     if len(names) > 1:
         return prepare_behaviour_log(source, options)
-    if options.engine is not None:
-        raise BadData(f"--engine is for logs with a header or in Parquet; {path} has none")
     raise BadData(
         f"{path} starts with {head[:60]!r}, which is none of: a header with {', '.join(LOG_COLUMNS)}; "
         f"a header with {', '.join(JUDGED_COLUMNS)}; lines of `user item item …` in numbers"
     )
+
+
+def columns_of(line: str) -> set[str]:
+    """The names of a header's columns, as they are used here."""
+    names = {name.strip().lower() for name in split_header(line)[1]}
+    return {SYNONYMS.get(name, name) for name in names}

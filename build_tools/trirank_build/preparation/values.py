@@ -183,7 +183,9 @@ def behaviours(column: pl.Series, extra: Mapping[str, Behaviour | None], report:
     codes = {word: meaning.value for word, meaning in meanings.items() if meaning is not None}
     found = words.replace_strict(list(codes), list(codes.values()), default=None, return_dtype=pl.Int8)
     unknown = words.filter(found.is_null() & words.is_not_null() & ~words.is_in(list(meanings)))
-    if len(unknown):
+    if not len(unknown):
+        report.lost("unknown behaviours", words.len(), 0, "", "")
+    else:
         counts = unknown.value_counts(sort=True, name="count")
         named = ", ".join(f"{word!r} ({count:,})" for word, count in counts.head(5).iter_rows())
         more = f" and {counts.height - 5} more" if counts.height > 5 else ""
@@ -244,7 +246,10 @@ def to_ids(column: pl.Series, kind: IdKind) -> pl.Series:
     Raises:
         BadData: two names collide.
     """
-    name, text = column.name, id_text(column)
+    name = column.name
+    if kind == "numbers" and column.dtype.is_integer():  # as most files have them, and many times as fast
+        return pl.select(pl.when(column >= 0).then(column.cast(pl.Int64, strict=False))).to_series().alias(name)
+    text = id_text(column)
     if kind == "numbers":
         plain = pl.select(pl.when(text.str.contains(_NUMBER)).then(text)).to_series()
         return plain.cast(pl.Int64, strict=False).alias(name)

@@ -102,6 +102,9 @@ def assemble(
     spec = run.features.spec
     check_onnx(onnx_path, spec)
     parity = parity_of(onnx_path)
+    if index and parity["module"] != type(run.model()).__name__:
+        raise BadModel(f"{onnx_path} is a {parity['module']}, and an index is made of the run's own ranker, whose "
+                       "vectors are not its; leave --index out")  # fmt: skip
     gate = gate_of(onnx_path, run, allow_failing_gate)
     if gate is None and not refreshed and not allow_failing_gate:
         _check_above_retrieval(run, dataset)

@@ -78,7 +78,7 @@ def build_index(model: SequenceRanker, features: Features, dataset: Dataset, fol
     faiss.write_index(index, str(folder / INDEX))
     facts = {
         "kind": kind, "items": len(items), "dim": items.shape[1], "cells": cells, "probes": probes,
-        f"recall_at_{K}": round(recall, 4), "judged_by": len(states),
+        f"recall_at_{K}": round(recall, 4), "judged_by": len(states) - len(states) // 2 if cells else len(states),
     }  # fmt: skip
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     return {**facts, "fit_seconds": round(seconds, 1)}
@@ -115,7 +115,7 @@ def choose_probes(index: Any, cells: int, states: NDArray[np.float32], truth: ND
     """
     if not cells:
         return 0, 1.0
-    half = max(1, len(states) // 2)
+    half = len(states) // 2
     probes = cells
     for step in range(2, 2 * int(np.log2(cells)) + 1):
         tried = int(2 ** (step / 2))
@@ -127,8 +127,6 @@ def choose_probes(index: Any, cells: int, states: NDArray[np.float32], truth: ND
 
 def recall_of(index: Any, probes: int, states: NDArray[np.float32], truth: NDArray[np.int64]) -> float:
     """Share of ``truth`` [B, k] that is found."""
-    if not len(states):
-        return float("nan")
     found = index.search(states, truth.shape[1], params=search_of({"probes": probes}))[1]
     return float(
         np.mean([len(np.intersect1d(one, two)) / truth.shape[1] for one, two in zip(found, truth, strict=True)])
@@ -138,10 +136,9 @@ def recall_of(index: Any, probes: int, states: NDArray[np.float32], truth: NDArr
 def states_of(graph: StateGraph, features: Features, dataset: Dataset) -> NDArray[np.float32]:
     """[B, D+1] of users of the validation split, as they were then."""
     tasks = CatalogueTasks.of(dataset, "valid", features, _JUDGES)
-    if not len(tasks):
-        raise BadModel(
-            "no user of the validation split has a history, so nothing can be searched for; bring a longer log"
-        )
+    if len(tasks) < 2:
+        raise BadModel("fewer than two choices of the validation split have a history, too few to judge an index by; "
+                       "bring a longer log")  # fmt: skip
     rows, behaviours = tasks.histories(np.arange(len(tasks)), features.spec.history_length)
     with torch.inference_mode():
         found: NDArray[np.float32] = graph(torch.from_numpy(features.packer.history(rows, behaviours))).numpy()

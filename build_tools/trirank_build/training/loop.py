@@ -278,8 +278,8 @@ class Loop:
         if place.get("identity") != self.identity:
             raise BadCheckpoint(f"{self.last} is of another recipe or dataset; choose another --out, or say --fresh")
         if place.get("processes") not in (None, self.ranks.world):
-            raise BadCheckpoint(f"{self.last} has tables in {place['processes']} shards; go on with as many processes, or "
-                                "say --fresh")  # fmt: skip
+            raise BadCheckpoint(f"{self.last} has tables in {place['processes']} shards; go on with as many processes, "
+                                "or say --fresh")  # fmt: skip
         if place.get("processes") is not None and not self.ranks.leads:
             own, its = load_checkpoint(self._last_of_own)
             if any(its[key] != place[key] for key in ("identity", "phase", "epoch", "at")):

@@ -51,7 +51,7 @@ class Optimiser:
 
     def _clip(self, most: float) -> None:
         together = [parameter.grad for parameter in self._whole if parameter.grad is not None]
-        apart = []
+        apart: list[Tensor] = []
         for parameter in self._rows:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.coalesce()

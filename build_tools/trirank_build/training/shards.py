@@ -1,8 +1,9 @@
 """Tables in shards: under torchrun each process keeps every so-manieth row of a table, and the moments of these alone.
 
-Before a step every process asks the others for the rows that its part of the batch holds; after it, the gradients go back
-to the rows' owners. Both are two exchanges a step (all-to-all), outside of the model and of DDP, so that it is no matter how
-often a model looks a table up. To validate and to write weights the first process gathers the whole table for that time.
+Before a step every process asks the others for the rows that its part of the batch holds; after it, the gradients go
+back to the rows' owners. Both are exchanges of all with all, outside of the model and of DDP, so that it is no matter
+how often a model looks a table up. To validate and to write weights the first process gathers the whole table for that
+time; where a phase begins and ends, each process has the whole table for a moment.
 
 Tables with ``model.embedding_updates = "rows"`` are kept so: their steps know which rows they need.
 """
@@ -45,7 +46,7 @@ class ShardedTable(nn.Module):
             return F.embedding(ids, self.whole)
         assert self.ids is not None
         assert self.rows is not None
-        return F.embedding(torch.searchsorted(self.ids, ids.long()), self.rows)
+        return F.embedding(torch.searchsorted(self.ids, ids.long().contiguous()), self.rows)
 
     def fetch(self, ids: Tensor) -> None:
         """Have the rows ``ids``, ascending and each once, from their owners."""
@@ -67,7 +68,7 @@ class ShardedTable(nn.Module):
         found = self._exchange(gradient[self._order], self._sent, self._received) / self.world
         at = (self._wanted // self.world)[None]
         mine = self._wanted > 0  # the row of "missing" stays zeros
-        self.shard.grad = torch.sparse_coo_tensor(at[:, mine], found[mine], self.shard.shape)
+        self.shard.grad = torch.sparse_coo_tensor(at[:, mine], found[mine], self.shard.shape, check_invariants=False)
         self.ids = self.rows = None
 
     @staticmethod

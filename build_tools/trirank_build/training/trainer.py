@@ -17,7 +17,7 @@ import torch
 
 from trirank_build.artefacts import atomic_directory, atomic_file, file_digest
 from trirank_build.data.dataset import Dataset
-from trirank_build.errors import BadCheckpoint, BadRecipe
+from trirank_build.errors import BadCheckpoint, BadData, BadRecipe
 from trirank_build.features.fitting import Features, fit_features, refresh_features
 from trirank_build.features.vocabulary import Vocabulary
 from trirank_build.models.checkpoint import load_checkpoint, load_weights
@@ -87,14 +87,23 @@ def train(
 
 def _check_update(recipe: Recipe, dataset: Dataset, first: TrainedRun) -> None:
     first.check_refresh(dataset)
-    if recipe.training.refit:
-        raise BadRecipe("training.refit begins from nothing at the end, which is no update; say "
-                        "training.refit = false, or train anew")  # fmt: skip
+    if "held_out" in (recipe.training.requests, first.recipe.training.requests):
+        raise BadRecipe(
+            'an update goes with training.requests = "logged": what a ranker learned of held-out choices would be what '
+            "its update is validated by. Train anew"
+        )
     for section in ("features", "model"):
         if getattr(recipe, section) != getattr(first.recipe, section):
             raise BadRecipe(f"[{section}] differs from that of {first.directory}; an update goes on with what is there")
     if not dataset.description.timed:
         raise BadRecipe(f"{dataset.description.source} has no times, so nothing of it is newer; train anew")
+    judged = dataset.requests.filter(pl.col("split") == "valid").select(pl.col("timestamp").min()).collect().item()
+    until = first.facts.get("trained_until")
+    if until is not None and judged is not None and judged <= until:
+        raise BadData(
+            f"{dataset.description.source} is validated from {judged} on, and {first.directory} learned until {until}: "
+            "it would be judged by what it knows. Add a newer log, or train anew"
+        )
     if "trained_until" not in first.facts:
         raise BadCheckpoint(f"{first.directory} does not say until when it learned; train it anew with this version")
 
@@ -139,17 +148,18 @@ def _run(
 ) -> None:
     features = Features.load(out / FEATURES)
     torch.manual_seed(recipe.seed)
-    model = make_ranker(features.spec, recipe.model).to(group.device)
+    model = make_ranker(features.spec, recipe.model)
     since = None
     if update:
         assert first is not None
         since = first.facts["trained_until"] + 1
         words = Vocabulary.load(first.directory / FEATURES), Vocabulary.load(out / FEATURES)
         with working("carrying over what was learned"):
-            grown(first.model().to(group.device), first.features, words[0], model, features, words[1])
+            grown(first.model(), first.features, words[0], model, features, words[1])
     elif first is not None:
         check_features(first, features)
         load_weights(model, load_checkpoint(first.directory / BEST)[0], first.directory / BEST)
+    model.to(group.device)
     unpacked = out / _EXAMPLES / str(group.rank)
 
     def pretraining() -> Phase:

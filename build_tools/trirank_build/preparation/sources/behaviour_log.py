@@ -33,6 +33,8 @@ HEAD = 1_000_000
 """Rows of a log's first file by which it is told what its ids are."""
 _PLACES = 40
 """Bits of an event's place within its file."""
+VIEWS_ARE_CLICKS = "views_are_clicks"
+"""In a dataset's notes: nothing but views was logged, and they count as clicks."""
 QUERY_REACH_S = 1800
 """An event belongs to the user's last query if it came within half an hour."""
 
@@ -80,8 +82,7 @@ def clean_source(source: str, options: PrepareOptions) -> Cleaned:
         BadData: see prepare_behaviour_log.
     """
     report, parts = options.report(), parts_of(source)
-    with local(parts[0]) as first:
-        head = open_log(first, options, Report(), rows=HEAD)
+    head = _head(parts, options)
     given = None if options.items is None else open_items(options.items, options, report)
     timed = "timestamp" in head.columns
     with engine_of(options.engine) as engine:
@@ -100,6 +101,17 @@ def clean_source(source: str, options: PrepareOptions) -> Cleaned:
         if timed:
             events = events.with_columns(pl.col("split").cast(SPLIT))
     return Cleaned(events, timed, reader.kinds, given, names, report)
+
+
+def _head(parts: list[str], options: PrepareOptions) -> pl.DataFrame:
+    """The first rows of the first part that has any."""
+    for number, part in enumerate(parts):
+        with local(part) as path:
+            head = open_log(path, options, Report(), rows=HEAD)
+            if not head.is_empty() or number == len(parts) - 1:
+                require(head, path, COLUMNS, some=True)
+                return head
+    raise BadData("a log has a file")
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,8 @@ class LogReader:
                     has = "no" if self.timed else "a"
                     raise BadData(f"{address} has {has} column timestamp, unlike the first file of the log; give files "
                                   "of one kind")  # fmt: skip
+                if table.is_empty():  # as engines write parts to which nothing fell
+                    continue
                 events = read_events(table, self.kinds, self.options, report)
                 events = events.with_columns(place=pl.int_range(place, place + events.height, dtype=pl.Int64))
                 place += events.height
@@ -152,7 +166,7 @@ def _named(table: pl.DataFrame, path: Path, report: Report) -> pl.DataFrame:
     for other, name in SYNONYMS.items():
         if other in table.columns and name not in table.columns:
             table = table.rename({other: name})
-    require(table, path, COLUMNS)
+    require(table, path, COLUMNS, some=False)
     report.unused(path, table.columns, (*COLUMNS, "timestamp", "query"))
     return table.select(name for name in (*COLUMNS, "timestamp", "query") if name in table.columns)
 
@@ -176,6 +190,9 @@ def read_events(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareO
     """
     timed = "timestamp" in table.columns
     found = [to_ids(table["user_id"], kinds["user"]), to_ids(table["item_id"], kinds["item"])]
+    for what, asked, ids in zip(("user", "item"), (options.user_ids, options.item_ids), found, strict=True):
+        if report.part and asked is None and kinds[what] == "numbers":
+            report.odd.append((what, *_odd(table[f"{what}_id"], ids)))
     left_out = [word for word, meaning in options.behaviours.items() if meaning is None]
     columns = pl.DataFrame([*found, behaviours(table["behavior"], options.behaviours, report)]).with_columns(
         seconds(table["timestamp"], report) if timed else pl.lit(0, pl.Int64).alias("timestamp"),
@@ -188,6 +205,15 @@ def read_events(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareO
     if "query" in table.columns:
         report.filled("queries", columns.height, table["query"].null_count())
     return complete_events(columns, timed=timed, now=int(time.time()), report=report)
+
+
+def _odd(column: pl.Series, ids: pl.Series) -> tuple[int, int, str]:
+    """How many ids there are, how many of them are no numbers, and one of these."""
+    if column.dtype.is_integer() and ids.null_count() == column.null_count():
+        return len(column) - column.null_count(), 0, ""
+    text = id_text(column)
+    odd = text.filter(ids.is_null() & text.is_not_null())
+    return len(text) - text.null_count(), len(odd), str(odd[0]) if len(odd) else ""
 
 
 def clean_log(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareOptions, report: Report) -> pl.DataFrame:
@@ -233,7 +259,9 @@ def dataset_from_events(
             f"{source} cannot be split: {events.height:,} events give only "
             f"{', '.join(sorted(events['split'].unique()))}; it needs more events over time, or users with 3 or more"
         )
-    events = as_choices(events)
+    only_views = bool(events["behaviour"].max() == Behaviour.VIEW.value)
+    if only_views:
+        events = as_clicks(events)
     items = _items(events, given, kinds, report, names)
     events = with_gains(events)
     requests = requests_from_events(
@@ -246,8 +274,7 @@ def dataset_from_events(
     )
     if set(requests["split"].unique()) != {"train", "valid", "test"}:
         raise BadData(f"{source} leaves no ranking task in some split; it needs users with several events each")
-    tops = set(events["gain"].unique().to_list())
-    tasks = {task: least for task, least in TASKS.items() if any(gain == least for gain in tops)}
+    tasks = tasks_of(events)
     if not tasks:
         raise BadData(f"{source} has no click, cart or purchase to learn from")
     return Dataset(
@@ -266,16 +293,22 @@ def dataset_from_events(
             },
             cleaning=report.rows,
             ids=dict(kinds),
-            notes={"read": report.notes},
+            notes={"read": report.notes, **({VIEWS_ARE_CLICKS: True} if only_views else {})},
         ),
     )
 
 
-def as_choices(events: pl.DataFrame) -> pl.DataFrame:
-    """Where nothing but views is logged, a view counts as a click."""
-    if events["behaviour"].max() == Behaviour.VIEW.value:
-        return events.with_columns(behaviour=pl.lit(Behaviour.CLICK.value, pl.Int8))
-    return events
+def as_clicks(events: pl.DataFrame) -> pl.DataFrame:
+    """Views as clicks, where nothing but views is logged."""
+    click = pl.lit(Behaviour.CLICK.value, pl.Int8)
+    view = pl.col("behaviour") == Behaviour.VIEW.value
+    return events.with_columns(behaviour=pl.when(view).then(click).otherwise("behaviour"))
+
+
+def tasks_of(events: pl.DataFrame) -> dict[str, float]:
+    """Tasks that events with gains have successes of: the least gain of each."""
+    there = set(events["gain"].unique().to_list())
+    return {task: least for task, least in TASKS.items() if any(gain == least for gain in there)}
 
 
 def with_gains(events: pl.DataFrame) -> pl.DataFrame:
@@ -364,10 +397,12 @@ def _items(
 def joined_items(base: pl.DataFrame, cleaned: Cleaned, events: pl.DataFrame) -> pl.DataFrame:
     """The items of a dataset and those of newer events: what a newer item file says of an item takes the place of what
     was known."""
+    base = base.with_columns(pl.col("price", "margin").fill_nan(None))  # what is not known is no answer to a question
     new = events.select("item_id").unique().join(cleaned.names, on="item_id", how="left")
     if cleaned.given is not None:
         known = read_items(cleaned.given, cleaned.kinds["item"], cleaned.report)
         compare_items(events, known, cleaned.report)
+        known = known.with_columns(pl.col(n).fill_nan(None) for n in ("price", "margin") if n in known.columns)
         new = known.join(new, on="item_id", how="full", coalesce=True, suffix="_log")
         new = new.with_columns(key=pl.coalesce("key", "key_log")).drop("key_log")
     both = new.join(base, on="item_id", how="full", coalesce=True, suffix="_base")

@@ -120,15 +120,26 @@ def read_tables(path: Path, report: Report, encoding: str | None = None) -> Iter
             names = scanned.collect_schema().names()
         else:
             with path.open(encoding="utf-8-sig") as stream:
-                head = stream.readline()
+                blank = 0
+                while not (head := stream.readline()).strip():
+                    blank += 1
             separator, names = split_header(head)
-            scanned = pl.scan_csv(path, separator=separator, infer_schema=False, new_columns=names)
+            scanned = pl.scan_csv(path, separator=separator, infer_schema=False, new_columns=names, skip_lines=blank)
         scanned = scanned.rename(dict(zip(names, _names(names, path), strict=True)))
         for table in scanned.collect_batches(chunk_size=ROWS, maintain_order=True):
             for start in range(0, table.height, ROWS):
                 yield table.slice(start, ROWS)
     except (pl.exceptions.PolarsError, csv.Error, UnicodeDecodeError) as error:
-        raise BadData(f"{path} cannot be read as a table: {error}".split("\n")[0]) from error
+        told = f"{path} cannot be read as a table: {error}".split("\n")[0]
+        if "utf" in told.lower():
+            told += ". Say --encoding latin-1, cp1252, … if it is not UTF-8"
+        raise BadData(told) from error
+
+
+def first_line(path: Path) -> str:
+    """The first line of a text file that has anything in it, of the first 64 KB; damaged letters are marked."""
+    with path.open("rb") as stream:
+        return stream.read(65_536).decode("utf-8-sig", "replace").lstrip().split("\n", 1)[0].strip()
 
 
 def _is_large(path: Path, encoding: str | None) -> bool:
@@ -168,13 +179,13 @@ def split_header(text: str) -> tuple[str, list[str]]:
     return separator, next(csv.reader([line], delimiter=separator), [])
 
 
-def require(table: pl.DataFrame, path: Path, columns: tuple[str, ...]) -> None:
-    """Raises BadData naming the columns that are missing."""
+def require(table: pl.DataFrame, path: Path, columns: tuple[str, ...], some: bool = True) -> None:
+    """Raises BadData naming the columns that are missing; with ``some`` also where there is no row."""
     if missing := [name for name in columns if name not in table.columns]:
         raise BadData(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has {', '.join(table.columns)}"
         )
-    if table.is_empty():
+    if some and table.is_empty():
         raise BadData(f"{path} has a header but no row")
 
 
