@@ -6,19 +6,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from trirank import RankClient, RankRequest
 from trirank_backend.scoring import load_ranker
-from trirank_build.artefacts import WEIGHTS
-from trirank_build.data.dataset import Dataset
 from trirank_build.engines.builder import build_plans
 from trirank_build.errors import BadModel
 from trirank_build.export import weights
 from trirank_build.export.onnx import check_onnx, export
 from trirank_build.export.parity import sample_inputs
 from trirank_build.export.weights import copy_graph, graph_bytes, weights_of
-from trirank_build.repository.assemble import assemble
 from trirank_build.repository.reports import write_parity
-from trirank_build.serving.server import TritonServer
 
 
 @pytest.fixture
@@ -108,21 +103,3 @@ def test_weights_that_are_missing_damaged_or_elsewhere(graph, trained):
 def test_plans_are_not_built_from_them(graph, trained, tmp_path):
     with pytest.raises(BadModel, match="GB of weights, in .* plans are not built from; keep a smaller table"):
         build_plans(graph, trained.features.spec, ["86"], tmp_path / "plans")
-
-
-@pytest.mark.e2e
-@pytest.mark.parametrize("pipeline", ["ensemble", "single"])
-def test_a_release_has_them_and_ranks_by_them(graph, world, trained, tmp_path, pipeline):
-    release = assemble(
-        trained, Dataset.load(world.data), graph, tmp_path / "releases", pipeline=pipeline, allow_failing_gate=True
-    )
-    assert len(list(release.rglob(f"*{WEIGHTS}"))) == 1
-    request = RankRequest(item_ids=trained.features.catalogue.ids[:50].tolist(), top_k=10, timestamp=1_772_000_000)
-    answers = []
-    for served in (world.release, release):
-        with TritonServer(served) as server:
-            server.wait_ready()
-            with RankClient(server.grpc, deadline_s=20) as client:
-                answers.append(client.rank(request))
-    assert answers[0].item_ids.tolist() == answers[1].item_ids.tolist()
-    np.testing.assert_allclose(answers[0].scores, answers[1].scores, atol=1e-5)
