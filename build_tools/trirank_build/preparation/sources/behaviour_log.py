@@ -35,6 +35,7 @@ _PLACES = 40
 """Bits of an event's place within its file."""
 VIEWS_ARE_CLICKS = "views_are_clicks"
 """In a dataset's notes: nothing but views was logged, and they count as clicks."""
+_WANTED = frozenset({*COLUMNS, *SYNONYMS, "timestamp", "query"})
 QUERY_REACH_S = 1800
 """An event belongs to the user's last query if it came within half an hour."""
 
@@ -158,7 +159,7 @@ def open_log(path: Path, options: PrepareOptions, report: Report, rows: int | No
 
 def tables(path: Path, options: PrepareOptions, report: Report) -> Iterator[pl.DataFrame]:
     """The same, of a large file a piece at a time."""
-    for table in read_tables(path, report, options.encoding):
+    for table in read_tables(path, report, options.encoding, _WANTED):
         yield _named(table, path, report)
 
 

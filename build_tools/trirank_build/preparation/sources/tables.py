@@ -6,7 +6,7 @@ import codecs
 import csv
 import gzip
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -17,7 +17,7 @@ from trirank_build.preparation.cleaning import Report
 _SEPARATORS = (",", "\t", ";", "|")
 LARGE = 256 << 20
 """Bytes of a file that is read whole."""
-ROWS = 2_000_000
+ROWS = 1_000_000
 """Of a larger one that are read at a time."""
 _SHOWN = 40
 """Letters of a damaged line that an error shows."""
@@ -105,8 +105,13 @@ def read_table(path: Path, report: Report, encoding: str | None = None, rows: in
         raise BadData(f"{path} cannot be read as a table: {error}".split("\n")[0]) from error
 
 
-def read_tables(path: Path, report: Report, encoding: str | None = None) -> Iterator[pl.DataFrame]:
+def read_tables(
+    path: Path, report: Report, encoding: str | None = None, wanted: Collection[str] = ()
+) -> Iterator[pl.DataFrame]:
     """The same of a file of any size: one of more than LARGE bytes by pieces, where it is Parquet or plain UTF-8.
+
+    Args:
+        wanted: the columns that anybody looks at, none: all; of a large file no others are read.
 
     Raises:
         BadData: as read_table.
@@ -125,7 +130,11 @@ def read_tables(path: Path, report: Report, encoding: str | None = None) -> Iter
                     blank += 1
             separator, names = split_header(head)
             scanned = pl.scan_csv(path, separator=separator, infer_schema=False, new_columns=names, skip_lines=blank)
-        scanned = scanned.rename(dict(zip(names, _names(names, path), strict=True)))
+        own = _names(names, path)
+        scanned = scanned.rename(dict(zip(names, own, strict=True)))
+        if wanted and any(name in wanted for name in own):
+            report.unused(path, own, list(wanted))
+            scanned = scanned.select(name for name in own if name in wanted)
         for table in scanned.collect_batches(chunk_size=ROWS, maintain_order=True):
             for start in range(0, table.height, ROWS):
                 yield table.slice(start, ROWS)
