@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import onnxruntime
+import polars as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -66,9 +68,10 @@ def build_index(model: SequenceRanker, features: Features, dataset: Dataset, fol
     model.eval()
     graph = StateGraph(model)
     _write_graph(graph, features.spec, folder / STATE)
-    vectors, prior = item_vectors(model, features)
-    items = torch.cat([vectors, prior[:, None]], 1).numpy()
-    del vectors, prior
+    vectors, _ = item_vectors(model, features)
+    assert vectors._base is not None, "both are views of one array"
+    items = vectors._base.cpu().numpy()
+    del vectors
     states = states_of(graph, features, dataset)
     begun = time.perf_counter()
     index, kind, cells = fit(items)
@@ -91,11 +94,11 @@ def fit(items: NDArray[np.float32], seed: int = 0) -> tuple[Any, str, int]:
         flat = faiss.IndexFlatIP(dim)
         flat.add(items)
         return flat, "Flat", 0
-    cells = int(2 ** round(np.log2(4 * np.sqrt(count))))
+    cells = int(2 ** round(np.log2(2.6 * np.sqrt(count))))
     kind = f"IVF{cells},SQ8"
     index: Any = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
     some = np.random.default_rng(seed).choice(count, min(count, _TRAINING * cells), replace=False)
-    index.cp.niter, index.cp.seed = 8, seed
+    index.cp.niter, index.cp.seed = 6, seed
     index.train(items[np.sort(some)])
     for at in range(0, count, _CHUNK):
         index.add(items[at : at + _CHUNK])
@@ -135,7 +138,11 @@ def recall_of(index: Any, probes: int, states: NDArray[np.float32], truth: NDArr
 
 def states_of(graph: StateGraph, features: Features, dataset: Dataset) -> NDArray[np.float32]:
     """[B, D+1] of users of the validation split, as they were then."""
-    tasks = CatalogueTasks.of(dataset, "valid", features, _JUDGES)
+    # Of some users alone: a history of all events is gigabytes where there are many.
+    users = dataset.events.filter(pl.col("split") == "valid")["user_id"].unique().sort()
+    some = users.sample(min(4 * _JUDGES, len(users)), seed=0)
+    few = replace(dataset, events=dataset.events.filter(pl.col("user_id").is_in(some.implode())))
+    tasks = CatalogueTasks.of(few, "valid", features, _JUDGES)
     if len(tasks) < 2:
         raise BadModel("fewer than two choices of the validation split have a history, too few to judge an index by; "
                        "bring a longer log")  # fmt: skip

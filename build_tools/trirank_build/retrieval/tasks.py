@@ -172,10 +172,12 @@ def state_scorer(model: SequenceRanker, features: Features) -> Scorer:
 
 
 def item_vectors(model: SequenceRanker, features: Features) -> tuple[Tensor, Tensor]:
-    """All items as a state's product is taken with them: [M, D], and what is added to it [M]."""
+    """All items as a state's product is taken with them: [M, D], and what is added to it [M]. Both are views of one
+    [M, D + 1], the second its last column."""
     device = next(model.parameters()).device
     count, nobody = len(features.catalogue), torch.zeros(1, model.prior.in_features, device=device)
-    items, prior = torch.empty(count, model.prior.in_features, device=device), torch.empty(count, device=device)
+    both = torch.empty(count, model.prior.in_features + 1, device=device)
+    items, prior = both[:, :-1], both[:, -1]
     with torch.inference_mode():
         for first in range(0, count, BLOCK):
             rows = np.arange(first, min(first + BLOCK, count), dtype=np.int32)
