@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import fsspec
 import numpy as np
@@ -88,7 +89,14 @@ def test_an_object_store(whole, tmp_path):
     folder, store = in_parts(raw(), tmp_path / "log"), fsspec.filesystem("memory")
     for file in folder.iterdir():
         store.pipe(f"/shop/log/{file.name}", file.read_bytes())
+    store.pipe("/shop/log/_temporary/0/part-000.parquet", b"half")
     assert same(prepare("memory://shop/log", PrepareOptions(**OPTIONS)), whole)
+    assert same(prepare("memory://shop/log/part-*", PrepareOptions(**OPTIONS)), whole)
+    assert same(prepare("memory://shop/lo*", PrepareOptions(**OPTIONS)), whole)  # of folders
+    with zipfile.ZipFile(tmp_path / "log.zip", "w") as packed:
+        raw().write_csv(tmp_path / "log.csv")
+        packed.write(tmp_path / "log.csv", "log.csv")
+    assert same(prepare(f"zip://log.csv::{tmp_path}/log.zip", PrepareOptions(**OPTIONS)), whole)
 
 
 @pytest.mark.parametrize("form", ["parquet", "csv"])

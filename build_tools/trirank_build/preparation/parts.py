@@ -29,21 +29,23 @@ def parts_of(source: str) -> list[str]:
         return [source]
     with _told(source):
         files, path = fsspec.core.url_to_fs(source)
-        if any(letter in path for letter in "*?["):
-            found = files.glob(path)
-        elif files.isdir(path):
-            found = files.find(path)
-        else:
-            found = [path] if files.exists(path) else []
-        log = sorted(
-            name for name in found
-            if name == path or (name.endswith(_SUFFIXES) and not name.rsplit("/", 1)[-1].startswith(("_", ".")))
-        )  # fmt: skip
+        matched = files.glob(path) if any(letter in path for letter in "*?[") else [path]
+        if matched == [path] and files.isfile(path):
+            return [source]
+        found = {name for each in matched for name in (files.find(each) if files.isdir(each) else [each])}
+        log = sorted(name for name in found if name.endswith(_SUFFIXES) and not _is_aside(name, path))
         if not log:
             if files.isdir(path):
                 raise BadData(f"{source} is a folder without a file of a log ({', '.join(_SUFFIXES)})")
             raise BadData(f"{source} is no file; give a CSV, TSV, Parquet or text file, a folder of them, or `shop`")
         return [files.unstrip_protocol(name) if is_remote(source) else name for name in log]
+
+
+def _is_aside(name: str, below: str) -> bool:
+    """Whether an engine put the file there for itself: ``_SUCCESS``, ``_temporary/…``, ``.part.crc``."""
+    common = below.split("*")[0].rstrip("/")
+    rest = name[len(common) :] if name.startswith(common) else name
+    return any(part.startswith(("_", ".")) for part in rest.split("/"))
 
 
 @contextmanager
