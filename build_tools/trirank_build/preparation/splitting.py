@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import narwhals as nw
 import polars as pl
+
+from trirank_build.data.dataset import SPLITS
 
 VALID_FROM, TEST_FROM = 0.8, 0.9
 """Shares of the time-ordered events at which validation and test begin."""
@@ -47,13 +49,13 @@ def times_of(frame: pl.DataFrame) -> tuple[int, int]:
     return split_by_time(nw.from_native(frame.lazy()), lambda lazy: lazy.to_native().collect())
 
 
-def time_split(valid_from: int, test_from: int) -> nw.Expr:
-    """The ``split`` column of a timed table."""
-    when = nw.col("timestamp")
+def time_split(valid_from: int, test_from: int, names: Sequence[str | int] = SPLITS) -> nw.Expr:
+    """The ``split`` column of a timed table, under these names."""
+    when, (train, valid, test) = nw.col("timestamp"), (nw.lit(name) for name in names)
     return (
         nw.when(when < valid_from)
-        .then(nw.lit("train"))
-        .otherwise(nw.when(when < test_from).then(nw.lit("valid")).otherwise(nw.lit("test")))
+        .then(train)
+        .otherwise(nw.when(when < test_from).then(valid).otherwise(test))
         .alias("split")
     )
 

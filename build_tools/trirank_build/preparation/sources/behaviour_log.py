@@ -11,7 +11,7 @@ import narwhals as nw
 import polars as pl
 from trirank.contract import Behaviour
 
-from trirank_build.data.dataset import GAINS, SPLIT, TASKS, Dataset, Description
+from trirank_build.data.dataset import GAINS, SPLIT, SPLITS, TASKS, Dataset, Description
 from trirank_build.errors import BadData
 from trirank_build.preparation.candidates import requests_from_events
 from trirank_build.preparation.cleaning import Report, clean_events, complete_events
@@ -95,12 +95,14 @@ def clean_source(source: str, options: PrepareOptions) -> Cleaned:
         report.add(told)
         kept = clean_events(read, engine, timed=timed, report=report, min_count=options.min_count)
         if timed:
-            kept = kept.with_columns(time_split(*split_by_time(kept, engine.collect)))
+            # As numbers on the way: a word is 16 bytes an event.
+            numbered = time_split(*split_by_time(kept, engine.collect), range(len(SPLITS))).cast(nw.Int8)
+            kept = kept.with_columns(numbered)
         if "query" not in head.columns:
             kept = kept.drop("query")
         events = engine.collect(kept).sort("place").drop("place")
         if timed:
-            events = events.with_columns(pl.col("split").cast(SPLIT))
+            events = events.with_columns(pl.col("split").replace_strict(dict(enumerate(SPLITS)), return_dtype=SPLIT))
     return Cleaned(events, timed, reader.kinds, given, names, report)
 
 
