@@ -153,8 +153,8 @@ def search(release: Path, data: Path) -> None:
     facts = source.facts
     if facts["cells"]:  # all of them: what the cells hold, a byte a number
         source._search.nprobe = facts["cells"]
-    exact = [source.find([one], 100).item_ids[0] for one in histories[50:]]
-    recall = float(np.mean([len(np.intersect1d(one, two)) / 100 for one, two in zip(found, exact, strict=True)]))
+    exact = [source.find([one], 100).item_ids[0] for one in histories[50:110]]  # a second each
+    recall = float(np.mean([len(np.intersect1d(one, two)) / 100 for one, two in zip(found, exact, strict=False)]))
     print(json.dumps({
         "ms": float(np.median(times) * 1e3), "ms_low": float(np.quantile(times, 0.05) * 1e3),
         "ms_high": float(np.quantile(times, 0.95) * 1e3), "recall": facts["recall_at_100"], "of_all_cells": recall,
@@ -208,7 +208,7 @@ def path(sizes: tuple[int, int, int]) -> list[Figure]:
     peak = max(took["gb"] for took in large.steps.values())
     took = large.steps["candidates"]
     where = (f"{took['probes']:.0f} of {took['cells']:.0f} cells; 400 users of the test split, one at a time; of what "
-             f"all cells would find, these find {took['of_all_cells']:.3f}")  # fmt: skip
+             f"all cells would find for 60 of them, these find {took['of_all_cells']:.3f}")  # fmt: skip
     return [
         *figures, Figure("peak_gb", peak, peak, peak, "GB", note),
         Figure("retrieve_ms_10m", took["ms"], took["ms_low"], took["ms_high"], "ms", where),
