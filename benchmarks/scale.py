@@ -330,7 +330,7 @@ def cluster(sizes: tuple[int, int, int]) -> list[Figure]:
 
 def limit() -> list[Figure]:
     """A log of three times a memory limit, prepared and trained below it, by a control group of the kernel."""
-    folder, bound = FOLDER / "limit", 1_500_000_000
+    folder, bound = FOLDER / "limit", 2_500_000_000
     log = folder / "log"
     if not (folder / "done").is_file():
         import polars as pl
@@ -339,13 +339,15 @@ def limit() -> list[Figure]:
         log.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(0)
         for file in sorted((folder / "shop" / "log").glob("*.parquet")):
-            # What a web log says besides, and nobody reads here: page, agent, session.
+            # What a web log says besides, and nobody reads here: page, agent, referrer, cookies.
             frame = pl.read_parquet(file)
             words = pl.Series(rng.integers(0, 2**62, frame.height)).cast(pl.String)
             frame.with_columns(
                 url=pl.lit("https://shop.example/category/item?session=") + words + "&source=" + words.reverse(),
                 agent=pl.lit("Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0 build ") + words,
                 session=words + "-" + words.reverse() + "-" + words,
+                referrer=pl.lit("https://search.example/results?q=" + "garden+chair+" * 12 + "&click=") + words,
+                cookies=pl.lit("consent=all; currency=eur; " + "experiment=control; " * 8 + "visitor=") + words,
             ).write_csv(log / f"{file.stem}.csv")
         (folder / "done").touch()
     size = sum(file.stat().st_size for file in log.iterdir())
@@ -386,8 +388,8 @@ def limit() -> list[Figure]:
         most.append(int((group / "memory.max_usage_in_bytes").read_text()) / bound)
     group.rmdir()
     note = (
-        f"{size / 1e9:.2f} GB of CSV, a web log: of its 12,000,000 events page, agent and session, which nobody reads "
-        f"here, are most; {bound / 1e9:g} GB for process and page cache, of which {max(most):.2f} were used"
+        f"{size / 1e9:.2f} GB of CSV, a web log: of its 12,000,000 events page, agent, referrer and cookies, "
+        f"which nobody reads here, are most; {bound / 1e9:g} GB for process and page cache, of which {max(most):.2f} were used"
     )
     figures.append(Figure("limit_log_over_memory", size / bound, size / bound, size / bound, "", note))
     for name, seconds in took.items():
