@@ -389,7 +389,8 @@ def limit() -> list[Figure]:
     group.rmdir()
     note = (
         f"{size / 1e9:.2f} GB of CSV, a web log: of its 12,000,000 events page, agent, referrer and cookies, "
-        f"which nobody reads here, are most; {bound / 1e9:g} GB for process and page cache, of which {max(most):.2f} were used"
+        f"which nobody reads here, are most; {bound / 1e9:g} GB for process and page cache, of which {max(most):.2f} "
+        "were used"
     )
     figures.append(Figure("limit_log_over_memory", size / bound, size / bound, size / bound, "", note))
     for name, seconds in took.items():
