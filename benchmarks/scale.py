@@ -3,7 +3,7 @@
     python benchmarks/scale.py [PART …] [--items N --users N --events N]
 
 Parts: ``path`` (prepare, train, candidates, export, assemble, serve, rank; of a shop of the given size and one a
-hundredth of it), ``step`` (a training step at both sizes), ``libraries`` (searching among the vectors of ``path``),
+hundredth of it), ``steps`` (what of that was done), ``step`` (a training step at both sizes), ``libraries`` (searching among the vectors of ``path``),
 ``cluster`` (the same rows from Dask), ``limit`` (a log of three times the memory that it is prepared and trained in),
 ``increment`` (a week's events against training anew), ``rates`` (of reading and cleaning). All by default. A step is a
 process of its own, measured by its wall clock and its largest resident set; what is done is not done again
@@ -196,9 +196,16 @@ def path(sizes: tuple[int, int, int]) -> list[Figure]:
                            found.last("serve_large_p50_ms") / found.last("serve_small_p50_ms"))  # fmt: skip
         memory = sum(process.memory_full_info().pss for process in family) / 1e9
     large.note("serve", {"seconds": ready, "gb": memory})
+    note = "200 candidates drawn anywhere, new ones in every round; one caller, both servers up, in turns"
+    return [*found.figures(note), *steps(sizes)]
+
+
+def steps(sizes: tuple[int, int, int]) -> list[Figure]:
+    """What the steps took that were done."""
+    large, small = Way(*sizes), Way(*(size // SMALL for size in sizes))
     items, users, events = sizes
     note = f"{items:,} items, {users:,} users, {events:,} events; a log in {events / 2e6:.0f} files"
-    figures = found.figures("200 candidates, one caller, both servers up, asked in turns")
+    figures = []
     for each, name in ((large, "large"), (small, "small")):
         for step in ("prepare", "train", "export", "assemble", "serve"):
             if step in each.steps:
@@ -413,7 +420,8 @@ def main() -> None:
     from scale_parts import increment, libraries, rates
 
     parts = {
-        "path": lambda: path(sizes), "step": lambda: step(sizes), "cluster": lambda: cluster(sizes), "limit": limit,
+        "path": lambda: path(sizes), "steps": lambda: steps(sizes), "step": lambda: step(sizes),
+        "cluster": lambda: cluster(sizes), "limit": limit,
         "libraries": lambda: libraries(Way(*sizes).folder), "increment": increment,
         "rates": lambda: rates(Way(*sizes).folder),
     }  # fmt: skip
