@@ -3,11 +3,11 @@
     python benchmarks/scale.py [PART …] [--items N --users N --events N]
 
 Parts: ``path`` (prepare, train, candidates, export, assemble, serve, rank; of a shop of the given size and one a
-hundredth of it), ``steps`` (what of that was done), ``step`` (a training step at both sizes), ``libraries`` (searching among the vectors of ``path``),
-``cluster`` (the same rows from Dask), ``limit`` (a log of three times the memory that it is prepared and trained in),
-``increment`` (a week's events against training anew), ``rates`` (of reading and cleaning). All by default. A step is a
-process of its own, measured by its wall clock and its largest resident set; what is done is not done again
-(work/benchmarks/scale).
+hundredth of it), ``steps`` (what of that was done), ``step`` (a training step at both sizes), ``libraries`` (searching
+among the vectors of ``path``), ``cluster`` (the same rows from Dask), ``limit`` (a log of three times the memory it
+is prepared and trained in), ``increment`` (a week's events against training anew), ``rates`` (of reading and cleaning).
+All by default. A step is a process of its own, measured by its wall clock and its largest resident set; what is done is
+not done again (work/benchmarks/scale).
 """
 
 from __future__ import annotations
