@@ -37,7 +37,7 @@ SPAN = 7 * DAY
 """What is called a day: the shop's requests of a week."""
 
 
-def rates(folder: Path, parts: int = 10) -> list[Figure]:
+def rates(folder: Path, parts: int = 3) -> list[Figure]:
     """Seconds that a million events of the large log take to be read, and to be cleaned and split, in one process."""
     options = PrepareOptions(min_count=2)
     files = parts_of(str(folder / "shop" / "log"))[:parts]
