@@ -163,7 +163,7 @@ def increment() -> list[Figure]:
     for seed in SEEDS:
         folder = WORK / "scale" / f"increment_{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        shop = make_shop(ShopSize(products=800, users=1_200, requests=16_000), seed)
+        shop = make_shop(ShopSize(products=600, users=900, requests=9_000), seed)
         end = int(shop.requests.select(pl.col("timestamp").max()).collect().item())
         today, yesterday = (_until(shop, end - back * SPAN, folder / name)
                             for back, name in ((1, "today"), (2, "yesterday")))  # fmt: skip
