@@ -77,9 +77,9 @@ def scale_paper() -> str:
     return "\n".join([
         *lines, "",
         f"From {read_s:.2f} s of reading and {clean_s:.2f} s of cleaning a million events on two cores, taken to be "
-        f"shared evenly, and {held:.0f} bytes an event where candidates are found, which is one machine. What goes over "
-        f"the network is not in it: on the same two cores preparing the small shop took {over:.1f} times as long with "
-        "Dask as with polars.",
+        f"shared evenly, and {held:.0f} bytes an event where candidates are found, which is one machine. What goes "
+        f"over the network is not in it: on the same two cores preparing the small shop took {over:.1f} times as long "
+        "with Dask as with polars.",
     ])  # fmt: skip
 
 
