@@ -66,6 +66,7 @@ bench: install
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/hot_swap.py
 	$(BIN)/python benchmarks/client.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/tables.py
 
 # Writes the figures' tables into the documents again.

@@ -65,11 +65,10 @@ def libraries(folder: Path) -> list[Figure]:
     """Building and searching at a recall of 0.95 of 100, one query at a time and one thread, by each that is here."""
     run, dataset = TrainedRun.load(folder / "run"), Dataset.load(folder / "data")
     model, features = run.model(), run.features
-    vectors, prior = item_vectors(model, features)
-    every = np.concatenate([vectors.numpy(), prior.numpy()[:, None]], 1)
+    every = item_vectors(model, features).numpy()
     some = np.sort(np.random.default_rng(0).choice(len(every), min(VECTORS, len(every)), replace=False))
     items = np.ascontiguousarray(every[some])
-    del every, vectors
+    del every
     states = states_of(StateGraph(model), features, dataset)
     truth = exact_top(items, states, 100)
     figures = []

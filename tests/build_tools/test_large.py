@@ -203,4 +203,13 @@ def test_trigrams_of_titles_are_those_of_their_words():
     assert not found[1].any()
     both = title_trigrams(["Red", "chair 20x30"])
     np.testing.assert_array_equal(found[0], both[0] | both[1])
-    assert largest(sparse.csr_matrix(np.eye(2, dtype=np.float32)), 1).nnz == 2
+
+
+def test_the_largest_of_each_row_are_kept(rng):
+    dense = np.where(rng.random((30, 50)) < 0.4, rng.integers(1, 9, (30, 50)), 0).astype(np.float32)
+    dense[3] = 0
+    found = largest(sparse.csr_matrix(dense), 7)
+    for row, kept in zip(dense, found.toarray(), strict=True):
+        best = sorted(np.flatnonzero(row), key=lambda at: (-row[at], at))[:7]  # of equal ones the first
+        assert np.flatnonzero(kept).tolist() == sorted(best)
+        assert (kept[best] == row[best]).all()

@@ -19,6 +19,7 @@ from trirank_build.data.dataset import OPTIMUM, POSITIONS, Dataset
 from trirank_build.errors import BadData
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
+from trirank_build.features.runs import run_begins
 
 _CHUNK = 20_000
 """Requests that are unpacked at a time."""
@@ -31,7 +32,7 @@ class HistoryIndex:
         columns = ("user_id", "timestamp", "item_id", "behaviour")
         events = events.select(columns).sort("user_id", "timestamp", maintain_order=True)
         of, self._times = events["user_id"].to_numpy(), events["timestamp"].to_numpy()
-        begins = np.append(True, of[1:] != of[:-1])[: len(of)]
+        begins = run_begins(of)
         self._users = of[begins]
         # One number for user and time, ascending: times count from the first one, and each user has room for all.
         self._first, last = (int(self._times.min()), int(self._times.max())) if len(of) else (0, 0)

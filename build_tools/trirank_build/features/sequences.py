@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
 from trirank_build.features.fitting import Features
+from trirank_build.features.runs import run_begins
 
 
 class SequenceBatch(NamedTuple):
@@ -37,7 +38,7 @@ class Sequences:
         self._features = features
         self._rows = features.catalogue.rows(events["item_id"].to_numpy())
         self._behaviours = events["behaviour"].to_numpy().astype(np.int32)
-        first = np.flatnonzero(np.concatenate([[True], user[1:] != user[:-1]])) if len(user) else np.zeros(0, np.int64)
+        first = np.flatnonzero(run_begins(user))
         last = np.append(first[1:], len(user))
         length = features.spec.history_length
         # Cut from the newest event backwards, so that the window that is short is the oldest.

@@ -11,6 +11,7 @@ from trirank_backend.catalogue import Catalogue
 from trirank_backend.features import Transitions
 
 from trirank_build.data.dataset import Dataset
+from trirank_build.features.runs import run_begins
 
 WINDOW = 10
 """Steps from an event to the last one that counts as its follower; a pair k steps apart counts 1 / sqrt(k)."""
@@ -23,8 +24,7 @@ _EVENTS = 10_000_000
 def training_sequences(dataset: Dataset, catalogue: Catalogue) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Users, numbered from 0, and rows [E] of the training events, one user after the other, oldest first."""
     events = dataset.training_events()
-    of = events["user_id"].to_numpy()
-    users = np.cumsum(np.append(True, of[1:] != of[:-1])[: len(of)]) - 1
+    users = np.cumsum(run_begins(events["user_id"].to_numpy())) - 1
     return users, catalogue.rows(events["item_id"].to_numpy())
 
 

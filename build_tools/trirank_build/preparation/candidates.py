@@ -14,6 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from trirank_build.data.dataset import REQUESTS
+from trirank_build.features.runs import run_begins
 from trirank_build.progress import progress
 from trirank_build.retrieval.item_knn import ItemKnn
 
@@ -44,11 +45,11 @@ def requests_from_events(
     ids = items["item_id"].to_numpy()
     row = np.searchsorted(ids, events["item_id"].to_numpy()).astype(np.int32)[order.to_numpy()]
     of, times = (events[name].gather(order).to_numpy() for name in ("user_id", "timestamp"))
-    begins = np.append(True, of[1:] != of[:-1])[: len(of)]
+    begins = run_begins(of)
     user = (np.cumsum(begins) - 1).astype(np.int32)
     first = np.flatnonzero(begins)
     # Events of one moment do not know of each other: known is what lies before the first event of the same moment.
-    begins[1:] |= times[1:] != times[:-1]
+    begins |= run_begins(times)
     before = np.maximum.accumulate(np.where(begins, np.arange(len(of)), 0))
     del of, times, begins
 

@@ -163,11 +163,12 @@ class Keeps(Protocol):
     """What runs the rules (preparation.engines)."""
 
     def keep(self, frame: Frame) -> Frame:
-        """The same, calculated now."""
+        """The same, calculated now, so that what is made of it twice is calculated once."""
         ...
 
     def together(self, frame: Frame, column: str, rule: Callable[[Frame], Frame]) -> Frame:
-        """What a rule leaves that looks at the rows of one value of a column at a time."""
+        """What ``rule`` leaves of the rows; it may look at all rows of one value of the column together, and at no
+        others."""
         ...
 
     def collect(self, frame: Frame) -> pl.DataFrame:

@@ -23,10 +23,9 @@ import polars as pl
 
 from trirank_build.artefacts import fits
 from trirank_build.errors import BadData
-from trirank_build.preparation.cleaning import Report
+from trirank_build.preparation.cleaning import Frame, Keeps, Report, clean_events
 from trirank_build.progress import progress
 
-Frame = nw.LazyFrame[Any]
 DASK = "dask://"
 LOST_S = 20.0
 """A cluster that has had no worker for so long is taken for gone."""
@@ -54,25 +53,19 @@ Reader = Callable[[str, int], Iterator[Table]]
 """The address of a part, and its number → its tables."""
 
 
-class Engine(Protocol):
-    """Runs narwhals' expressions on tables of events."""
+class Engine(Keeps, Protocol):
+    """Reads logs, and runs narwhals' expressions on tables of events."""
 
     def read(self, parts: list[str], reader: Reader) -> tuple[Frame, pl.DataFrame, list[Report]]:
         """All events of all parts, names of items, and what was told of each table."""
         ...
 
-    def keep(self, frame: Frame) -> Frame:
-        """The same, calculated now, so that what is made of it twice is calculated once."""
-        ...
 
-    def together(self, frame: Frame, column: str, rule: Callable[[Frame], Frame]) -> Frame:
-        """What ``rule`` leaves of the rows; it may look at all rows of one value of the column together, and at no
-        others."""
-        ...
-
-    def collect(self, frame: Frame) -> pl.DataFrame:
-        """The rows, in this process."""
-        ...
+def clean_here(events: pl.DataFrame, *, timed: bool, report: Report, min_count: int) -> pl.DataFrame:
+    """``cleaning.clean_events`` of complete events that are held, in their order."""
+    engine, placed = PolarsEngine(), events.with_row_index("place").lazy()
+    kept = clean_events(nw.from_native(placed), engine, timed=timed, report=report, min_count=min_count)
+    return engine.collect(kept).sort("place").drop("place")
 
 
 @contextmanager

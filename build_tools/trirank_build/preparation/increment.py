@@ -115,7 +115,6 @@ def prepare_onto(base: Dataset, source: str, options: PrepareOptions) -> Dataset
                 "read": report.notes,
                 **({VIEWS_ARE_CLICKS: True} if description.notes.get(VIEWS_ARE_CLICKS) else {}),
                 "from": [*description.notes.get("from", first), since],
-                "known_until": last,
             },
         ),
     )

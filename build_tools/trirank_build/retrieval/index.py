@@ -68,10 +68,7 @@ def build_index(model: SequenceRanker, features: Features, dataset: Dataset, fol
     model.eval()
     graph = StateGraph(model)
     _write_graph(graph, features.spec, folder / STATE)
-    vectors, _ = item_vectors(model, features)
-    assert vectors._base is not None, "both are views of one array"
-    items = vectors._base.cpu().numpy()
-    del vectors
+    items = item_vectors(model, features).cpu().numpy()
     states = states_of(graph, features, dataset)
     begun = time.perf_counter()
     index, kind, cells = fit(items)

@@ -158,7 +158,8 @@ def state_scorer(model: SequenceRanker, features: Features) -> Scorer:
     """Every item by its affinity to the user's state: what pre-training teaches."""
     model.eval()
     device = next(model.parameters()).device
-    items, prior = item_vectors(model, features)
+    both = item_vectors(model, features)
+    items, prior = both[:, :-1], both[:, -1]
 
     def scores(tasks: CatalogueTasks, which: NDArray[np.int64]) -> Scores:
         model.eval()
@@ -171,16 +172,15 @@ def state_scorer(model: SequenceRanker, features: Features) -> Scorer:
     return scores
 
 
-def item_vectors(model: SequenceRanker, features: Features) -> tuple[Tensor, Tensor]:
-    """All items as a state's product is taken with them: [M, D], and what is added to it [M]. Both are views of one
-    [M, D + 1], the second its last column."""
+def item_vectors(model: SequenceRanker, features: Features) -> Tensor:
+    """[M, D + 1] all items as a state's product is taken with them, and in the last column what is added to it."""
     device = next(model.parameters()).device
     count, nobody = len(features.catalogue), torch.zeros(1, model.prior.in_features, device=device)
     both = torch.empty(count, model.prior.in_features + 1, device=device)
-    items, prior = both[:, :-1], both[:, -1]
     with torch.inference_mode():
         for first in range(0, count, BLOCK):
             rows = np.arange(first, min(first + BLOCK, count), dtype=np.int32)
             vectors = model.item_vectors(torch.from_numpy(features.packer.items(rows)).to(device))
-            _, items[rows[0] : rows[-1] + 1], prior[rows[0] : rows[-1] + 1] = model.comparable(nobody, vectors)
-    return items, prior
+            part = both[first : first + BLOCK]
+            _, part[:, :-1], part[:, -1] = model.comparable(nobody, vectors)
+    return both

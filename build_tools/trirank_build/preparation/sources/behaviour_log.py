@@ -15,7 +15,7 @@ from trirank_build.data.dataset import GAINS, SPLIT, SPLITS, TASKS, Dataset, Des
 from trirank_build.errors import BadData
 from trirank_build.preparation.candidates import requests_from_events
 from trirank_build.preparation.cleaning import Report, clean_events, complete_events
-from trirank_build.preparation.engines import PolarsEngine, Table, engine_of
+from trirank_build.preparation.engines import PolarsEngine, Table, clean_here, engine_of
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.parts import local, parts_of
 from trirank_build.preparation.sources.catalogue_table import complete, open_items, read_items
@@ -225,10 +225,8 @@ def clean_log(table: pl.DataFrame, kinds: dict[str, IdKind], options: PrepareOpt
     Raises:
         BadData: too many values cannot be read, or nothing is left.
     """
-    events = read_events(table, kinds, options, report).with_row_index("place")
-    engine, timed = PolarsEngine(), "timestamp" in table.columns
-    kept = clean_events(nw.from_native(events.lazy()), engine, timed=timed, report=report, min_count=options.min_count)
-    return engine.collect(kept).sort("place").drop("place")
+    events = read_events(table, kinds, options, report)
+    return clean_here(events, timed="timestamp" in table.columns, report=report, min_count=options.min_count)
 
 
 def dataset_from_events(

@@ -6,14 +6,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import narwhals as nw
 import polars as pl
 from trirank.contract import Behaviour
 
 from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
-from trirank_build.preparation.cleaning import clean_events, complete_events
-from trirank_build.preparation.engines import PolarsEngine
+from trirank_build.preparation.cleaning import complete_events
+from trirank_build.preparation.engines import clean_here
 from trirank_build.preparation.options import PrepareOptions
 from trirank_build.preparation.sources.behaviour_log import dataset_from_events
 from trirank_build.preparation.sources.catalogue_table import open_items
@@ -54,10 +53,8 @@ def prepare_sequences(path: Path, options: PrepareOptions) -> Dataset:
         pl.lit(0, pl.Int64).alias("timestamp"),
         pl.lit("").alias("query"),
     )
-    events = complete_events(events, timed=False, now=0, report=report).with_row_index("place")
-    engine = PolarsEngine()
-    kept = clean_events(nw.from_native(events.lazy()), engine, timed=False, report=report, min_count=options.min_count)
-    events = engine.collect(kept).sort("place").drop("place")
+    events = complete_events(events, timed=False, now=0, report=report)
+    events = clean_here(events, timed=False, report=report, min_count=options.min_count)
     sibling = path.with_name(f"{path.stem}_item2attributes.json")
     if options.items is None and sibling.is_file():
         options = replace(options, items=sibling)
