@@ -19,6 +19,7 @@ from trirank import RankClient, RankRequest
 from trirank_build.errors import BadModel, ServeError
 from trirank_build.serving import tritonserver
 from trirank_build.serving.following import serve as serve_until_stopped
+from trirank_build.serving.processes import Stubs
 from trirank_build.serving.server import Ports, TritonServer
 
 
@@ -87,12 +88,127 @@ def test_a_killed_command_takes_its_server_along(world, tmp_path):
     assert all_gone(processes)
 
 
-def test_a_dead_server_ends_the_command_with_the_reason(world, tmp_path):
+def test_what_dies_is_started_anew(world, single, tmp_path):
+    """A stage's process, one that hangs, and the server itself: callers find it again at the same address."""
     process, addresses = serve(world, tmp_path)
-    os.kill(addresses["tritonserver_pid"], signal.SIGKILL)
+    file = tmp_path / "addresses.json"
+    with RankClient(addresses["grpc"], deadline_s=2, retry=None) as client:
+        request = RankRequest(item_ids=[1, 2, 3])
+        right = client.rank(request)
+        for number, harm in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, None)):
+            before = os.stat(file).st_mtime_ns
+            if harm is None:
+                os.kill(json.loads(file.read_text())["tritonserver_pid"], signal.SIGKILL)
+            else:
+                stage = ("preprocess", "ranker", "rerank")[number]
+                only_stub(process, f"{stage}_{world.release.name}").send_signal(harm)
+            wait_for(lambda: state_of(file) == "recovering", process)
+            assert exit_of_health(file) == 1
+            assert exit_of_health(file, "--live") == 0
+            wait_for(lambda: state_of(file) == "ready", process)
+            assert exit_of_health(file) == 0
+            assert client.rank(request, deadline_s=5).item_ids.tolist() == right.item_ids.tolist()
+            assert os.stat(file).st_mtime_ns > before
+    process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1
+    assert process.returncode == 0, output
+    assert output.count("had died; started anew in") == 2
+    assert "3 recorded requests in a row were not answered" in output
     assert "Triton was killed by signal 9 (out of memory?)" in output
+    assert output.count("ready again") == 2
+    assert exit_of_health(file) == 1  # there is none any more
+
+
+def state_of(file):
+    return json.loads(file.read_text())["state"]
+
+
+def exit_of_health(file, *more):
+    command = [sys.executable, "-m", "trirank_build.cli", "health", str(file), *more]
+    return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
+
+
+def wait_for(condition, process, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def only_stub(process, model):
+    (found,) = (stub for stub, name in Stubs(process.pid).models.items() if name == model)
+    return found
+
+
+def test_a_server_that_cannot_start_again_is_given_up(world, tmp_path, monkeypatch):
+    """With pauses between the tries, and the reason."""
+    from trirank_build.serving import following
+
+    pauses = []
+    monkeypatch.setattr(following, "_wait", lambda pause, state: pauses.append(pause))
+    monkeypatch.setattr(following.TritonServer, "wait_ready", first_time_only(following.TritonServer.wait_ready))
+    script = f"test -e {tmp_path}/once && exit 1; touch {tmp_path}/once; exec sleep 60"
+    monkeypatch.setattr(
+        following, "_watch", lambda server, *_: os.kill(server.pid, signal.SIGKILL) or server.check_alive()
+    )
+    with pytest.raises(ServeError, match="Triton ended with 1"):
+        serve_until_stopped(
+            world.release, Ports(), follow=False, addresses=None, tritonserver=fake(tmp_path, script), host="127.0.0.1"
+        )
+    assert pauses == [0.5, 1.0, 2.0, 4.0]
+
+
+def first_time_only(method):
+    """What is ready the first time, whatever it is; later what it says."""
+    times = []
+
+    def wait_ready(server):
+        times.append(1)
+        if len(times) > 1:
+            method(server)
+
+    return wait_ready
+
+
+def test_pauses_are_forgotten_after_a_quiet_while():
+    from trirank_build.serving.following import Backoff
+
+    backoff = Backoff()
+    assert [backoff.pause_s(at) for at in (0, 1, 3, 6, 100, 101)] == [0, 0.5, 1, 2, 0, 0.5]
+    assert max(backoff.pause_s(102 + at) for at in range(20)) == 30
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda file: file.unlink(), "is no state of a server"),
+        (lambda file: file.write_text("rubbish"), "is no state of a server"),
+        (lambda file: file.write_text("[]"), "is no state of a server"),
+        (lambda file: os.utime(file, (0, 0)), "restart it"),
+    ],
+)
+def test_a_state_that_is_none(tmp_path, harm, words):
+    from trirank_build.serving.health import READY, State, check
+
+    file = tmp_path / "state.json"
+    State(file).say(READY, grpc="127.0.0.1:8001")
+    assert check(file, live=False) == READY
+    harm(file)
+    for live in (True, False):
+        with pytest.raises(ServeError, match=words):
+            check(file, live=live)
+
+
+def test_the_word_that_controls_triton_is_in_no_list_of_processes(world):
+    with TritonServer(world.release, swappable=True) as server:
+        server.wait_ready()
+        assert "trirank-control=" in " ".join(psutil.Process(server.pid).cmdline())
+        told = [Path(f"/proc/{process.pid}/cmdline").read_bytes() for process in family(server.pid)]
+        assert not any(server._secret.encode() in each for each in told)
+        assert server._secret not in server.log.read_text()
+        assert server._control.loaded()  # and Triton knows it nevertheless
 
 
 def test_a_port_in_use_is_one_clear_line(world):
@@ -236,4 +352,4 @@ def test_a_damaged_release_is_not_served(world, tmp_path):
     release = shutil.copytree(world.release, tmp_path / world.release.name)
     (release / "features" / "token_idf.npy").write_bytes(b"rubbish")
     with pytest.raises(BadModel, match="cannot be served: features/token_idf.npy has digest"):
-        serve_until_stopped(release, Ports(), "127.0.0.1", None, None, follow=False, addresses=None)
+        serve_until_stopped(release, Ports(), follow=False, addresses=None)

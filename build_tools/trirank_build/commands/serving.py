@@ -24,7 +24,9 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(help="8002 by default, or any free one.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     tritonserver: Annotated[Path | None, typer.Option(help="The server to run.")] = None,
-    addresses: Annotated[Path | None, typer.Option(help="File to write the addresses to, as JSON, when ready.")] = None,
+    addresses: Annotated[
+        Path | None, typer.Option(help="File for addresses and state, as JSON, when ready; `trirank health` reads it.")
+    ] = None,
     log: Annotated[
         Path | None, typer.Option(help="File for Triton's log; else it is gone at the stop. Errors are shown anyway.")
     ] = None,
@@ -69,7 +71,23 @@ def serve(
         raise BadUsage(f"--follow follows a link, and {release} is none; give the link `current` beside the releases")
     ports = usual_ports(host, Ports(grpc_port, http_port, metrics_port))
     stores = usual_stores(release, users, catalogue, log_requests)
-    run_server(release, ports, host, tritonserver, fallback, follow=follow, addresses=addresses, log=log, stores=stores)
+    run_server(
+        release, ports, follow=follow, addresses=addresses, host=host, tritonserver=tritonserver, fallback=fallback,
+        log=log, stores=stores,
+    )  # fmt: skip
+
+
+def health(
+    addresses: Annotated[Path, typer.Argument(help="The file of `trirank serve --addresses`.")],
+    live: Annotated[
+        bool, typer.Option("--live", help="Ask only whether it is looked after, not whether it ranks.")
+    ] = False,
+) -> None:
+    """Whether a server on this machine is ready; exit status 1 where it is not. For probes: it asks nothing of a server
+    that is busy."""
+    from trirank_build.serving.health import check
+
+    print(check(addresses, live=live))
 
 
 def rank(

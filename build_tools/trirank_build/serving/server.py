@@ -30,6 +30,7 @@ from trirank_build.progress import warn, working
 from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.fitness import unfit
 from trirank_build.serving.live import LiveRepository, Served
+from trirank_build.serving.processes import Stubs, wipe_argument
 from trirank_build.serving.stores import Stores
 from trirank_build.serving.swapping import CONTROL_HEADER, Control, retire, switch, warm_up
 from trirank_build.serving.tritonserver import find_tritonserver
@@ -108,6 +109,8 @@ class TritonServer:
         self._holder = os.open(self._scratch, os.O_RDONLY)
         fcntl.flock(self._holder, fcntl.LOCK_SH)  # until this process ends, however it does
         self._process: subprocess.Popen[bytes] | None = None
+        self._stubs: Stubs | None = None
+        self._secret = ""
         self.log = log or self._scratch / "triton.log"
         self._read = self.log.stat().st_size if self.log.is_file() else 0
         self._shm_prefix = _shared_prefix(self._scratch)
@@ -175,6 +178,7 @@ class TritonServer:
         """
         deadline = time.monotonic() + timeout_s
         with working("starting Triton"), RankClient(self.grpc, deadline_s=5) as client:
+            self._hide_secret(deadline)
             while not client.ready():
                 self.check_alive()
                 if time.monotonic() > deadline:
@@ -186,6 +190,7 @@ class TritonServer:
             warm_up(self.grpc, self.served, contract.ENSEMBLE)
         except ServeError as error:
             raise ServeError(f"{error}; Triton's last words: {self._last_words()}") from error
+        self._stubs = Stubs(self.pid)
 
     def swap(self, release: Path) -> None:
         """Serve another release from now on, without a request that fails or meets both.
@@ -212,6 +217,25 @@ class TritonServer:
             retire(self._control, self._live, old)
         except ServeError as error:
             warn(f"{new.name} is served, but models of {old.name} are still loaded: {error}")
+        self._stubs = Stubs(self.pid)
+
+    def dead_models(self) -> list[str]:
+        """Models that are served and a process of which has died. Triton does not notice: it stays ready, and whoever
+        asks such a model is told so after a second (triton-inference-server/server #8604)."""
+        return self._stubs.dead() if self._stubs is not None else []
+
+    def revive(self, models: list[str]) -> None:
+        """Load models anew, whose processes have died; the others go on meanwhile.
+
+        Raises:
+            ServeError: they cannot be loaded, or this server is not swappable.
+        """
+        if self._control is None:
+            raise ServeError("this server was started for one release; start it with swappable=True")
+        for model in models:
+            self._live.touch(model)
+            self._control.load(model)
+        self._stubs = Stubs(self.pid)
 
     def _say_served(self, served: Served) -> None:
         """Tell the models that belong to no release."""
@@ -266,12 +290,16 @@ class TritonServer:
         lines = whole.decode(errors="replace").splitlines()
         return [line for line in lines if re.match(r"E\d{4} ", line) and not any(words in line for words in _NOISE)]
 
-    def stop(self) -> None:
-        """Let requests in flight finish, end the server and its stubs, remove its files. Safe to call twice."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Let requests in flight finish, end the server and its stubs, remove its files. Safe to call twice.
+
+        Args:
+            at_once: do not wait for requests, as where nothing answers any more.
+        """
         if self._control is not None:
             self._control.close()
         if self._process is not None:
-            if self._process.poll() is None:
+            if self._process.poll() is None and not at_once:
                 self._process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(STOP_TIMEOUT_S)
@@ -319,9 +347,9 @@ class TritonServer:
     def _model_control(self, swappable: bool, feedback: bool) -> list[str]:
         if not swappable:
             return ["--model-control-mode=none"]
-        # Whoever can load models can run code, so only who knows this word may (it is in the process list, where
-        # nobody but this user and root may read it on a machine whose /proc hides other users' processes).
-        secret = secrets.token_hex(16)
+        # Whoever can load models can run code, so only who knows this word may. Triton takes it as an argument and from
+        # nowhere else; it is wiped from the list of arguments, which every local user may read, once Triton has it.
+        secret = self._secret = secrets.token_hex(16)
         self._control = Control(self.grpc, secret)
         return [
             "--model-control-mode=explicit",
@@ -333,6 +361,23 @@ class TritonServer:
             f"--grpc-restricted-protocol=model-repository:{CONTROL_HEADER}={secret}",
             f"--http-restricted-api=model-repository:{CONTROL_HEADER}={secret}",
         ]
+
+    def _hide_secret(self, deadline: float) -> None:
+        """Wipe the word that controls Triton from its list of arguments, as soon as it says anything: it has read them
+        by then."""
+        if self._control is None:
+            return
+        said = self._read
+        while self.log.is_file() and self.log.stat().st_size <= said and time.monotonic() < deadline:
+            self.check_alive()
+            time.sleep(0.002)
+        try:
+            wipe_argument(self.pid, self._secret)
+        except OSError as error:
+            warn(
+                "local users can read in the list of processes how to load models into this server "
+                f"({error.strerror}); let this user trace its own processes (kernel.yama.ptrace_scope 0 or 1)"
+            )
 
     def _last_words(self) -> str:
         """The reason in Triton's log, in one line."""
