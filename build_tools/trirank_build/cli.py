@@ -23,7 +23,7 @@ from trirank_build.commands.online import catalogue_app, policy_app, users_app
 from trirank_build.commands.options import Data, Engine, Json, Run, Seed, check_target
 from trirank_build.commands.release import app as release_app
 from trirank_build.commands.release import promote_checked
-from trirank_build.commands.serving import health, rank, serve
+from trirank_build.commands.serving import health, rank, serve, token
 from trirank_build.commands.simulate import simulate
 from trirank_build.commands.skew import skew
 from trirank_build.errors import BadUsage, TrirankBuildError
@@ -51,6 +51,7 @@ app.command()(doctor)
 app.command()(serve)
 app.command()(rank)
 app.command()(health)
+app.command()(token)
 app.command()(loadtest)
 app.command()(skew)
 app.command()(simulate)

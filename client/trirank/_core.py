@@ -438,7 +438,7 @@ class Call:
 
     def _healthy(self, kind: type[RankError], status: grpc.StatusCode, attempt: Attempt) -> bool | None:
         """What an error says of its server: that it works, that it does not, or (None) nothing."""
-        if kind is InvalidRequest:
+        if issubclass(kind, InvalidRequest):
             return True
         if kind is Overloaded or status is grpc.StatusCode.CANCELLED:
             return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import grpc
 
-from trirank.contract import OVERLOADED, TOO_LATE, WAITED
+from trirank.contract import NOT_ALLOWED, OVERLOADED, TOO_LATE, WAITED
 
 
 class RankError(Exception):
@@ -54,6 +54,10 @@ class RankError(Exception):
 
 class InvalidRequest(RankError, ValueError):
     """The request breaks the contract: the message says which value and which limit."""
+
+
+class NotAllowed(InvalidRequest):
+    """The server wants a token, and this client has none that it knows."""
 
 
 class DeadlineExceeded(RankError, TimeoutError):
@@ -95,6 +99,8 @@ _TURNED_AWAY = ("Request timeout expired", "Exceeds maximum queue size", OVERLOA
 def kind_of(status: grpc.StatusCode, details: str) -> type[RankError]:
     """The error that a failed call is."""
     kind = _BY_STATUS.get(status, ServerError)
+    if kind is InvalidRequest and f"{NOT_ALLOWED}: " in details:
+        return NotAllowed
     if kind is Unavailable and TOO_LATE in details:
         return DeadlineExceeded
     if kind is Unavailable and any(words in details for words in _TURNED_AWAY):

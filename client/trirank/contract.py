@@ -46,6 +46,8 @@ OVERLOADED = "more has come in than can be answered in time"
 """What a stage says, as UNAVAILABLE, of a request that it could not have answered before its deadline."""
 WAITED = "it waited too long for its turn, as all do now"
 """What a stage says, as UNAVAILABLE, of a request that waited for PATIENCE of its time and longer."""
+NOT_ALLOWED = "not allowed"
+"""What a stage says first, as INVALID_ARGUMENT, to a caller without a token of the server's."""
 CONTRACT_PARAMETER = "contract"
 """Of the ensemble's configuration: CONTRACT_VERSION."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import grpc
@@ -12,12 +13,14 @@ from trirank_loadtest.errors import LoadFailed
 from trirank_loadtest.measured import Stage
 
 _TIMEOUT_S = 10.0
+_CLOSED = "is restricted"
+"""What Triton says of an interface that is not for everybody."""
 Counts = dict[str, tuple[int, int, int, int, int]]
 """Model → requests that succeeded, inferences, executions, ns in the queue, ns at work."""
 
 
 def read_statistics(addresses: list[str]) -> Counts:
-    """Of all models of all servers, added up.
+    """Of all models of all servers that tell them, added up.
 
     Raises:
         LoadFailed: a server does not answer.
@@ -30,6 +33,9 @@ def read_statistics(addresses: list[str]) -> Counts:
                 reply = stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=_TIMEOUT_S)
             except grpc.RpcError as error:
                 said = error.details() or error.code().name
+                if _CLOSED in said:  # the load can be measured all the same
+                    warnings.warn(f"{address} tells no time by stage; trirank serve --open statistics", stacklevel=2)
+                    continue
                 raise LoadFailed(f"{address} does not answer ({said}); start it with `trirank serve`") from None
         for model in reply.model_stats:
             times = model.inference_stats

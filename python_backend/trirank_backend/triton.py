@@ -19,7 +19,16 @@ import numpy as np
 from trirank import contract
 
 from trirank_backend.admission import Admission, Queue, Wait
-from trirank_backend.errors import BackendError, InvalidInput, Overloaded, StageFailed, StoreFailed, TooLate
+from trirank_backend.callers import HEADER, callers_of_this_server
+from trirank_backend.errors import (
+    BackendError,
+    InvalidInput,
+    NotAllowed,
+    Overloaded,
+    StageFailed,
+    StoreFailed,
+    TooLate,
+)
 from trirank_backend.requests import NamedTensors, Tensors
 
 try:
@@ -140,6 +149,7 @@ class Stage:
         self._admission = Admission()
         # Later stages' requests have come through others, which is no fault of a queue's.
         self._queue = Queue() if contract.PACKED_REQUEST.name in self._inputs else None
+        self._callers = callers_of_this_server()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order. What comes, or would be answered, too late for its caller is refused, not
@@ -149,6 +159,13 @@ class Stage:
         told = [_moments(request, started) for request in requests]
         moments, waits = [moment for moment, _ in told], [wait for _, wait in told]
         in_time = [at for at, moment in enumerate(moments) if moment >= started * 1e6]
+        if self._callers is not None:
+            for at, request in enumerate(requests):
+                try:
+                    self._callers.check(_header(request))
+                except NotAllowed as error:  # noqa: PERF203  # belongs to this request
+                    answers[at] = error
+            in_time = [at for at in in_time if answers[at] is None]
         if self._queue is not None:
             too_long = self._queue.waited_too_long([waits[at] for at in in_time], time.monotonic())
             for at in [at for at, is_refused in zip(in_time, too_long, strict=True) if is_refused]:
@@ -209,7 +226,7 @@ class Stage:
                 )
         except Exception as error:  # of an answer that is none: its own request's matter too
             answer = self._failed(error)
-        if not isinstance(answer, InvalidInput | TooLate | Overloaded):  # nobody's fault but ours
+        if not isinstance(answer, InvalidInput | NotAllowed | TooLate | Overloaded):  # nobody's fault but ours
             pb_utils.Logger.log_error(f"{self._name}: {''.join(traceback.format_exception(answer))}")
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), _code(answer)))
 
@@ -235,7 +252,7 @@ def each(step: Callable[[Tensors], Tensors]) -> Run:
 
 
 def _code(error: BackendError) -> Any:
-    if isinstance(error, InvalidInput):
+    if isinstance(error, InvalidInput | NotAllowed):  # Triton has no code of its own for those
         return pb_utils.TritonError.INVALID_ARG
     late = isinstance(error, TooLate | Overloaded | StoreFailed)
     return pb_utils.TritonError.UNAVAILABLE if late else pb_utils.TritonError.INTERNAL
@@ -257,6 +274,15 @@ def _moments(request: Any, now_s: float) -> tuple[float, Wait | None]:
     if not sent < deadline < math.inf:
         return deadline, None
     return deadline, Wait(now_s - sent / 1e6, (deadline - sent) / 1e6)
+
+
+def _header(request: Any) -> str | None:
+    """What the caller sent as ``authorization``, which Triton hands on with the name as it was written."""
+    try:
+        named = json.loads(request.parameters() or "{}")
+        return next((str(value) for name, value in named.items() if name.lower() == HEADER), None)
+    except (AttributeError, ValueError):
+        return None
 
 
 def _number(named: dict[str, Any], name: str) -> float:

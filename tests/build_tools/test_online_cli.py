@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from test_cli import trirank
 from trirank.contract import EventKind
+from trirank_backend.request_log import RequestLog, Settings
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.overlay import STATE, read_overlay
 from trirank_backend.stores.store import open_store
 from trirank_build.data.dataset import POSITIONS, Dataset
+from trirank_build.online.events import events_of
+from trirank_build.online.requests import logged_requests
 
 
 @pytest.fixture
@@ -30,6 +34,48 @@ def test_users_come_and_go(world, users, tmp_path):
     assert f"events of user {user} are gone" in trirank("users", "erase", user, "--users", users).stdout
     assert f"nothing was known of user {user}" in trirank("users", "erase", user, "--users", users).stdout
     assert json.loads(trirank("users", "export", "--users", users, "--user", user).stdout)["remembered"] == []
+
+
+def test_a_user_is_erased_from_logs_too(world, users, tmp_path):
+    """Also from a file that a server goes on writing to."""
+    logs, requests = tmp_path / "logs", tmp_path / "requests"
+    store = open_store(users)
+    for name, user in (("mine", 9_877), ("yours", 9_878)):
+        store.add([Event(f"{name}-{at}", user, 5 + at, 1, 1_772_000_000 + at) for at in range(3)])
+    store.close()
+    trirank("users", "log", "--users", users, "--out", logs)
+    log = RequestLog(Settings.read(str(requests)), "release")
+    line = {"request_id": "", "moment": 1, "query": "red lamp", "scenario": "home", "item_ids": [1],
+            "retrieval_scores": None}  # fmt: skip
+
+    def written(count):
+        deadline = time.monotonic() + 10
+        while requests_in(requests).count(b"\n") < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    log.add(line | {"user_id": 9_877, "query": "my own words"})
+    log.add(line | {"user_id": 9_878})
+    written(2)
+    done = trirank("users", "erase", 9_877, "--users", users, "--logs", logs, "--logs", requests)
+    assert "3 events of user 9877 are gone" in done.stdout
+    assert "4 lines of user 9877 are gone from 2 folders of logs" in done.stdout
+    log.add(line | {"user_id": 9_879})
+    written(3)
+    log.close()
+    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"mine-" not in everything
+    assert b"my own words" not in everything
+    assert b"yours-" in everything
+    assert [each["user_id"] for each in logged_requests(requests)] == [9_878, 9_879]
+    assert {each.user_id for each in events_of(logs)} == {9_878}
+    (tmp_path / "empty").mkdir()
+    error = trirank("users", "erase", 9_877, "--users", users, "--logs", tmp_path / "empty", code=1).stderr
+    assert "holds no events-*.jsonl and no requests-*.jsonl" in error.replace("\n", " ")
+
+
+def requests_in(folder):
+    return b"".join(file.read_bytes() for file in folder.glob("requests-*.jsonl"))
 
 
 def test_a_password_is_not_repeated(world):

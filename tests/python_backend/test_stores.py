@@ -7,12 +7,12 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import pytest
 import redis
-from stores import SERVER, running_redis
+from stores import SERVER, free_port, running_redis, start_redis
 from trirank import contract
 from trirank.contract import EventKind
 from trirank_backend.errors import InvalidStore, StoreFailed
@@ -228,18 +228,63 @@ def test_counts_have_an_end(tmp_path):
     store.close()
 
 
-def test_a_forgotten_user_is_gone_from_the_disk(tmp_path):
-    store = open_store(f"sqlite:{tmp_path / 'users.sqlite'}")
-    store.add([event(f"secret-{at}", user=5) for at in range(50)])
-    store.add([event("other", user=6)])
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("redis-with-dumps", marks=KINDS[1].marks)])
+def test_a_forgotten_user_is_gone_from_the_disk(tmp_path, kind):
+    with ExitStack() as running:
+        address = f"sqlite:{tmp_path / 'users.sqlite'}"
+        if kind != "sqlite":
+            port = free_port()
+            process = start_redis(tmp_path, port, *(("--save", "60", "1") if kind == "redis-with-dumps" else ()))
+            running.callback(process.wait, 10)
+            running.callback(process.terminate)
+            address = f"redis://127.0.0.1:{port}/0"
+        store = open_store(address)
+        running.callback(store.close)
+        store.add([event(f"secret-{at}", user=987654321, item=5_000_000_000 + at) for at in range(50)])
+        store.add([event("other", user=6)])
+        if kind == "redis-with-dumps":
+            store._redis.save()
 
-    def disk():
-        return b"".join(path.read_bytes() for path in tmp_path.iterdir())
+        def disk():
+            return b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
-    assert b"secret-7" in disk()
-    store.erase(5)
-    assert b"secret" not in disk()
-    assert b"other" in disk()
+        assert b"secret-7" in disk()
+        if kind == "sqlite":
+            assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+        assert store.erase(987654321) == 50
+        left = disk()
+        assert b"secret" not in left
+        assert b"987654321" not in left
+        assert (5_000_000_007).to_bytes(8, "little") not in left
+        assert b"other" in left
+        assert [stored.event.user_id for stored in store.log()] == [6]
+
+
+@pytest.mark.skipif(SERVER is None, reason="no redis-server here")
+def test_who_reads_the_log_notices_no_erasure(redis_address):
+    """What was given to a group and not acknowledged comes again, what was acknowledged does not, and the rest does."""
+    store = open_store(redis_address)
+    store._redis.flushall()
+    store.add([event(at, user=at % 3) for at in range(30)])
+    read = store.unread("one", limit=10)
+    store.acknowledge("one", read[:5])
+    store.unread("two", limit=30)
+    kept = [stored for stored in store.log() if stored.event.user_id != 1]
+    assert store.erase(1) == 10
+    assert store.log() == kept
+    store.add([event(99, user=2)])
+    kept = store.log()
+    given = {stored.place for stored in read[5:]}
+    assert store.unread("one") == [stored for stored in kept if stored.place in given]
+    store.acknowledge("one", store.unread("one"))
+    done = {stored.place for stored in read}
+    assert store.unread("one") == [stored for stored in kept if stored.place not in done]
+    assert store.unread("two") == kept[:-1]
+    store.erase(0)
+    store.erase(2)
+    assert store.log() == []
+    store.add([event(100, user=2)])
+    assert len(store.log()) == 1
     store.close()
 
 

@@ -186,6 +186,7 @@ def _served(release: Path | None, server: list[str] | None) -> Iterator[list[str
     with tempfile.TemporaryDirectory(prefix="trirank-load-") as scratch:
         addresses, words = Path(scratch, "addresses.json"), Path(scratch, "words")
         command = [sys.executable, "-m", "trirank_build.cli", "serve", str(release), "--addresses", str(addresses)]
+        command += ["--open", "statistics"]
         with words.open("wb") as stream:
             process = subprocess.Popen(command, stdout=stream, stderr=stream)
         try:

@@ -173,12 +173,22 @@ def erase_user(
     user: Annotated[str, typer.Argument(help="The user's id, as callers send it.")],
     users: Address,
     user_ids: UserIds = None,
+    logs: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of `users log`, or of `serve --log-requests`, to erase the user from, too; repeat."),
+    ] = None,
 ) -> None:
-    """Forget a user everywhere in the store, the log of events included. Files of `users log`, logs of requests and
-    datasets are not the store's: delete those that are old enough."""
+    """Forget a user everywhere in the store, its log of events included, and in files of logs. Datasets that were made
+    of them, and models, are made anew without the user."""
+    from trirank_build.online.users import erase_from_files
+
+    ids = _user_ids(user, user_ids)
     with opened(users) as store:
-        gone = sum(map(store.erase, _user_ids(user, user_ids)))
+        gone = sum(map(store.erase, ids))
+    lines = sum(erase_from_files(folder, set(ids)) for folder in logs or ())
     out.print(f"{gone} events of user {user} are gone" if gone else f"nothing was known of user {user}")
+    if logs:
+        out.print(f"{lines} lines of user {user} are gone from {len(logs)} folders of logs")
 
 
 def _user_ids(text: str, kind: str | None) -> list[int]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from trirank import RankClient, RankRequest, contract
+from trirank import RankClient, RankRequest, Tls, contract
+from trirank_backend.callers import TOKENS_VARIABLE
 from trirank_backend.surroundings import CATALOGUE_VARIABLE, REQUESTS_VARIABLE, USERS_VARIABLE
 
 from trirank_build.commands.options import Engine, Json
@@ -57,8 +58,27 @@ def serve(
             envvar=REQUESTS_VARIABLE, help="Folder to log requests to: FOLDER or FOLDER?share=0.01&tensors=1."
         ),
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM of the server's certificate: gRPC is encrypted, HTTP is off.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM of its key.")] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(help="PEM of who signs callers' certificates, which they need.")
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(envvar=TOKENS_VARIABLE, help="File of callers' tokens (`trirank token`), which they need."),
+    ] = None,
+    opened: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--open",
+            help="An interface of Triton's that is closed otherwise: statistics, trace, logging, shared-memory.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a release with Triton until Ctrl-C; a promotion takes effect without a request lost."""
+    from trirank_build.serving.access import Access, Certificates
     from trirank_build.serving.following import serve as run_server
     from trirank_build.serving.server import Ports, usual_ports
     from trirank_build.serving.stores import usual_stores
@@ -71,9 +91,15 @@ def serve(
         raise BadUsage(f"--follow follows a link, and {release} is none; give the link `current` beside the releases")
     ports = usual_ports(host, Ports(grpc_port, http_port, metrics_port))
     stores = usual_stores(release, users, catalogue, log_requests)
+    if (tls_cert is None) != (tls_key is None):
+        raise BadUsage("--tls-cert and --tls-key go together")
+    if client_ca is not None and tls_cert is None:
+        raise BadUsage("--client-ca is whose certificates callers need, and without --tls-cert they show none")
+    certificates = Certificates(tls_cert, tls_key, client_ca) if tls_cert is not None and tls_key is not None else None
+    access = Access(certificates, tokens, frozenset(opened or ()))
     run_server(
         release, ports, follow=follow, addresses=addresses, host=host, tritonserver=tritonserver, fallback=fallback,
-        log=log, stores=stores,
+        log=log, stores=stores, access=access,
     )  # fmt: skip
 
 
@@ -106,15 +132,24 @@ def rank(
     ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Tell which rule moved which item.")] = False,
     deadline_s: Annotated[float, typer.Option(help="Seconds.")] = 1.0,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="PEM of who signed the server's certificate: TLS is spoken.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM of the caller's own certificate.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM of its key.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="TRIRANK_TOKEN", help="The caller's token.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rank candidates on a running server."""
+    if tls_ca is None and (tls_cert or tls_key):
+        raise BadUsage("--tls-cert and --tls-key are the caller's own; say --tls-ca, too")
+    tls = None if tls_ca is None else Tls(tls_ca, tls_cert, tls_key)
     said: dict[str, Any] = {"query": query, "scenario": scenario, "top_k": top_k}
     said = {name: value for name, value in said.items() if value is not None}
     said |= {"trace": trace, "filters": _filters(filters or [])}
     if not item and release is None:
         raise BadUsage("give candidates with --item, or --release to send one of its recorded requests")
-    with RankClient(server, deadline_s=deadline_s) as client:
+    with RankClient(server, deadline_s=deadline_s, tls=tls, token=token) as client:
         kinds = client.server_info() if item or user is not None else {}
         if user is not None:
             said["user_id"] = _own_id("--user", user, kinds.get("user_ids"))
@@ -170,3 +205,17 @@ def _filters(said: list[str]) -> dict[str, Any]:
         except ValueError:
             raise BadUsage(f"--filter {each}: {value!r} is no number") from None
     return found
+
+
+def token(
+    name: Annotated[str, typer.Argument(help="The caller's name.")],
+    tokens: Annotated[Path, typer.Option(help="The file of digests, which is made where there is none.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the caller's token away.")] = False,
+) -> None:
+    """Make a token for a caller, print it once, and keep its digest. A server that runs takes it at once."""
+    from trirank_build.serving.access import add_token, remove_token
+
+    if remove:
+        remove_token(tokens, name)
+        return
+    print(add_token(tokens, name))

@@ -77,13 +77,16 @@ def ask(address: str, requests: list[RankRequest], probe: bool = True) -> Server
             raise ServeError(
                 f"no Triton answers at {address} ({error.details()}); give host:port of its gRPC endpoint"
             ) from None
-        # Where the index is behind a word that this caller does not know, the statistics name the models too.
+        # Where the index is behind a word that this caller does not know, the statistics name the models too; where
+        # those are as well, the ensemble does.
         with suppress(grpc.RpcError):
             index = stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=TIMEOUT_S).models
             server.models = {model.name: (model.state, model.reason) for model in index}
-        known = stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=TIMEOUT_S).model_stats
-        server.statistics = {each.name: each for each in known}
+        with suppress(grpc.RpcError):
+            known = stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=TIMEOUT_S).model_stats
+            server.statistics = {each.name: each for each in known}
         names = [name for name, (state, _) in server.models.items() if state == "READY"] or list(server.statistics)
+        names = names or _of_the_ensemble(stub)
         configs = {
             name: stub.ModelConfig(service_pb2.ModelConfigRequest(name=name), timeout=TIMEOUT_S).config
             for name in names
@@ -93,6 +96,15 @@ def ask(address: str, requests: list[RankRequest], probe: bool = True) -> Server
         if probe:
             _probe(stub, server, requests)
     return server
+
+
+def _of_the_ensemble(stub: Any) -> list[str]:
+    """Names of the models that ``rank`` is made of, and itself; none where there is no such model."""
+    try:
+        config = stub.ModelConfig(service_pb2.ModelConfigRequest(name=contract.ENSEMBLE), timeout=TIMEOUT_S).config
+    except grpc.RpcError:
+        return []
+    return [contract.ENSEMBLE, *(step.model_name for step in config.ensemble_scheduling.step)]
 
 
 @rule("LIVE01", Severity.ERROR, "Read the server's log; it says why.", kind="live")

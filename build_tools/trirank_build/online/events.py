@@ -72,6 +72,8 @@ def events_of(folder: Path) -> Iterator[Event]:
     seen: set[str] = set()
     for file in files:
         for number, line in enumerate(file.read_text().splitlines(), 1):
+            if not line.strip():  # a user's, who was erased
+                continue
             try:
                 event = Event(*json.loads(line))
             except (ValueError, TypeError) as error:

@@ -26,7 +26,7 @@ def logged_requests(folder: Path) -> Iterator[dict[str, Any]]:
     for file in files:
         lines = file.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
-            if not line:
+            if not line.strip():  # a user's, who was erased
                 continue
             try:
                 found = json.loads(line)

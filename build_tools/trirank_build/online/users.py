@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from trirank import contract
 from trirank.contract import EventKind
 from trirank_backend.histories import Events
+from trirank_backend.stores.events import Event
 from trirank_backend.stores.store import Store
 
 from trirank_build.artefacts import atomic_file
+from trirank_build.errors import BadData
 from trirank_build.online.events import all_events
 
 if TYPE_CHECKING:
@@ -98,3 +101,36 @@ def export_users(store: Store, target: Path) -> int:
             stream.write(json.dumps(row) + "\n")
             count += 1
     return count
+
+
+def erase_from_files(folder: Path, users: set[int]) -> int:
+    """Overwrite what files of events (``users log``) and of requests (``--log-requests``) have of users; gives how many
+    lines. In their places stand blanks, so that a server may go on writing to a file meanwhile.
+
+    Raises:
+        BadData: there is no such file.
+    """
+    files = sorted([*folder.glob("events-*.jsonl"), *folder.glob("requests-*.jsonl")])
+    if not files:
+        raise BadData(f"{folder} holds no events-*.jsonl and no requests-*.jsonl; name a folder of logs")
+    count = 0
+    for file in files:
+        with file.open("r+b") as stream:
+            place = 0
+            for line in stream.read().splitlines(keepends=True):
+                if _user_of(line) in users:
+                    stream.seek(place)
+                    stream.write(b" " * len(line.rstrip(b"\n")))
+                    count += 1
+                place += len(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+    return count
+
+
+def _user_of(line: bytes) -> int | None:
+    try:
+        found = json.loads(line)
+        return int(found["user_id"]) if isinstance(found, dict) else Event(*found).user_id
+    except (ValueError, TypeError, KeyError):  # a last line that is not whole: it is not read either
+        return None

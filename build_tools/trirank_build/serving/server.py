@@ -20,14 +20,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
 from trirank import DeadlineExceeded, Overloaded, RankClient, RankError, contract
 from trirank_backend.compiled import need_compiling
 from trirank_backend.surroundings import COUNTS_VARIABLE, SERVED_VARIABLE
-from tritonclient.utils import InferenceServerException
 
 from trirank_build.errors import BadModel, ServeError
 from trirank_build.progress import warn, working
 from trirank_build.repository.release import recorded_requests
+from trirank_build.serving.access import Access
 from trirank_build.serving.fitness import unfit
 from trirank_build.serving.live import LiveRepository, Served
 from trirank_build.serving.processes import Stubs, wipe_argument
@@ -40,8 +41,6 @@ STOP_TIMEOUT_S = 20
 _SHM_BYTES = 16 << 20
 """A stub's first shared memory; the largest batch fits, so that it need not grow under load."""
 _PDEATHSIG = 1
-_ASK_S = 10.0
-"""For Triton to tell its statistics."""
 _SCRATCH = "trirank-serve-"
 _FRESH_S = 5.0
 """Whoever makes a scratch folder holds it within so long."""
@@ -83,6 +82,7 @@ class TritonServer:
         swappable: bool = False,
         log: Path | None = None,
         stores: Stores | None = None,
+        access: Access | None = None,
     ) -> None:
         """Start it; ``wait_ready`` tells when it works.
 
@@ -91,6 +91,7 @@ class TritonServer:
             swappable: whether ``swap`` shall work. Triton's model control is then open to this object alone.
             log: file that Triton's words go to; None: one that is gone when the server stops.
             stores: what lies beside the release; None: nothing, so that all users are new.
+            access: who may ask it what; None: everybody, also for statistics.
 
         Raises:
             ServeError: no server is found, a port is in use, shared memory is short, or the release's runtime cannot
@@ -99,10 +100,13 @@ class TritonServer:
         """
         stores = stores or Stores()
         stores.check()
+        self._access = access or Access(opened=frozenset({"statistics"}))
+        self._access.check()
         _sweep()
         _check_shared_memory()
         _compile_kernels()
         self._control: Control | None = None
+        self._swappable = swappable
         self._probed: Path | None = None
         self._recorded: Any = None
         self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH))
@@ -125,7 +129,8 @@ class TritonServer:
             if stores.users is not None:
                 self._live.add_feedback()
             environment = {
-                **os.environ, **binary.environment, **stores.environment(), SERVED_VARIABLE: str(self._said),
+                **os.environ, **binary.environment, **stores.environment(), **self._access.environment(),
+                SERVED_VARIABLE: str(self._said),
                 COUNTS_VARIABLE: str(self._scratch / "counts.npy"),
             }  # fmt: skip
             ports = ports or Ports()
@@ -135,7 +140,7 @@ class TritonServer:
                 str(binary.path),
                 *binary.arguments,
                 f"--model-repository={self._live.folder}",
-                *self._model_control(swappable, stores.users is not None),
+                *self._interfaces(swappable, stores.users is not None),
                 "--disable-auto-complete-config",
                 *(f"--{name}-address={host}" for name in ("grpc", "http", "metrics")),
                 *(f"--{name}-port={number}" for name, number in zip(("grpc", "http", "metrics"), numbers, strict=True)),
@@ -177,7 +182,7 @@ class TritonServer:
             ServeError: the server ended, or was not ready in time.
         """
         deadline = time.monotonic() + timeout_s
-        with working("starting Triton"), RankClient(self.grpc, deadline_s=5) as client:
+        with working("starting Triton"), self.connect(5.0) as client:
             self._hide_secret(deadline)
             while not client.ready():
                 self.check_alive()
@@ -187,7 +192,7 @@ class TritonServer:
                     )
                 time.sleep(0.1)
         try:
-            warm_up(self.grpc, self.served, contract.ENSEMBLE)
+            warm_up(self.connect, self.served, contract.ENSEMBLE)
         except ServeError as error:
             raise ServeError(f"{error}; Triton's last words: {self._last_words()}") from error
         self._stubs = Stubs(self.pid)
@@ -199,14 +204,13 @@ class TritonServer:
             BadModel: ``release`` is none.
             ServeError: it cannot be served, or this server is not swappable; the old one is served as before.
         """
-        if self._control is None:
-            raise ServeError("this server was started for one release; start it with swappable=True")
+        self._check_swappable()
         new = self._fitting(release)
         if new.name == self.served.name:
             return
         old = self.served
         try:
-            switch(self._control, self.grpc, self._live, old, new)
+            switch(self._controlled(), self.connect, self._live, old, new)
         except ServeError as error:
             raise ServeError(
                 f"{release} cannot be served: {error}; Triton's last words: {self._last_words()}"
@@ -214,7 +218,7 @@ class TritonServer:
         self.served = new
         self._say_served(new)
         try:
-            retire(self._control, self._live, old)
+            retire(self._controlled(), self._live, old)
         except ServeError as error:
             warn(f"{new.name} is served, but models of {old.name} are still loaded: {error}")
         self._stubs = Stubs(self.pid)
@@ -230,12 +234,15 @@ class TritonServer:
         Raises:
             ServeError: they cannot be loaded, or this server is not swappable.
         """
-        if self._control is None:
-            raise ServeError("this server was started for one release; start it with swappable=True")
+        self._check_swappable()
         for model in models:
             self._live.touch(model)
-            self._control.load(model)
+            self._controlled().load(model)
         self._stubs = Stubs(self.pid)
+
+    def _check_swappable(self) -> None:
+        if not self._swappable:
+            raise ServeError("this server was started for one release; start it with swappable=True")
 
     def _say_served(self, served: Served) -> None:
         """Tell the models that belong to no release."""
@@ -263,18 +270,18 @@ class TritonServer:
             if self._probed != self.release:  # read once: a disk that fails for a moment harms no server
                 self._probed, self._recorded = self.release, recorded_requests(self.release)[0]
             before = self._answered()
-            with RankClient(self.grpc, deadline_s=deadline_s, retry=None) as client:
+            with self.connect(deadline_s) as client:
                 client.rank(self._recorded)
         except (Overloaded, DeadlineExceeded) as error:
-            with suppress(InferenceServerException):
+            with suppress(ServeError):
                 return "" if self._answered() > before else str(error)
             return str(error)
-        except (RankError, InferenceServerException, BadModel) as error:
+        except (RankError, ServeError, BadModel) as error:
             return str(error)
         return ""
 
     def _answered(self) -> int:
-        return int(self.statistics()[contract.ENSEMBLE].get("inference_stats", {}).get("success", {}).get("count", 0))
+        return self._controlled().counts(contract.ENSEMBLE)[0]
 
     def new_errors(self) -> list[str]:
         """Errors that Triton has told since this was asked last, a line each."""
@@ -314,16 +321,18 @@ class TritonServer:
             os.close(self._holder)
             self._holder = -1
 
+    def connect(self, deadline_s: float, model: str = contract.ENSEMBLE) -> RankClient:
+        """A client of this server that needs nobody's token."""
+        return self._access.client(self.grpc, deadline_s, model)
+
+    def _controlled(self) -> Control:
+        assert self._control is not None
+        return self._control
+
     def statistics(self) -> dict[str, Any]:
         """Stage or ensemble → its statistics, as Triton counts them, of the release that is served."""
-        from tritonclient.grpc import InferenceServerClient
-
-        client = InferenceServerClient(self.grpc)
-        try:
-            reply = client.get_inference_statistics(as_json=True, client_timeout=_ASK_S)
-        finally:
-            client.close()
-        found = {model["name"]: model for model in reply["model_stats"]}
+        reply = [MessageToDict(model, preserving_proto_field_name=True) for model in self._controlled().statistics()]
+        found = {model["name"]: model for model in reply}
         stages = ("single",) if self.served.pipeline == "single" else contract.STAGES
         names = dict(zip(stages, self.served.stages, strict=True))
         return {stage: found[name] for stage, name in (*names.items(), (contract.ENSEMBLE, contract.ENSEMBLE))}
@@ -344,29 +353,27 @@ class TritonServer:
             warn(f"{'; '.join(problems)}: {self._fallback} in the Python backend scores instead")
         return Served.of(release, self._fallback if problems else None)
 
-    def _model_control(self, swappable: bool, feedback: bool) -> list[str]:
-        if not swappable:
-            return ["--model-control-mode=none"]
+    def _interfaces(self, swappable: bool, feedback: bool) -> list[str]:
         # Whoever can load models can run code, so only who knows this word may. Triton takes it as an argument and from
         # nowhere else; it is wiped from the list of arguments, which every local user may read, once Triton has it.
-        secret = self._secret = secrets.token_hex(16)
-        self._control = Control(self.grpc, secret)
+        self._secret = secrets.token_hex(16)
+        self._control = Control(self.grpc, self._secret, self._access)
+        found = self._access.arguments(self._secret, CONTROL_HEADER, controlled=swappable)
+        if not swappable:
+            return [*found, "--model-control-mode=none"]
         return [
+            *found,
             "--model-control-mode=explicit",
             # Else a release that cannot be loaded, or is loading, makes the whole server "not ready", though it serves
             # the old one all the while, and a load balancer drops every replica that follows the link at once.
             "--strict-readiness=false",
             f"--load-model={contract.ENSEMBLE}",
             *([f"--load-model={contract.FEEDBACK}"] if feedback else []),
-            f"--grpc-restricted-protocol=model-repository:{CONTROL_HEADER}={secret}",
-            f"--http-restricted-api=model-repository:{CONTROL_HEADER}={secret}",
         ]
 
     def _hide_secret(self, deadline: float) -> None:
         """Wipe the word that controls Triton from its list of arguments, as soon as it says anything: it has read them
         by then."""
-        if self._control is None:
-            return
         said = self._read
         while self.log.is_file() and self.log.stat().st_size <= said and time.monotonic() < deadline:
             self.check_alive()

@@ -8,7 +8,7 @@ to the requests that it has.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -19,8 +19,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trirank_build.errors import ServeError
 from trirank_build.repository.release import recorded_requests
+from trirank_build.serving.access import Access
 from trirank_build.serving.live import LiveRepository, Served
 
+Connect = Callable[[float, str], RankClient]
 WARM_ROUNDS = 3
 LOAD_TIMEOUT_S = 120.0
 DRAIN_S = 1.0
@@ -37,8 +39,8 @@ class Control:
     Raises ServeError where Triton refuses.
     """
 
-    def __init__(self, address: str, secret: str) -> None:
-        self._channel = grpc.insecure_channel(address)
+    def __init__(self, address: str, secret: str, access: Access) -> None:
+        self._channel = access.channel(address)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         # Triton prefixes a restricted protocol's header so.
         self._metadata = ((f"triton-grpc-protocol-{CONTROL_HEADER}", secret),)
@@ -64,6 +66,10 @@ class Control:
         (found,) = self._call("ModelStatistics", request, f"tell statistics of {model}").model_stats
         return found.inference_stats.success.count, found.inference_stats.fail.count
 
+    def statistics(self) -> Any:
+        """What Triton counts of all models."""
+        return self._call("ModelStatistics", service_pb2.ModelStatisticsRequest(), "tell its statistics").model_stats
+
     def close(self) -> None:
         """Let go of the connection."""
         self._channel.close()
@@ -75,7 +81,7 @@ class Control:
             raise ServeError(f"Triton did not {what}: {error.details() or error.code().name}") from None
 
 
-def switch(control: Control, address: str, live: LiveRepository, old: Served, new: Served) -> None:
+def switch(control: Control, connect: Connect, live: LiveRepository, old: Served, new: Served) -> None:
     """Serve ``new`` in place of ``old``, whose models stay loaded for the requests that they have. For callers nothing
     changes until the new one has ranked recorded requests.
 
@@ -86,7 +92,7 @@ def switch(control: Control, address: str, live: LiveRepository, old: Served, ne
         live.add(new)
         if new.pipeline != "single":
             control.load(new.entry)  # and with it the models that it has; naming those too would load them twice
-            warm_up(address, new, new.entry)
+            warm_up(connect, new, new.entry)
         # A single model is proved as it is loaded (Pipeline.rehearse), while Triton still serves the one before.
         try:
             live.point(new)
@@ -106,13 +112,16 @@ def retire(control: Control, live: LiveRepository, old: Served) -> None:
     _take_away(old, control, live)
 
 
-def warm_up(address: str, served: Served, ensemble: str) -> None:
+def warm_up(connect: Connect, served: Served, ensemble: str) -> None:
     """Send a release's recorded requests through an ensemble.
+
+    Args:
+        connect: makes a client of a model, which waits for so many seconds.
 
     Raises:
         ServeError: one of them failed.
     """
-    with RankClient(address, deadline_s=10, retry=None, model=ensemble) as client:
+    with connect(10.0, ensemble) as client:
         try:
             for request in recorded_requests(served.release) * WARM_ROUNDS:
                 client.rank(request)

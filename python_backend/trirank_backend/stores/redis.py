@@ -11,6 +11,7 @@ is answered for. A single primary is needed; keys of one script would lie on sev
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -57,8 +58,40 @@ for at = 1, #ARGV, {_FIELDS} do
 end
 return {{added, long}}
 """
+_REPLACE = """
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+')) do
+  redis.call('XADD', KEYS[2], entry[1], unpack(entry[2]))
+end
+local function named(list)
+  local found = {}
+  for at = 1, #list, 2 do found[list[at]] = list[at + 1] end
+  return found
+end
+if redis.call('EXISTS', KEYS[2]) == 0 then
+  redis.call('XADD', KEYS[2], '0-1', 'x', 'x')
+  redis.call('XDEL', KEYS[2], '0-1')
+end
+for _, told in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+  local group = named(told)
+  redis.call('XGROUP', 'CREATE', KEYS[2], group['name'], group['last-delivered-id'])
+  local from = '-'
+  while true do
+    local waiting = redis.call('XPENDING', KEYS[1], group['name'], from, '+', 1000)
+    if #waiting == 0 then break end
+    for _, each in ipairs(waiting) do
+      redis.call('XCLAIM', KEYS[2], group['name'], each[2], 0, each[1], 'FORCE', 'JUSTID')
+      from = '(' .. each[1]
+    end
+  end
+end
+redis.call('XSETID', KEYS[2], named(redis.call('XINFO', 'STREAM', KEYS[1]))['last-generated-id'])
+redis.call('RENAME', KEYS[2], KEYS[1])
+"""
+"""Adds to a copy of the log what came meanwhile and who has read how far, and puts it in its place."""
 _CHUNK = 500
 """Events of one script: Redis serves nobody else while it runs."""
+_REWRITE_S = 300.0
+_REWRITING = ("aof_rewrite_in_progress", "aof_rewrite_scheduled", "rdb_bgsave_in_progress")
 T = TypeVar("T")
 
 
@@ -145,6 +178,9 @@ class RedisStore:
                 logged += int(self._asked(partial(self._redis.xdel, f"{PREFIX}events", *places)))
                 self._asked(partial(self._redis.delete, *seen))
         self._asked(lambda: self._redis.delete(key))  # what came meanwhile is out of the log, or comes after this
+        if logged:
+            self._asked(self._write_log_anew)
+        self._rewrite_files(user)
         return max(remembered, logged)
 
     def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
@@ -227,6 +263,57 @@ class RedisStore:
                 pipe.set(key, records.tobytes())
 
         self._asked(partial(self._redis.transaction, put, key))
+
+    def _write_log_anew(self) -> None:
+        """Put a copy in the place of the log: Redis marks entries of a stream as deleted, and keeps their bytes for as
+        long as the entries beside them are there.
+
+        Raises:
+            redis.RedisError: it cannot; what was to be deleted is marked as deleted.
+        """
+        log, copy, lock = (f"{PREFIX}{name}" for name in ("events", "events.copy", "events.lock"))
+        if not self._redis.set(lock, 1, nx=True, px=int(_REWRITE_S * 1_000)):
+            raise redis.LockError("another user is being erased; say it again")
+        try:
+            self._redis.delete(copy)
+            after = "0-0"
+            while part := self._redis.xrange(log, min=f"({after}", count=1_000):
+                with self._redis.pipeline(transaction=False) as pipe:
+                    for place, fields in part:
+                        pipe.xadd(copy, fields, id=place)
+                    pipe.execute()
+                after = part[-1][0].decode()
+            self._redis.eval(_REPLACE, 2, log, copy, after)
+        finally:
+            self._redis.delete(lock, copy)
+
+    def _rewrite_files(self, user: int) -> None:
+        """Have Redis write its files anew: they hold every command that was ever given, those about a user too.
+
+        Raises:
+            StoreFailed: it does not, or not in time.
+        """
+        try:
+            told = self._redis.info("persistence")
+            if told.get("aof_enabled"):
+                self._redis.bgrewriteaof()
+            if told.get("rdb_saves", 1) or self._redis.config_get("save").get("save"):
+                self._redis.bgsave(schedule=True)
+            until = time.monotonic() + _REWRITE_S
+            while True:
+                told = self._redis.info("persistence")
+                if not any(told.get(name) for name in _REWRITING):
+                    break
+                if time.monotonic() > until:
+                    raise redis.TimeoutError(f"it is not done after {_REWRITE_S:g} s")
+                time.sleep(0.05)
+            if told.get("aof_enabled") and told.get("aof_last_bgrewrite_status") != "ok":
+                raise redis.RedisError(f"aof_last_bgrewrite_status is {told.get('aof_last_bgrewrite_status')}")
+        except redis.RedisError as error:
+            raise StoreFailed(
+                f"user {user} is forgotten, but Redis at {self._place} has not written its files anew, which still "
+                f"hold the bytes ({error}); say it again, or BGREWRITEAOF there"
+            ) from error
 
     def _asked(self, ask: Callable[[], T]) -> T:
         try:

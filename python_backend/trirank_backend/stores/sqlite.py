@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ class SqliteStore:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
             # Whoever opens it first makes it, and others wait for that, however little they wait later.
             opening_s = max(timeout_s, _OPENING_S)
             self._connection = sqlite3.connect(path, timeout=opening_s, isolation_level=None, check_same_thread=False)
