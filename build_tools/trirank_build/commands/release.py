@@ -59,9 +59,37 @@ def show(release: Release, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(release: Release) -> None:
-    """Say whether a release is still what was assembled; exit status 1 if it is not."""
+def key(file: Annotated[Path, typer.Argument(help="File for the private key; the public one is FILE.pub.")]) -> None:
+    """Make a key that releases are signed with. Keep it where releases are made, and nowhere else."""
+    from trirank_build.repository.signing import make_key
+
+    out.print(f"{make_key(file)} is what servers are told to trust (trirank serve --trust)", soft_wrap=True)
+
+
+@app.command()
+def sign(
+    release: Release, key: Annotated[Path, typer.Option(help="The private key, of `trirank release key`.")]
+) -> None:
+    """Sign a release, so that servers with --trust take it."""
+    from trirank_build.repository.signing import sign as sign_release
+
+    out.print(f"{release} is signed by {sign_release(release, key)}")
+
+
+@app.command()
+def verify(
+    release: Release,
+    trust: Annotated[
+        list[Path] | None,
+        typer.Option(help="Public key, of `trirank release key`: it has to be signed by one; repeat."),
+    ] = None,
+) -> None:
+    """Say whether a release is still what was assembled, and with --trust by whom; exit status 1 if it is not."""
     from trirank_build.repository.release import verify as problems_of
+    from trirank_build.repository.signing import read_public_key, refuse_untrusted
+
+    if trust:
+        refuse_untrusted(release, [read_public_key(file) for file in trust])
 
     problems = problems_of(release)
     for problem in problems:

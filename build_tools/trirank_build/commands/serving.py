@@ -69,6 +69,10 @@ def serve(
         Path | None,
         typer.Option(envvar=TOKENS_VARIABLE, help="File of callers' tokens (`trirank token`), which they need."),
     ] = None,
+    trust: Annotated[
+        list[Path] | None,
+        typer.Option(help="Public key of `trirank release key`: only releases that it has signed are served; repeat."),
+    ] = None,
     opened: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,7 +103,7 @@ def serve(
     access = Access(certificates, tokens, frozenset(opened or ()))
     run_server(
         release, ports, follow=follow, addresses=addresses, host=host, tritonserver=tritonserver, fallback=fallback,
-        log=log, stores=stores, access=access,
+        log=log, stores=stores, access=access, trusted=trust or (),
     )  # fmt: skip
 
 

@@ -32,10 +32,12 @@ from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features, refresh_features
 from trirank_build.features.rule_attributes import rule_attributes
 from trirank_build.features.vocabulary import FILE as VOCABULARY
+from trirank_build.repository.components import bill_of_materials
 from trirank_build.repository.configs import Batching, Instances, RankerRuntime, model_configs
 from trirank_build.repository.model_card import model_card
 from trirank_build.repository.release import (
     CARD,
+    COMPONENTS,
     FEATURES,
     ITEMS,
     MANIFEST,
@@ -175,7 +177,8 @@ def assemble(
             "versions": {name: _version(name) for name in _PACKAGES},
         }
         (scratch / CARD).write_text(model_card(facts))
-        facts["files"] = files | tree_digests(scratch, only=CARD)
+        (scratch / COMPONENTS).write_text(bill_of_materials(release, facts["onnx"]) + "\n")
+        facts["files"] = files | tree_digests(scratch, only=CARD) | tree_digests(scratch, only=COMPONENTS)
         (scratch / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
         return settle(scratch, out / release)
 

@@ -6,7 +6,9 @@
 ``items.parquet``   titles, brands and prices, for people
 ``requests.json``   recorded requests, each scenario among them, that prove readiness
 ``MODEL_CARD.md``   what it is, from what, and how good
+``sbom.cdx.json``   software bill of materials (CycloneDX): what the release was made with
 ``manifest.json``   contract, digests of all files, data, recipe, metrics, parity, gate, engines
+``manifest.sig``    its signature, where the release was signed (trirank_build.repository.signing)
 
 Nothing here needs torch or ONNX, so that a serving machine can do without them.
 """
@@ -26,17 +28,19 @@ from trirank_build.engines.plan import PlanManifest
 from trirank_build.errors import BadModel
 from trirank_build.repository.configs import models_of, parse_config, problems_of
 
-MODELS, FEATURES, MANIFEST, ITEMS, REQUESTS, CARD = (
+MODELS, FEATURES, MANIFEST, ITEMS, REQUESTS, CARD, COMPONENTS, SIGNATURE = (
     "models",
     "features",
     "manifest.json",
     "items.parquet",
     "requests.json",
     "MODEL_CARD.md",
+    "sbom.cdx.json",
+    "manifest.sig",
 )
 TEMPLATES = Path(__file__).parent.parent / "model_repository"
 GRAPH = "model.onnx"
-_BESIDE = (MANIFEST, CARD)
+_BESIDE = (MANIFEST, CARD, COMPONENTS, SIGNATURE)
 """Files that tell how a release came to be, and are no part of its name."""
 
 
@@ -124,7 +128,7 @@ def verify(release: Path) -> list[str]:
 
 def _problems(release: Path, manifest: dict[str, Any]) -> Iterator[str]:
     wanted: dict[str, str] = manifest["files"]
-    found = {name: digest for name, digest in tree_digests(release).items() if name != MANIFEST}
+    found = {name: digest for name, digest in tree_digests(release).items() if name not in (MANIFEST, SIGNATURE)}
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             yield f"{name} is missing"

@@ -22,7 +22,7 @@ from typing import Any
 
 from trirank_build.artefacts import atomic_directory, atomic_file
 from trirank_build.errors import BadModel
-from trirank_build.repository.release import CARD, MANIFEST, load_manifest, verify
+from trirank_build.repository.release import CARD, COMPONENTS, MANIFEST, SIGNATURE, load_manifest, verify
 
 CURRENT, PROMOTIONS = "current", "promotions.jsonl"
 _LOCK = ".lock"
@@ -155,7 +155,8 @@ def settle(made: Path, target: Path) -> Path:
             with atomic_directory(target) as scratch:
                 shutil.copytree(made, scratch, dirs_exist_ok=True)
             return target
-        for name in (CARD, MANIFEST):
+        (target / SIGNATURE).unlink(missing_ok=True)  # it is of another manifest
+        for name in (CARD, COMPONENTS, MANIFEST):
             with atomic_file(target / name) as scratch:
                 shutil.copyfile(made / name, scratch)
     return target

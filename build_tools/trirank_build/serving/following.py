@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from trirank_build.errors import BadUsage, ServeError, TrirankBuildError
 from trirank_build.progress import out, warn
+from trirank_build.repository.release import load_manifest
+from trirank_build.repository.signing import read_public_key, refuse_untrusted
 from trirank_build.repository.store import CURRENT, in_use, refuse_damaged
 from trirank_build.serving.health import READY, RECOVERING, State
 from trirank_build.serving.server import Ports, TritonServer
@@ -47,13 +52,16 @@ class Backoff:
         return 0.0 if self._count == 1 else min(self.first_s * 2 ** (self._count - 2), self.longest_s)
 
 
-def serve(release: Path, ports: Ports, *, follow: bool, addresses: Path | None, **how: Any) -> None:
+def serve(
+    release: Path, ports: Ports, *, follow: bool, addresses: Path | None, trusted: Sequence[Path] = (), **how: Any
+) -> None:
     """Serve until KeyboardInterrupt. A stage's process that dies is started anew, and so is a server that has died or
     answers nothing.
 
     Args:
         follow: whether ``release`` is a link, and a release that it is moved to takes the old one's place. One that
             cannot be served changes nothing but a line that says why.
+        trusted: public keys, one of which has to have signed a release; none: releases need no signature.
         addresses: file to write the addresses and the state to, as JSON (trirank_build.serving.health).
         how: further arguments of TritonServer.
 
@@ -63,7 +71,8 @@ def serve(release: Path, ports: Ports, *, follow: bool, addresses: Path | None, 
     """
     if (release / CURRENT).exists():
         raise BadUsage(f"{release} is a folder of releases; serve {release / CURRENT}, or one of them")
-    refuse_damaged(release.resolve(), "served")
+    keys = [read_public_key(file) for file in trusted]
+    _check(release.resolve(), keys)
     link = release if follow else None
     state, backoff = State(addresses), Backoff()
     served, failed_starts = release, 0
@@ -83,7 +92,7 @@ def serve(release: Path, ports: Ports, *, follow: bool, addresses: Path | None, 
                     _say_ready(server, state, failed_starts)
                     failed_starts = 0
                     try:
-                        _watch(server, link, state)
+                        _watch(server, link, state, keys)
                     except ServeError as error:
                         warn(f"{error}; it is started anew")
                     server.stop(at_once=True)
@@ -96,6 +105,14 @@ def serve(release: Path, ports: Ports, *, follow: bool, addresses: Path | None, 
         out.print("stopping")
     finally:
         state.take_back()
+
+
+def _check(release: Path, keys: list[Ed25519PublicKey]) -> None:
+    """Raises BadModel for a release that is not to be served."""
+    load_manifest(release)
+    if keys:
+        refuse_untrusted(release, keys)
+    refuse_damaged(release, "served")
 
 
 def _ports(server: TritonServer) -> Ports:
@@ -119,7 +136,7 @@ def _wait(pause_s: float, state: State) -> None:
         time.sleep(POLL_S)
 
 
-def _watch(server: TritonServer, link: Path | None, state: State) -> None:
+def _watch(server: TritonServer, link: Path | None, state: State, keys: list[Ed25519PublicKey]) -> None:
     """Until KeyboardInterrupt.
 
     Raises:
@@ -140,7 +157,7 @@ def _watch(server: TritonServer, link: Path | None, state: State) -> None:
             wanted = link.resolve() if link is not None else server.release
             if wanted != server.release and (wanted != refused or time.monotonic() > asked_again):
                 try:
-                    refuse_damaged(wanted, "served")
+                    _check(wanted, keys)
                     server.swap(wanted)
                     held.close()
                     held.enter_context(in_use(wanted))
