@@ -392,7 +392,7 @@ def test_ids_do_not_change_and_everything_is_said():
         "REL06",
         *(f"RES0{n}" for n in (2, 3, 4, 6, 7, 8)),
     }
-    live = {f"LIVE0{n}" for n in range(1, 8)}
+    live = {f"LIVE0{n}" for n in range(1, 9)}
     assert set(RULES) == seeded | live
     assert all(rule.what.endswith(".") and rule.fix.endswith(".") for rule in RULES.values())
 
@@ -451,3 +451,21 @@ def test_serving_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_versions_and_their_vulnerabilities():
+    """As NVIDIA's bulletins have them: 25.07 was 2.59.1, and 2.59.0 lacks what it mended."""
+    from trirank_build.doctor.vulnerabilities import of_version, published
+
+    def cves(version):
+        return {cve for each in of_version(version) for cve in each.cves}
+
+    assert "CVE-2025-23310" in cves("2.51.0") & cves("2.59.0")
+    assert "CVE-2025-23310" not in cves("2.59.1")
+    assert "CVE-2024-0087" not in cves("2.51.0")
+    assert cves("2.71.0") == set()
+    everything = [cve for each in published() for cve in each.cves]
+    assert len(everything) == len(set(everything))
+    assert {each.closed_by for each in published()} == {
+        "", "http", "logging", "model-repository", "shared-memory", "trace",
+    }  # fmt: skip

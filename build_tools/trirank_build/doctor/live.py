@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trirank_build.doctor.finding import Found, Severity, rule
 from trirank_build.doctor.repository import Model, Repository, Surroundings
+from trirank_build.doctor.vulnerabilities import of_version, order
 from trirank_build.errors import ServeError
 
 TIMEOUT_S = 10.0
@@ -45,6 +46,8 @@ class Server:
         probes: name → status and words of one inference each; None: it was answered.
         bad_request: model → status of a request that breaks its contract, and what was wrong with it.
         control: ``open`` if it would load a model for anybody, else ``shut``.
+        version: of the server.
+        closed: interfaces that do not answer this caller, as they are named in Triton's options.
     """
 
     address: str
@@ -55,6 +58,8 @@ class Server:
     probes: dict[str, tuple[grpc.StatusCode, str] | None] = field(default_factory=dict)
     bad_request: dict[str, tuple[str, grpc.StatusCode, str]] = field(default_factory=dict)
     control: str = ""
+    version: str = ""
+    closed: set[str] = field(default_factory=set)
 
 
 def ask(address: str, requests: list[RankRequest], probe: bool = True) -> Server:
@@ -93,6 +98,9 @@ def ask(address: str, requests: list[RankRequest], probe: bool = True) -> Server
         }
         server.repository = Repository({name: Model(name, config) for name, config in configs.items()})
         server.control = _control(stub)
+        server.closed = _closed(stub) | ({"model-repository"} if server.control == "shut" else set())
+        with suppress(grpc.RpcError):
+            server.version = stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=TIMEOUT_S).version
         if probe:
             _probe(stub, server, requests)
     return server
@@ -183,6 +191,45 @@ def many_fail(server: Server, around: Surroundings) -> Found:
         failed, done = found.inference_stats.fail.count, found.inference_stats.success.count
         if failed + done >= _ENOUGH and failed > (failed + done) / 100:
             yield name, f"{failed} of {failed + done} requests failed"
+
+
+@rule(
+    "LIVE08", Severity.WARNING,
+    "Serve with a newer Triton where you can (--tritonserver); until then keep interfaces closed and strangers away.",
+    "docs/security.md", kind="live",
+)  # fmt: skip
+def published_vulnerabilities(server: Server, around: Surroundings) -> Found:
+    """The server's version has vulnerabilities that were published since, and can be reached."""
+    found = of_version(server.version) if server.version else []
+    reached = [each for each in found if each.closed_by not in server.closed]
+    if reached:
+        cves = [cve for each in reached for cve in each.cves]
+        shut = sum(len(each.cves) for each in found) - len(cves)
+        ways = ", ".join(sorted({each.closed_by for each in reached if each.closed_by}))
+        among = f"through {ways} among others; " if ways else ""
+        newest = max(reached, key=lambda each: order(each.fixed)).release
+        yield (
+            server.address,
+            f"Triton {server.version} has {len(cves)} ({', '.join(cves[:3])}, …), {among}{shut} more cannot be "
+            f"reached, for their interfaces are closed; Triton of {newest} has none of them",
+        )
+
+
+def _closed(stub: Any) -> set[str]:
+    """Interfaces that say no to this caller."""
+    asked = {
+        "shared-memory": (stub.SystemSharedMemoryStatus, service_pb2.SystemSharedMemoryStatusRequest()),
+        "trace": (stub.TraceSetting, service_pb2.TraceSettingRequest()),
+        "logging": (stub.LogSettings, service_pb2.LogSettingsRequest()),
+        "statistics": (stub.ModelStatistics, service_pb2.ModelStatisticsRequest()),
+    }
+    found = set()
+    for name, (call, request) in asked.items():
+        try:
+            call(request, timeout=TIMEOUT_S)
+        except grpc.RpcError:  # noqa: PERF203
+            found.add(name)
+    return found
 
 
 def _control(stub: Any) -> str:
