@@ -448,7 +448,30 @@ def rules() -> str:
     return "\n".join(lines)
 
 
+def vulnerabilities() -> str:
+    """What was published of Triton."""
+    from trirank_build.doctor.vulnerabilities import published
+
+    lines = ["| bulletin | | | through | mended in |", "|---|---|---|---|---|"]
+    for each in published():
+        cves = ", ".join(cve.removeprefix("CVE-") for cve in each.cves)
+        mended = f"{each.release} ({each.fixed})"
+        lines.append(
+            f"| {each.bulletin}, {each.date} | CVE {cves} | {each.what} | {each.closed_by or '–'} | {mended} |"
+        )
+    return "\n".join(lines)
+
+
+def personal_data() -> str:
+    """What lies where."""
+    from trirank_build.privacy.inventory import table
+
+    return table()
+
+
 TABLES = {
+    "vulnerabilities": vulnerabilities,
+    "personal_data": personal_data,
     "recipe_keys": recipe_keys,
     "engines": engines,
     "hot_swap": hot_swap,

@@ -21,6 +21,7 @@ from trirank_build.commands.engine import app as engine_app
 from trirank_build.commands.loadtest import loadtest
 from trirank_build.commands.online import catalogue_app, policy_app, users_app
 from trirank_build.commands.options import Data, Engine, Json, Run, Seed, check_target
+from trirank_build.commands.privacy import app as privacy_app
 from trirank_build.commands.release import app as release_app
 from trirank_build.commands.release import promote_checked
 from trirank_build.commands.serving import health, rank, serve, token
@@ -47,6 +48,7 @@ app.add_typer(release_app, name="release")
 app.add_typer(policy_app, name="policy")
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(users_app, name="users")
+app.add_typer(privacy_app, name="privacy")
 app.command()(doctor)
 app.command()(serve)
 app.command()(rank)

@@ -30,6 +30,11 @@ _WAITING = 1_000
 _LARGEST = 256 << 20
 """Bytes after which a file is followed by another."""
 TENSORS = ("history", "query", "candidates", "dense", "context")
+FIELDS = (
+    "request_id", "moment", "user_id", "query", "scenario", "top_k", "sent_history", "item_ids", "retrieval_scores",
+    "history", "tensors", "release",
+)  # fmt: skip
+"""Of a line; ``tensors`` where they are asked for."""
 
 _log = logging.getLogger("trirank")
 

@@ -85,6 +85,16 @@ def prepare(
     engine: Annotated[
         str | None, typer.Option(help="What cleans and splits a log: polars, or a cluster, dask://HOST:PORT.")
     ] = None,
+    anonymise: Annotated[
+        Path | None,
+        typer.Option(
+            help="Key of `trirank privacy key`: users get pseudonyms, and what few have in common is left out."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="With --anonymise: users that share an item or a query.")] = 5,
+    keep_times: Annotated[
+        bool, typer.Option("--keep-times", help="With --anonymise: leave times as they are, not days alone.")
+    ] = False,
     max_train: Annotated[int, typer.Option(min=1, help="Training requests to keep.")] = 200_000,
     max_eval: Annotated[int, typer.Option(min=1, help="Validation and test requests to keep.")] = 20_000,
     seed: Seed = 7,
@@ -94,6 +104,11 @@ def prepare(
     from trirank_build.preparation.prepare import prepare as make
 
     check_target(target, "a dataset", replaces="dataset.json")
+    anonymiser = None
+    if anonymise is not None:
+        from trirank_build.privacy.anonymise import NOTE, Anonymiser, read_key
+
+        anonymiser = Anonymiser(read_key(anonymise), k, keep_times)
     if requests is not None and from_events is None:
         raise BadUsage("--requests goes with --from-events: what was shown is told by feedback")
     if onto is not None and from_events is not None:
@@ -122,6 +137,10 @@ def prepare(
             from trirank_build.preparation.increment import prepare_onto
 
             dataset = prepare_onto(Dataset.load(onto), source, told)
+    if anonymiser is not None:
+        dataset = anonymiser.apply(dataset)
+        for what, count in dataset.description.notes[NOTE].items():
+            out.print(f"{what.replace('_', ' ')}: {count}", highlight=False)
     with working("writing the dataset"):
         dataset.save(target)
     show_report(dataset.description.notes.get("read", []), dataset.description.cleaning)

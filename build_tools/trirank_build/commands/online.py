@@ -123,8 +123,13 @@ def import_users(
     """Add the histories of a dataset; what is there already is not added twice."""
     from trirank_build.data.dataset import Dataset
     from trirank_build.online.users import import_users as add_users
+    from trirank_build.privacy.anonymise import NOTE
 
     dataset = Dataset.load(data)
+    if NOTE in dataset.description.notes:
+        raise BadUsage(
+            f"the users of {data} are pseudonyms, which no caller sends; import the dataset that it was made of"
+        )
     if not dataset.description.timed:
         warn("the dataset's timestamps are places in a sequence, no times: later feedback counts as newer all the same")
     with opened(users, new=True) as store, working("adding histories"):

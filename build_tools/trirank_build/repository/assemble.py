@@ -32,6 +32,7 @@ from trirank_build.features.examples import Examples
 from trirank_build.features.fitting import Features, refresh_features
 from trirank_build.features.rule_attributes import rule_attributes
 from trirank_build.features.vocabulary import FILE as VOCABULARY
+from trirank_build.privacy.queries import plain, shared
 from trirank_build.repository.components import bill_of_materials
 from trirank_build.repository.configs import Batching, Instances, RankerRuntime, model_configs
 from trirank_build.repository.model_card import model_card
@@ -55,6 +56,8 @@ from trirank_build.training.run import TrainedRun
 _RECORDED = 8
 _COMPARED = 500
 """Validation requests on which a ranker is compared with retrieval."""
+_ASKED_BY, _DAY_S = 5, 86_400
+"""A query that so many users have asked tells of none of them."""
 _PACKAGES = ("trirank", "torch", "onnx", "onnxruntime", "openvino", "numpy", "tokenizers")
 
 
@@ -224,23 +227,27 @@ def _checked_plans(plans: list[Path], onnx_path: Path, runtime: str) -> list[tup
 
 
 def _recorded(dataset: Dataset) -> list[dict[str, Any]]:
-    """Requests of the test split, each scenario among them, with item ids as callers send them."""
+    """Requests of the test split, each scenario among them, with item ids as callers send them. They tell of nobody:
+    users are numbered, times are days, and in the place of a query that few have asked stand words of a title."""
     test = dataset.split("test")
     picked = test.group_by("scenario", maintain_order=True).head(_RECORDED)
+    common = shared(dataset.requests, _ASKED_BY)
+    said = picked.select(plain()).to_series().to_list()
+    titles = dict(dataset.items.select("item_id", "title").iter_rows())
     keys: dict[int, Any] = {}
     if dataset.description.ids["item"] == "strings":
         keys = dict(dataset.items.select("item_id", "key").iter_rows())
     return [
         {
-            "user_id": row["user_id"],
-            "timestamp": row["timestamp"],
-            "query": row["query"],
+            "user_id": number,
+            "timestamp": row["timestamp"] // _DAY_S * _DAY_S if dataset.description.timed else row["timestamp"],
+            "query": query if query in common or not query else " ".join(titles[row["item_ids"][0]].split()[:3]),
             "scenario": row["scenario"],
             "item_ids": [keys.get(item, item) for item in row["item_ids"]],
             "retrieval_scores": row["retrieval_scores"],
             "top_k": 10,
         }
-        for row in picked.iter_rows(named=True)
+        for number, (row, query) in enumerate(zip(picked.iter_rows(named=True), said, strict=True), 1)
     ]
 
 
