@@ -10,7 +10,7 @@ STUBS = rm -rf $(VENV)/stubs && $(BIN)/python -m pip install --disable-pip-versi
 	-e 's/, in: /, in_: /g' -e 's/, channel_axis: int\) -> IScaleLayer/, channel_axis: int = 0) -> IScaleLayer/' \
 	$(VENV)/stubs/tensorrt_bindings/tensorrt.pyi
 
-.PHONY: install demo test format lint types unit loadtest bench docs deploy-check clean
+.PHONY: install demo test chaos format lint types unit loadtest bench docs deploy-check clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ test: install
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# Real processes are killed, stopped and starved: some minutes, alone.
+chaos: install
+	$(BIN)/python -m pytest -m chaos tests/chaos
+
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -44,7 +48,7 @@ types: install
 	$(BIN)/mypy
 
 unit: install
-	$(BIN)/python -m pytest -m "not e2e and not engines"
+	$(BIN)/python -m pytest -m "not e2e and not engines and not chaos"
 
 # 20 seconds of rank requests at a fixed rate against the demo's release.
 loadtest: install

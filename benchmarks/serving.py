@@ -310,7 +310,7 @@ def poison(release: Path, name: str) -> Figure:
             thread.start()
         codes = {}
         for model in dict.fromkeys([c.ENSEMBLE, *server.served.stages, c.FEEDBACK]):
-            codes[model] = hostile_calls(server.grpc, model, HOSTILE)
+            codes[model] = hostile_calls(server.grpc, model, HOSTILE).statuses
         stop.set()
         for thread in threads:
             thread.join()

@@ -102,6 +102,21 @@ def world(shop, recipe, policies, tmp_path_factory) -> World:
 
 
 @pytest.fixture(scope="session")
+def single(world, trained, policies, tmp_path_factory):
+    """The small world's release with all stages in one process."""
+    from trirank_build.data.dataset import Dataset
+    from trirank_build.repository.assemble import assemble
+    from trirank_build.repository.configs import Instances
+
+    folder = tmp_path_factory.mktemp("single")
+    dataset = Dataset.load(world.data)
+    two = Instances(single=2)  # as one would have them
+    return assemble(
+        trained, dataset, world.onnx, folder, pipeline="single", engine="onnxruntime", instances=two, policies=policies
+    )
+
+
+@pytest.fixture(scope="session")
 def trained(world):
     from trirank_build.training.run import TrainedRun
 

@@ -95,12 +95,18 @@ _BY_STATUS: dict[grpc.StatusCode, type[RankError]] = {
 _TURNED_AWAY = ("Request timeout expired", "Exceeds maximum queue size", OVERLOADED, WAITED)
 """What is said, as UNAVAILABLE, of a request that waited too long, found the queue full, or would have been late."""
 
+_ENDING = "has no available versions"
+"""What Triton says of a model, as NOT_FOUND, while it ends or loads it; of one that it does not know it says that it is
+not found."""
+
 
 def kind_of(status: grpc.StatusCode, details: str) -> type[RankError]:
     """The error that a failed call is."""
     kind = _BY_STATUS.get(status, ServerError)
     if kind is InvalidRequest and f"{NOT_ALLOWED}: " in details:
         return NotAllowed
+    if status is grpc.StatusCode.NOT_FOUND and _ENDING in details:
+        return Unavailable
     if kind is Unavailable and TOO_LATE in details:
         return DeadlineExceeded
     if kind is Unavailable and any(words in details for words in _TURNED_AWAY):

@@ -6,8 +6,11 @@ tensors of right names and types whose shapes and values are anything, and now a
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.request
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -19,24 +22,68 @@ _WHOLE: dict[str, Any] = {"INT64": np.int64, "INT32": np.int32, "UINT8": np.uint
 _SIZES, _ROWS = (0, 1, 2, 3, 8, 64, 100, 256, 1024, 1025), (1, 1, 1, 1, 1, 2, 33, 0)
 
 
-def hostile_calls(address: str, model: str, count: int, seed: int = 0, timeout_s: float = 10.0) -> Counter[str]:
+_HTTP = {200: "OK", 400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 500: "INTERNAL", 503: "UNAVAILABLE"}
+
+
+class Answers(NamedTuple):
+    """What came back: how often each gRPC status (HTTP's by the same names), and what was said with INTERNAL."""
+
+    statuses: Counter[str]
+    internal: list[str]
+
+
+def hostile_calls(
+    address: str, model: str, count: int, seed: int = 0, timeout_s: float = 10.0, http: str | None = None
+) -> Answers:
     """Make ``count`` hostile calls of a model, one after the other.
 
-    Returns:
-        How often each gRPC status came back; OK among them.
+    Args:
+        address: ``host:port`` of gRPC, which is asked for the model's configuration in any case.
+        http: ``host:port`` of HTTP, to which calls go then, as binary tensors; None: they go by gRPC.
     """
     rng = np.random.default_rng(seed)
-    found: Counter[str] = Counter()
+    found = Answers(Counter(), [])
     with grpc.insecure_channel(address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         config = stub.ModelConfig(service_pb2.ModelConfigRequest(name=model), timeout=timeout_s).config
         for _ in range(count):
-            try:
-                stub.ModelInfer(_hostile(config, rng), timeout=timeout_s)
-                found["OK"] += 1
-            except grpc.RpcError as error:  # noqa: PERF203  # is what is counted
-                found[error.code().name] += 1
+            message = _hostile(config, rng)
+            status, words = _by_grpc(stub, message, timeout_s) if http is None else _by_http(http, message, timeout_s)
+            found.statuses[status] += 1
+            if status == "INTERNAL":
+                found.internal.append(words)
     return found
+
+
+def _by_grpc(stub: Any, message: Any, timeout_s: float) -> tuple[str, str]:
+    try:
+        stub.ModelInfer(message, timeout=timeout_s)
+    except grpc.RpcError as error:
+        return error.code().name, error.details() or ""
+    return "OK", ""
+
+
+def _by_http(address: str, message: Any, timeout_s: float) -> tuple[str, str]:
+    """The same message, as KServe's binary extension of HTTP has it."""
+    inputs = [
+        {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape),
+         "parameters": {"binary_data_size": len(raw)}}
+        for tensor, raw in zip(message.inputs, message.raw_input_contents, strict=True)
+    ]  # fmt: skip
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    request = urllib.request.Request(
+        f"http://{address}/v2/models/{message.model_name}/infer",
+        head + b"".join(message.raw_input_contents),
+        {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+            reply.read()
+            return "OK", ""
+    except urllib.error.HTTPError as error:
+        return _HTTP.get(error.code, str(error.code)), error.read().decode(errors="replace")
+    except OSError as error:  # it did not answer, or not in time
+        return "UNAVAILABLE", str(error)
 
 
 def _hostile(config: Any, rng: np.random.Generator) -> Any:

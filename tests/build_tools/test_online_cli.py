@@ -74,6 +74,36 @@ def test_a_user_is_erased_from_logs_too(world, users, tmp_path):
     assert "holds no events-*.jsonl and no requests-*.jsonl" in error.replace("\n", " ")
 
 
+def test_a_store_is_sealed_by_copying_it(world, users, tmp_path, monkeypatch):
+    keys, sealed, again = tmp_path / "keys.toml", f"sqlite:{tmp_path / 'sealed'}", f"sqlite:{tmp_path / 'again'}"
+    store = open_store(users)
+    store.add([Event(f"e{at}", 9_877, 5 + at, 1, 1_772_000_000 + at) for at in range(3)])
+    everybody = {user: store.get([user])[user].events.item_ids.tolist() for user in store.users()}
+    store.close()
+    assert "cannot be read" in trirank("users", "key", keys).stdout.replace("\n", " ")
+    monkeypatch.setenv("TRIRANK_KEYS", str(keys))
+    error = trirank("users", "export", "--users", users, "--user", 9_877, code=1).stderr
+    assert "is not sealed, and TRIRANK_KEYS names keys" in error.replace("\n", " ")
+    for _ in range(2):  # it can be done again
+        told = trirank("users", "copy", "--users", users, "--into", sealed).stdout
+        assert f"3 events and {len(everybody)} users are in" in told.replace("\n", " ")
+    trirank("users", "key", keys, "--name", "second")
+    trirank("users", "rotate", "--users", sealed)
+    store = open_store(sealed)
+    assert {user: store.get([user])[user].events.item_ids.tolist() for user in store.users()} == everybody
+    assert [stored.event.event_id for stored in store.log()] == ["e0", "e1", "e2"]
+    store.close()
+    monkeypatch.delenv("TRIRANK_KEYS")
+    error = trirank("users", "export", "--users", sealed, "--user", 9_877, code=1).stderr
+    assert "is sealed, and TRIRANK_KEYS names no keys" in error.replace("\n", " ")
+    error = trirank("users", "rotate", "--users", users, code=1).stderr
+    assert "is not sealed, so it has no keys" in error.replace("\n", " ")
+    trirank("users", "copy", "--users", sealed, "--source-keys", keys, "--into", again)
+    store = open_store(again)
+    assert len(store.log()) == 3
+    store.close()
+
+
 def requests_in(folder):
     return b"".join(file.read_bytes() for file in folder.glob("requests-*.jsonl"))
 

@@ -19,6 +19,7 @@ from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.guarded import GuardedUsers
+from trirank_backend.stores.sealing import KEYS_VARIABLE, MasterKeys, Sealed, add_master_key, new_envelopes
 from trirank_backend.stores.store import hide_password, open_store
 
 KINDS = ["sqlite", pytest.param("redis", marks=pytest.mark.skipif(SERVER is None, reason="no redis-server here"))]
@@ -30,9 +31,15 @@ def redis_address(tmp_path_factory):
         yield address
 
 
-@pytest.fixture(params=KINDS)
-def address(request, tmp_path):
-    if request.param == "sqlite":
+SEALED_KINDS = ["sqlite-sealed", pytest.param("redis-sealed", marks=KINDS[1].marks)]
+
+
+@pytest.fixture(params=[*KINDS, *SEALED_KINDS])
+def address(request, tmp_path, monkeypatch):
+    if request.param.endswith("-sealed"):
+        add_master_key(tmp_path / "keys.toml", "first")
+        monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys.toml"))
+    if request.param.startswith("sqlite"):
         return f"sqlite:{tmp_path / 'users.sqlite'}"
     found = request.getfixturevalue("redis_address")
     client = redis.Redis.from_url(found)
@@ -482,3 +489,135 @@ def test_a_redis_that_answers_in_drops_is_not_waited_for():
         assert users.get([1]) is None
         assert time.monotonic() - started < 0.5
         users.close()
+
+
+@pytest.fixture(params=SEALED_KINDS)
+def sealed(request, tmp_path, monkeypatch):
+    """Address, folder of the store's files, and file of master keys of a sealed store."""
+    keys, folder = tmp_path / "keys.toml", tmp_path / "store"
+    folder.mkdir()
+    add_master_key(keys, "first")
+    monkeypatch.setenv(KEYS_VARIABLE, str(keys))
+    if request.param == "sqlite-sealed":
+        yield f"sqlite:{folder / 'users.sqlite'}", folder, keys
+        return
+    port = free_port()
+    process = start_redis(folder, port)
+    try:
+        yield f"redis://127.0.0.1:{port}/0", folder, keys
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+SECRET = Event("an-event-id", 7_654_321_987_654_321, 5_000_000_007, 1, 1_772_345_678, "a-request-id", 3)
+
+
+def test_without_a_key_nobody_reads_it(sealed, monkeypatch):
+    address, folder, keys = sealed
+    store = open_store(address)
+    store.add([SECRET])
+    store.put([(SECRET.user_id, history(*range(1_772_000_000, 1_772_000_005)))])
+    assert [stored.event for stored in store.log()] == [SECRET]
+    assert store.get([SECRET.user_id])[SECRET.user_id].events.item_ids.tolist()[-1] == SECRET.item_id
+    assert list(store.users()) == [SECRET.user_id]
+    store.close()
+    disk = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    for number in (SECRET.user_id, SECRET.timestamp):
+        assert str(number).encode() not in disk
+        assert number.to_bytes(8, "little") not in disk
+        assert number.to_bytes(8, "big") not in disk
+    for words in (b"an-event-id", b"a-request-id", keys.read_text().split('"')[3].encode()):
+        assert words not in disk
+    for said in ("", f"other:{'A' * 43}=", str(keys.with_name("others.toml"))):
+        if said.endswith(".toml"):
+            add_master_key(keys.with_name("others.toml"), "first")
+        monkeypatch.setenv(KEYS_VARIABLE, said)
+        with pytest.raises((InvalidStore, StoreFailed), match="master key|is sealed"):
+            open_store(address).get([SECRET.user_id])
+
+
+def test_what_is_plain_is_not_taken_for_sealed(address, tmp_path, monkeypatch):
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    store = open_store(address)
+    store.add([event(1)])
+    store.close()
+    add_master_key(tmp_path / "more.toml", "first")
+    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "more.toml"))
+    with pytest.raises((InvalidStore, StoreFailed), match="is not sealed, and TRIRANK_KEYS names keys; copy it"):
+        open_store(address).get([1])
+
+
+def test_keys_are_rotated_while_it_is_used(sealed):
+    """A server that runs reads what others write with a new key, and goes on writing with the one that it has."""
+    address, _, keys = sealed
+    server = open_store(address)
+    server.add([event(1, user=1)])
+    add_master_key(keys, "second")
+    other = open_store(address)
+    other.rotate()
+    keys.write_text("\n".join(line for line in keys.read_text().splitlines() if "second" in line) + "\n")
+    fresh = open_store(address)  # the first master key is not needed any more
+    fresh.add([event(2, user=1), event(3, user=2)])
+    for store in (server, other, fresh):
+        assert len(store.get([1])[1].events.item_ids) == 2
+        assert len(store.log()) == 3
+    assert server.add([event(4, user=3), event(2, user=1)]) == [True, False]
+    assert len(fresh.get([3])) == 1
+    for store in (server, other, fresh):
+        store.close()
+
+
+def test_what_is_changed_on_the_disk_is_not_believed(tmp_path, monkeypatch):
+    """Nor is one user's past that was put in another's place."""
+    add_master_key(tmp_path / "keys", "first")
+    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
+    path = tmp_path / "users.sqlite"
+    store = open_store(f"sqlite:{path}")
+    store.add([event(1, user=1), event(2, user=2)])
+    with sqlite3.connect(path) as connection:
+        (first, own), (second, others) = connection.execute("SELECT user_id, records FROM users").fetchall()
+        for harm in (others, own[:-1] + bytes([own[-1] ^ 1]), own[:9], b"\xff\xff" + own[2:]):
+            connection.execute("UPDATE users SET records = ? WHERE user_id = ?", (harm, first))
+            connection.commit()
+            with pytest.raises(StoreFailed, match="damaged|put there by somebody else"):
+                store.get([1, 2])
+        connection.execute("UPDATE users SET records = ? WHERE user_id = ?", (own, first))
+    assert second != first
+    assert set(store.get([1, 2])) == {1, 2}
+    store.close()
+
+
+def test_nothing_is_sealed_twice_alike():
+    masters = MasterKeys("own:" + "A" * 43 + "=")
+    envelopes = new_envelopes(masters)
+    codec = Sealed(masters, lambda: envelopes)
+    records = np.zeros(3, [("item_id", "<i8"), ("timestamp", "<i8"), ("kind", "<i4")])
+    assert codec.past(5, records) != codec.past(5, records)
+    single = codec.single(5, records)
+    assert len({single[at : at + len(single) // 3] for at in range(0, len(single), len(single) // 3)}) == 3
+    np.testing.assert_array_equal(codec.single_records(codec.name(5), single), records)
+    assert codec.name(5) == codec.name(5) != codec.name(6)
+    with pytest.raises(StoreFailed, match="no number of sealed events"):
+        codec.single_records(codec.name(5), single[:-1])
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("nowhere.toml", "has no master keys"),
+        ("name:rubbish", "has no master keys"),
+        ("name:AAAA", "is not of 32 bytes"),
+        ("TEXT", "there is none"),
+    ],
+)
+def test_master_keys_that_are_none(tmp_path, monkeypatch, said, words):
+    if said == "TEXT":
+        (tmp_path / "empty").write_text("")
+        said = str(tmp_path / "empty")
+    monkeypatch.setenv(KEYS_VARIABLE, said)
+    with pytest.raises(InvalidStore, match=words) as caught:
+        open_store(f"sqlite:{tmp_path / 'users.sqlite'}")
+    assert "AAAA" not in str(caught.value)
+    assert "rubbish" not in str(caught.value)
+    assert not (tmp_path / "users.sqlite").exists()

@@ -173,6 +173,52 @@ def take_log(
         out.print(f"{take_out(store, target, group):,} events more are in {target}")
 
 
+@users_app.command("key")
+def add_key(
+    file: Annotated[Path, typer.Argument(help="File of master keys, which is made where there is none.")],
+    name: Annotated[str | None, typer.Option(help="Of the key; today's date by default.")] = None,
+) -> None:
+    """Add a master key for sealed stores: what is sealed from then on is sealed with it."""
+    from datetime import date
+
+    from trirank_backend.stores.sealing import KEYS_VARIABLE, add_master_key
+
+    add_master_key(file, name or date.today().isoformat())
+    out.print(
+        f"set {KEYS_VARIABLE}={file} for servers and commands; without it the store cannot be read", soft_wrap=True
+    )
+
+
+@users_app.command("rotate")
+def rotate_keys(users: Address) -> None:
+    """Wrap a sealed store's keys with the newest master key, and seal with a new one from now on. Servers go on."""
+    with opened(users) as store:
+        store.rotate()
+    out.print("done; older master keys are not needed for this store any more")
+
+
+@users_app.command("copy")
+def copy_store(
+    users: Address,
+    into: Annotated[str, typer.Option(help="Address of the store to copy into.")],
+    source_keys: Annotated[
+        str | None, typer.Option(help="Master keys of the store that is read, if it is sealed; else it is plain.")
+    ] = None,
+) -> None:
+    """Copy a store's log and users into another, which is sealed where TRIRANK_KEYS is set."""
+    from trirank_backend.stores.store import open_store
+
+    from trirank_build.online.users import copy_users
+
+    source = open_store(users, keys=source_keys or "")
+    try:
+        with opened(into, "--into", new=True) as target, working("copying"):
+            events, count = copy_users(source, target)
+    finally:
+        source.close()
+    out.print(f"{events:,} events and {count:,} users are in {hide_password(into)}")
+
+
 @users_app.command("erase")
 def erase_user(
     user: Annotated[str, typer.Argument(help="The user's id, as callers send it.")],

@@ -57,6 +57,26 @@ def histories(events: pl.DataFrame) -> Iterator[tuple[int, Events]]:
         yield user, Events(items.to_numpy()[newest], behaviours.to_numpy()[newest], times.to_numpy()[newest])
 
 
+def copy_users(source: Store, target: Store) -> tuple[int, int]:
+    """Put all events of a store's log into another, and then what is remembered of users besides; gives how many of
+    each. What is there already is not added twice, so it can be done again.
+
+    Raises:
+        StoreFailed: one of them does not answer.
+    """
+    events, after = 0, ""
+    while part := source.log(after):
+        target.add([stored.event for stored in part])
+        events, after = events + len(part), part[-1].place
+    users = 0
+    for user in source.users():
+        past = source.get([user]).get(user)
+        if past is not None:
+            target.put([(user, past.events)])
+            users += 1
+    return events, users
+
+
 def export_user(store: Store, users: list[int]) -> dict[str, Any]:
     """All that a store has of a user, as JSON.
 

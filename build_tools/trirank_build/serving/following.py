@@ -24,8 +24,8 @@ from trirank_build.serving.server import Ports, TritonServer
 POLL_S, AGAIN_S = 0.1, 15.0
 PROBE_S, PROBE_DEADLINE_S, PROBES = 1.0, 3.0, 3
 """A recorded request is sent so often; after so many in a row without an answer the server is started anew."""
-STARTS = 5
-"""So many in a row that fail, and it is given up."""
+GIVE_UP_S = 300.0
+"""Starts that fail are tried again for so long since it was ready last."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ def serve(
     _check(release.resolve(), keys)
     link = release if follow else None
     state, backoff = State(addresses), Backoff()
-    served, failed_starts = release, 0
+    served, failed_starts, ready_at = release, 0, 0.0
     try:
         while True:
             with ExitStack() as running:
@@ -84,7 +84,7 @@ def serve(
                     server.wait_ready()
                 except ServeError as error:
                     failed_starts += 1
-                    if state.is_new or failed_starts >= STARTS:
+                    if state.is_new or time.monotonic() - ready_at > GIVE_UP_S:
                         raise
                     warn(f"the server could not be started: {error}")
                 else:
@@ -95,8 +95,8 @@ def serve(
                         _watch(server, link, state, keys)
                     except ServeError as error:
                         warn(f"{error}; it is started anew")
+                    ready_at, served = time.monotonic(), server.release
                     server.stop(at_once=True)
-                    served = server.release
             state.say(RECOVERING)
             if (pause := backoff.pause_s(time.monotonic())) > 0:
                 warn(f"starting again in {pause:g} s")

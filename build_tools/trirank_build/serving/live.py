@@ -24,6 +24,7 @@ from trirank_build.repository.configs import (
     config_text,
     feedback_config,
     packed_shape,
+    parse_config,
     ranker_config,
 )
 from trirank_build.repository.release import GRAPH, MODELS, TEMPLATES, load_manifest, model_config
@@ -120,6 +121,15 @@ class LiveRepository:
             self._write(model_config(served.release, contract.ENSEMBLE), served.release, files)
         else:
             self._write(served.ensemble(contract.ENSEMBLE))
+
+    def processes(self) -> dict[str, int]:
+        """Python model → how many processes it has: one an instance."""
+        configs = (parse_config((folder / "config.pbtxt").read_text()) for folder in self.folder.iterdir())
+        return {
+            config.name: sum(group.count for group in config.instance_group) or 1
+            for config in configs
+            if config.backend == "python"
+        }
 
     def touch(self, model: str) -> None:
         """Make a model look changed, so that Triton loads it again when it is told to."""

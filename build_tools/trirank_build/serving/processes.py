@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,27 +13,38 @@ _STUB = "triton_python_backend_stub"
 
 
 class Stubs:
-    """Those that run now, to be asked later which have died.
+    """Those that run now, to be asked later which models have lost one.
 
     Args:
         pid: of tritonserver, or of what has started it.
+        wanted: model → how many processes it is to have; of others nobody is missed.
 
     Attributes:
         models: process → the name of the model that it runs.
     """
 
-    def __init__(self, pid: int) -> None:
-        self.models: dict[psutil.Process, str] = {}
+    def __init__(self, pid: int, wanted: Mapping[str, int] | None = None) -> None:
+        self._pid, self._wanted = pid, dict(wanted or {})
+        self.models = self._running()
+
+    def dead(self) -> list[str]:
+        """Models that have fewer processes than they are to have. Looking at those that are known costs little, so the
+        others are looked for only when one of them has ended: it may have been a former release's."""
+        if not any(map(_has_ended, self.models)):
+            return []
+        self.models = self._running()
+        there = Counter(self.models.values())
+        return [model for model, count in self._wanted.items() if there[model] < count]
+
+    def _running(self) -> dict[psutil.Process, str]:
+        found = {}
         with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(pid).children(recursive=True):
+            for child in psutil.Process(self._pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     command = child.cmdline()  # the stub, the model's file, its shared memory, ...
                     if command and Path(command[0]).name == _STUB:
-                        self.models[child] = Path(command[1]).parents[1].name
-
-    def dead(self) -> list[str]:
-        """Models a process of which has ended since."""
-        return list(dict.fromkeys(model for process, model in self.models.items() if _has_ended(process)))
+                        found[child] = Path(command[1]).parents[1].name
+        return found
 
 
 def _has_ended(process: psutil.Process) -> bool:

@@ -195,7 +195,7 @@ class TritonServer:
             warm_up(self.connect, self.served, contract.ENSEMBLE)
         except ServeError as error:
             raise ServeError(f"{error}; Triton's last words: {self._last_words()}") from error
-        self._stubs = Stubs(self.pid)
+        self._stubs = Stubs(self.pid, self._live.processes())
 
     def swap(self, release: Path) -> None:
         """Serve another release from now on, without a request that fails or meets both.
@@ -221,11 +221,11 @@ class TritonServer:
             retire(self._controlled(), self._live, old)
         except ServeError as error:
             warn(f"{new.name} is served, but models of {old.name} are still loaded: {error}")
-        self._stubs = Stubs(self.pid)
+        self._stubs = Stubs(self.pid, self._live.processes())
 
     def dead_models(self) -> list[str]:
-        """Models that are served and a process of which has died. Triton does not notice: it stays ready, and whoever
-        asks such a model is told so after a second (triton-inference-server/server #8604)."""
+        """Models that have lost a process. Triton does not notice: it stays ready, and whoever asks one is told
+        so after a second (triton-inference-server/server #8604)."""
         return self._stubs.dead() if self._stubs is not None else []
 
     def revive(self, models: list[str]) -> None:
@@ -238,7 +238,7 @@ class TritonServer:
         for model in models:
             self._live.touch(model)
             self._controlled().load(model)
-        self._stubs = Stubs(self.pid)
+        self._stubs = Stubs(self.pid, self._live.processes())
 
     def _check_swappable(self) -> None:
         if not self._swappable:

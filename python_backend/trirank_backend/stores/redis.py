@@ -3,7 +3,11 @@
 ``PREFIX user:ID``   records (events.RECORD) of a user one after the other as they came: the newest, and some more
 ``PREFIX seen:ID``   that an event is there; expires after SEEN_S, since a retry comes sooner
 ``PREFIX events``    stream: the log, which consumer groups read
+``PREFIX keys``      hash, of a sealed store: number → data key in its envelope (sealing)
 ``PREFIX shown``, ``PREFIX clicked``   hashes: item id → how often
+
+In a sealed store ids of users and events are names, records are sealed one by one, and an entry of the log has its
+event's name and user's name beside the sealed event.
 
 All of a batch happens in one script: Redis runs it whole, and with ``appendfsync always`` it is on the disk before it
 is answered for. A single primary is needed; keys of one script would lie on several nodes of a cluster.
@@ -28,25 +32,36 @@ from trirank.contract import EventKind
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
 from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, newest, records_of
+from trirank_backend.stores.sealing import (
+    IS_SEALED,
+    NOT_SEALED,
+    SEALED_RECORD,
+    MasterKeys,
+    Plain,
+    Sealed,
+    new_envelopes,
+    rotated,
+)
 
 PREFIX = "trirank:"
 CONSUMER = "export"
 """Of a group, when it is we who read."""
 SEEN_S = 86_400
 _FIELDS = 9
-_LONG = 3 * contract.MAX_HISTORY * RECORD.itemsize
-"""Bytes that a user's past may grow to before it is cut; what is kept (events.newest) is two thirds of it at most, so
+_LONG = 3 * contract.MAX_HISTORY
+"""Events that a user's past may grow to before it is cut; what is kept (events.newest) is two thirds of it at most, so
 that it is not cut for every event."""
+_PLAIN_ENTRY = "'i', item, 'k', kind, 't', ARGV[at + 4], 'r', ARGV[at + 5], 'p', ARGV[at + 6]"
+_SEALED_ENTRY = "'s', ARGV[at + 4]"
 _ADD = f"""
 local added, long = {{}}, {{}}
 for at = 1, #ARGV, {_FIELDS} do
   local id, user, item, kind = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   if redis.call('SET', '{PREFIX}seen:' .. id, 1, 'NX', 'EX', {SEEN_S}) then
     table.insert(added, 1)
-    redis.call('XADD', '{PREFIX}events', '*', 'e', id, 'u', user, 'i', item, 'k', kind, 't', ARGV[at + 4],
-               'r', ARGV[at + 5], 'p', ARGV[at + 6])
+    redis.call('XADD', '{PREFIX}events', '*', 'e', id, 'u', user, ENTRY)
     if ARGV[at + 7] == '1' then
-      if redis.call('APPEND', '{PREFIX}user:' .. user, ARGV[at + 8]) > {_LONG} then
+      if redis.call('APPEND', '{PREFIX}user:' .. user, ARGV[at + 8]) > LONG then
         table.insert(long, user)
       end
     end
@@ -104,11 +119,12 @@ class RedisStore:
     Args:
         timeout_s: of connecting, and of each answer. Nothing is asked for twice: whoever calls knows what a second try
             is worth.
+        masters: with which a new one is sealed, and this one was; None: it is not.
     """
 
     remote = True
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str, timeout_s: float, masters: MasterKeys | None = None) -> None:
         try:
             self._redis: Any = redis.Redis.from_url(
                 address, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0),
@@ -122,17 +138,24 @@ class RedisStore:
                 "the Redis address is none; write redis://:PASSWORD@HOST:PORT/DATABASE, the password percent-encoded"
             ) from None
         self._place = str(place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}")
-        self._add = self._redis.register_script(_ADD)
+        self._masters = masters
+        self._codec: Plain | Sealed | None = None
+        """None: it has not been asked yet what it is."""
+        size = RECORD.itemsize if masters is None else SEALED_RECORD
+        entry = _PLAIN_ENTRY if masters is None else _SEALED_ENTRY
+        script = _ADD.replace("ENTRY", entry).replace("LONG", str(_LONG * size))
+        self._add = self._redis.register_script(script)
 
     def get(self, users: list[int]) -> dict[int, Past]:
         """See store.Store."""
 
         def ask() -> dict[int, Past]:
-            found = self._redis.mget([f"{PREFIX}user:{user}" for user in users])
+            names = [self._written.name(user) for user in users]
+            found = self._redis.mget([f"{PREFIX}user:{name}" for name in names])
             return {
-                user: Past.of(np.frombuffer(records, RECORD))
-                for user, records in zip(users, found, strict=True)
-                if records
+                user: Past.of(self._records(name, stored))
+                for user, name, stored in zip(users, names, found, strict=True)
+                if stored
             }
 
         return self._asked(ask)
@@ -142,11 +165,12 @@ class RedisStore:
         fresh: list[bool] = []
         for start in range(0, len(events), _CHUNK):
             arguments: list[Any] = []
-            for event in events[start : start + _CHUNK]:
+            part = events[start : start + _CHUNK]
+            for event in part:
                 kept = event.user_id != contract.ANONYMOUS_USER and event.kind in KEPT_KINDS
-                record = np.array([(event.item_id, event.timestamp, event.kind)], RECORD).tobytes()
-                arguments += [*event, int(kept), record]
-            fresh += self._asked(partial(self._add_part, arguments))
+                record = np.array([(event.item_id, event.timestamp, event.kind)], RECORD)
+                arguments += [*self._asked(partial(self._fields, event)), int(kept), self._bytes(event.user_id, record)]
+            fresh += self._asked(partial(self._add_part, arguments, part))
         return fresh
 
     def put(self, histories: list[tuple[int, Events]]) -> None:
@@ -159,14 +183,21 @@ class RedisStore:
 
         def ask() -> list[int]:
             keys = self._redis.scan_iter(f"{PREFIX}user:*", count=1_000)
-            return sorted({int(key.rpartition(b":")[2]) for key in keys})
+            names = {int(key.rpartition(b":")[2]) for key in keys}
+            codec = self._written
+            if isinstance(codec, Plain):
+                return sorted(names)
+            first = {name: self._redis.getrange(f"{PREFIX}user:{name}", 0, SEALED_RECORD - 1) for name in names}
+            return sorted(codec.user(name, stored) for name, stored in first.items() if stored)
 
         return iter(self._asked(ask))
 
     def erase(self, user: int) -> int:
         """See store.Store. The log is read through for it."""
-        key = f"{PREFIX}user:{user}"
-        remembered = int(self._asked(lambda: self._redis.strlen(key))) // RECORD.itemsize
+        name = self._asked(lambda: self._written.name(user))
+        key = f"{PREFIX}user:{name}"
+        size = RECORD.itemsize if self._masters is None else SEALED_RECORD
+        remembered = int(self._asked(lambda: self._redis.strlen(key))) // size
         self._asked(lambda: self._redis.delete(key))
         logged, after = 0, ""
         while part := self.log(after):
@@ -174,7 +205,7 @@ class RedisStore:
             own = [stored for stored in part if stored.event.user_id == user]
             if own:
                 places = [stored.place for stored in own]
-                seen = [f"{PREFIX}seen:{stored.event.event_id}" for stored in own]
+                seen = [f"{PREFIX}seen:{self._written.event_name(stored.event.event_id)}" for stored in own]
                 logged += int(self._asked(partial(self._redis.xdel, f"{PREFIX}events", *places)))
                 self._asked(partial(self._redis.delete, *seen))
         self._asked(lambda: self._redis.delete(key))  # what came meanwhile is out of the log, or comes after this
@@ -188,7 +219,7 @@ class RedisStore:
 
         def ask() -> list[Stored]:
             found = self._redis.xrange(f"{PREFIX}events", min=f"({after}" if after else "-", count=limit)
-            return [stored_of(place, fields) for place, fields in found]
+            return [self._stored(place, fields) for place, fields in found]
 
         return self._asked(ask)
 
@@ -206,7 +237,7 @@ class RedisStore:
                 found = self._redis.xreadgroup(group, CONSUMER, {key: start}, count=limit)
                 entries = [entry for _, part in found for entry in part if entry[1]]
                 if entries:
-                    return [stored_of(place, fields) for place, fields in entries]
+                    return [self._stored(place, fields) for place, fields in entries]
             return []
 
         return self._asked(ask)
@@ -244,23 +275,86 @@ class RedisStore:
         """Close all connections."""
         self._redis.close()
 
-    def _add_part(self, arguments: list[Any]) -> list[bool]:
+    def _add_part(self, arguments: list[Any], events: list[Event]) -> list[bool]:
         added, long = self._add(args=arguments)
+        users = {self._written.name(event.user_id): event.user_id for event in events}
         if len(added) != len(arguments) // _FIELDS:
             raise ValueError(f"{len(added)} answers to {len(arguments) // _FIELDS} events")
-        for user in set(long):
-            self._rewrite(int(user), newest)
+        for name in set(long):
+            self._rewrite(users[int(name)], newest)
         return [each == 1 for each in added]
+
+    @property
+    def _written(self) -> Plain | Sealed:
+        """How it is written. Asked of Redis once; a new store that is to be sealed gets its keys then.
+
+        Raises:
+            StoreFailed: it is sealed and there are no keys here, or the other way round.
+        """
+        if self._codec is None:
+            there = self._redis.exists(f"{PREFIX}keys")
+            if there not in (0, 1):  # what is no Redis answers anything
+                raise ValueError(f"{there} keys of one name")
+            if self._masters is None:
+                if there:
+                    raise StoreFailed(f"user store {self._place} is {IS_SEALED}")
+                self._codec = Plain()
+            else:
+                if not there:
+                    if self._redis.exists(f"{PREFIX}events") or self._redis.exists(f"{PREFIX}shown"):
+                        raise StoreFailed(f"user store {self._place} is {NOT_SEALED}")
+                    for number, envelope in new_envelopes(self._masters).items():
+                        self._redis.hsetnx(f"{PREFIX}keys", number, envelope)  # who comes first has made them
+                try:
+                    self._codec = Sealed(self._masters, self._envelopes)
+                except InvalidStore as error:
+                    raise StoreFailed(f"user store {self._place}: {error}") from error
+        return self._codec
+
+    def _envelopes(self) -> dict[int, bytes]:
+        return {int(number): envelope for number, envelope in self._redis.hgetall(f"{PREFIX}keys").items()}
+
+    def rotate(self) -> None:
+        """See store.Store."""
+        if self._masters is None:
+            raise InvalidStore(f"{self._place} is not sealed, so it has no keys")
+        masters = self._masters
+        self._asked(lambda: self._written)
+        self._asked(lambda: self._redis.hset(f"{PREFIX}keys", mapping=rotated(masters, self._envelopes())))
+
+    def _fields(self, event: Event) -> tuple[Any, ...]:
+        """Of an event, as the script takes them: of a sealed one item and kind are for counting alone."""
+        codec = self._written
+        if isinstance(codec, Plain):
+            return event
+        names = codec.event_name(event.event_id), codec.name(event.user_id)
+        return *names, event.item_id, event.kind, codec.event(event), "", 0
+
+    def _bytes(self, user: int, records: NDArray[np.void]) -> bytes:
+        codec = self._written
+        return records.tobytes() if isinstance(codec, Plain) else codec.single(user, records)
+
+    def _records(self, name: int, stored: bytes) -> NDArray[np.void]:
+        codec = self._written
+        return np.frombuffer(stored, RECORD) if isinstance(codec, Plain) else codec.single_records(name, stored)
+
+    def _stored(self, place: bytes, fields: dict[bytes, bytes]) -> Stored:
+        """An entry of the stream."""
+        codec = self._written
+        if isinstance(codec, Plain):
+            return stored_of(place, fields)
+        return Stored(place.decode(), codec.of_event(fields[b"e"].decode(), fields[b"s"]))
 
     def _rewrite(self, user: int, change: Callable[[NDArray[np.void]], NDArray[np.void]]) -> None:
         """Put other records in the place of a user's, again if somebody else added to them meanwhile."""
-        key = f"{PREFIX}user:{user}"
+        name = self._asked(lambda: self._written.name(user))
+        key = f"{PREFIX}user:{name}"
 
         def put(pipe: Any) -> None:
-            records = change(np.frombuffer(pipe.get(key) or b"", RECORD))
+            records = change(self._records(name, pipe.get(key) or b""))
             pipe.multi()
             if len(records):  # else the user was forgotten meanwhile
-                pipe.set(key, records.tobytes())
+                pipe.set(key, self._bytes(user, records))
 
         self._asked(partial(self._redis.transaction, put, key))
 
@@ -318,7 +412,9 @@ class RedisStore:
     def _asked(self, ask: Callable[[], T]) -> T:
         try:
             return ask()
-        except (redis.RedisError, OSError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except StoreFailed:  # of what it is, not of its answer
+            raise
+        except (redis.RedisError, OSError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             # What is no Redis answers anything, and its client then raises anything.
             raise StoreFailed(
                 f"user store {self._place} did not answer as Redis does ({type(error).__name__}: {error})"

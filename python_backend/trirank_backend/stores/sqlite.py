@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,15 @@ from trirank.contract import EventKind
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
 from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, newest, records_of
+from trirank_backend.stores.sealing import (
+    IS_SEALED,
+    NOT_SEALED,
+    MasterKeys,
+    Plain,
+    Sealed,
+    new_envelopes,
+    rotated,
+)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS users (user_id INTEGER PRIMARY KEY, records BLOB NOT NULL);
@@ -30,7 +39,12 @@ CREATE TABLE IF NOT EXISTS counts (
     item_id INTEGER PRIMARY KEY, impressions INTEGER NOT NULL, clicks INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS consumers (name TEXT PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID;
 """
-_VERSION = 1
+_SEALED = """
+ALTER TABLE events ADD COLUMN sealed BLOB;
+CREATE TABLE keys (number INTEGER PRIMARY KEY, envelope BLOB NOT NULL);
+"""
+"""Besides, of a sealed store, whose users and events have names in the place of ids and nothing else in the clear."""
+_PLAIN_VERSION, _SEALED_VERSION = 1, 2
 _CHECKPOINTS = 30
 _OPENING_S = 5.0
 _COUNTED = {EventKind.IMPRESSION.value: (1, 0), EventKind.CLICK.value: (0, 1)}
@@ -45,12 +59,14 @@ class SqliteStore:
     Args:
         path: of the file, which is made if it is not there.
         timeout_s: how long to wait for another one that writes.
+        masters: with which a new one is sealed, and this one was; None: it is not.
     """
 
     remote = False
 
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        self._path = path
+    def __init__(self, path: Path, timeout_s: float, masters: MasterKeys | None = None) -> None:
+        self._path, self._masters = path, masters
+        wanted = _PLAIN_VERSION if masters is None else _SEALED_VERSION
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
@@ -63,19 +79,43 @@ class SqliteStore:
             self._connection.execute("PRAGMA secure_delete = ON")  # an erased user's bytes are overwritten
             with self._transaction():
                 version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-                if version not in (0, _VERSION):
-                    raise InvalidStore(f"{path} is of version {version}, this one reads {_VERSION}; name another file")
+                if version not in (0, _PLAIN_VERSION, _SEALED_VERSION):
+                    known = f"{_PLAIN_VERSION} and {_SEALED_VERSION}"
+                    raise InvalidStore(f"{path} is of version {version}, this one reads {known}; name another file")
                 if version == 0:
                     if self._connection.execute("SELECT name FROM sqlite_master").fetchone():
                         raise InvalidStore(f"{path} is a SQLite file of something else; name another file")
-                    for statement in filter(str.strip, _SCHEMA.split(";")):
-                        self._connection.execute(statement)
-                    self._connection.execute(f"PRAGMA user_version = {_VERSION}")
+                    self._create(wanted)
+                    version = wanted
+            if version != wanted:
+                raise InvalidStore(f"{path} is {NOT_SEALED if masters else IS_SEALED}")
+            self._codec = Plain() if masters is None else Sealed(masters, self._envelopes)
             self._connection.execute(f"PRAGMA busy_timeout = {int(timeout_s * 1_000)}")
         except (OSError, sqlite3.Error, StoreFailed) as error:
             raise InvalidStore(
                 f"user store {path} cannot be opened ({error}); name another file, or put a copy in its place"
             ) from error
+
+    def _create(self, version: int) -> None:
+        schema = _SCHEMA + (_SEALED if version == _SEALED_VERSION else "")
+        for statement in filter(str.strip, schema.split(";")):
+            self._connection.execute(statement)
+        if self._masters is not None:
+            self._put_envelopes(new_envelopes(self._masters))
+        self._connection.execute(f"PRAGMA user_version = {version}")
+
+    def _envelopes(self) -> dict[int, bytes]:
+        return dict(self._rows("SELECT number, envelope FROM keys"))
+
+    def _put_envelopes(self, envelopes: Mapping[int, bytes]) -> None:
+        self._connection.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", list(envelopes.items()))
+
+    def rotate(self) -> None:
+        """See store.Store."""
+        if self._masters is None:
+            raise InvalidStore(f"{self._path} is not sealed, so it has no keys")
+        with self._transaction():
+            self._put_envelopes(rotated(self._masters, self._envelopes()))
 
     def _write_ahead(self, until: float) -> None:
         """Turn WAL mode on. SQLite does not wait where two turn it on at once, lest they wait for each other: whoever
@@ -94,24 +134,18 @@ class SqliteStore:
         found = {}
         try:
             for user in users:  # one statement that stays prepared; one of many values would be another for each count
-                row = self._connection.execute("SELECT records FROM users WHERE user_id = ?", (user,)).fetchone()
+                name = self._codec.name(user)
+                row = self._connection.execute("SELECT records FROM users WHERE user_id = ?", (name,)).fetchone()
                 if row is not None:
-                    found[user] = Past.of(np.frombuffer(row[0], RECORD))
+                    found[user] = Past.of(self._codec.records(name, row[0]))
         except (sqlite3.Error, ValueError) as error:
             raise self._failed(error) from error
         return found
 
     def add(self, events: list[Event]) -> list[bool]:
         """See store.Store. One transaction, whatever the number."""
-        fresh = []
         with self._transaction():
-            for event in events:
-                done = self._connection.execute(
-                    "INSERT INTO events (event_id, user_id, item_id, kind, timestamp, request_id, position)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING",
-                    event,
-                )
-                fresh.append(done.rowcount > 0)
+            fresh = [self._insert(event) for event in events]
             new = [event for event, is_new in zip(events, fresh, strict=True) if is_new]
             by_user: dict[int, list[tuple[int, int, int]]] = {}
             for event in new:
@@ -134,14 +168,17 @@ class SqliteStore:
 
     def users(self) -> Iterator[int]:
         """See store.Store."""
-        return (user for (user,) in self._rows("SELECT user_id FROM users ORDER BY user_id"))
+        if isinstance(self._codec, Plain):
+            return (user for (user,) in self._rows("SELECT user_id FROM users ORDER BY user_id"))
+        found = self._rows("SELECT user_id, records FROM users")
+        return iter(sorted(self._codec.user(name, records) for name, records in found))
 
     def erase(self, user: int) -> int:
         """See store.Store."""
         with self._transaction():
-            remembered = len(self._read(user))
-            self._connection.execute("DELETE FROM users WHERE user_id = ?", (user,))
-            logged = self._connection.execute("DELETE FROM events WHERE user_id = ?", (user,)).rowcount
+            remembered, name = len(self._read(user)), self._codec.name(user)
+            self._connection.execute("DELETE FROM users WHERE user_id = ?", (name,))
+            logged = self._connection.execute("DELETE FROM events WHERE user_id = ?", (name,)).rowcount
         for _ in range(_CHECKPOINTS):  # what is in the write-ahead log still holds the old pages
             busy = self._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
             if not busy:
@@ -156,12 +193,14 @@ class SqliteStore:
 
     def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
         """See store.Store."""
+        columns = "user_id, item_id, kind, timestamp, request_id, position" if not self._codec.sealed else "sealed"
         rows = self._rows(
-            "SELECT place, event_id, user_id, item_id, kind, timestamp, request_id, position FROM events"
-            " WHERE place > ? ORDER BY place LIMIT ?",
+            f"SELECT place, event_id, {columns} FROM events WHERE place > ? ORDER BY place LIMIT ?",
             (int(after or 0), limit),
         )
-        return [Stored(str(place), Event(*event)) for place, *event in rows]
+        if isinstance(self._codec, Plain):
+            return [Stored(str(place), Event(*event)) for place, *event in rows]
+        return [Stored(str(place), self._codec.of_event(name, sealed)) for place, name, sealed in rows]
 
     def unread(self, group: str, limit: int = 10_000) -> list[Stored]:
         """See store.Store."""
@@ -192,12 +231,28 @@ class SqliteStore:
         """Close the file."""
         self._connection.close()
 
+    def _insert(self, event: Event) -> bool:
+        """Add to the log; whether it was not there."""
+        columns = "event_id, user_id, item_id, kind, timestamp, request_id, position"
+        values: tuple[Any, ...] = event
+        if not isinstance(self._codec, Plain):
+            columns += ", sealed"
+            name, user = self._codec.event_name(event.event_id), self._codec.name(event.user_id)
+            values = (name, user, 0, 0, 0, "", 0, self._codec.event(event))
+        marks = ", ".join("?" * len(values))
+        done = self._connection.execute(
+            f"INSERT INTO events ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING", values
+        )
+        return done.rowcount > 0
+
     def _read(self, user: int) -> NDArray[np.void]:
-        row = self._connection.execute("SELECT records FROM users WHERE user_id = ?", (user,)).fetchone()
-        return np.frombuffer(row[0] if row else b"", RECORD)
+        name = self._codec.name(user)
+        row = self._connection.execute("SELECT records FROM users WHERE user_id = ?", (name,)).fetchone()
+        return self._codec.records(name, row[0]) if row else np.empty(0, RECORD)
 
     def _write(self, user: int, records: NDArray[np.void]) -> None:
-        self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?)", (user, newest(records).tobytes()))
+        stored = self._codec.past(user, newest(records))
+        self._connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?)", (self._codec.name(user), stored))
 
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from trirank_backend.errors import InvalidStore
 from trirank_backend.histories import Events
 from trirank_backend.stores.events import Event, Past, Stored
+from trirank_backend.stores.sealing import KEYS_VARIABLE, MasterKeys
 
 READ_TIMEOUT_S = 0.02
 """How long a request waits for a user's past: for a network and all that belongs to it, or for another process that has
@@ -69,6 +71,14 @@ class Store(Protocol):
         """Items that were shown or clicked, ascending, and how often each was."""
         ...
 
+    def rotate(self) -> None:
+        """Wrap the keys of a sealed store with the newest master key, and seal with a new data key from now on.
+
+        Raises:
+            InvalidStore: it is not sealed.
+        """
+        ...
+
     def is_durable(self) -> bool:
         """Whether what is answered for is on the disk."""
         ...
@@ -78,25 +88,29 @@ class Store(Protocol):
         ...
 
 
-def open_store(address: str, timeout_s: float = WRITE_TIMEOUT_S) -> Store:
+def open_store(address: str, timeout_s: float = WRITE_TIMEOUT_S, keys: str | None = None) -> Store:
     """Open ``sqlite:PATH``, or ``redis://…``, ``rediss://…`` or ``unix://…`` (Redis or Valkey).
 
     Args:
         timeout_s: of each call.
+        keys: master keys (sealing.MasterKeys), empty for none; None: what the environment says (KEYS_VARIABLE). With
+            keys a new store is sealed, and one that is not is refused.
 
     Raises:
-        InvalidStore: the address is none, or the file is no store.
+        InvalidStore: the address is none, the file is no store, or it is sealed and the keys are missing or others.
         StoreFailed: a store does not answer at all. Redis is asked for nothing yet.
     """
     kind, colon, rest = address.partition(":")
+    said = os.environ.get(KEYS_VARIABLE) if keys is None else keys
+    masters = MasterKeys(said) if said else None
     if kind == "sqlite" and colon and rest:
         from trirank_backend.stores.sqlite import SqliteStore
 
-        return SqliteStore(Path(rest), timeout_s)
+        return SqliteStore(Path(rest), timeout_s, masters)
     if kind in ("redis", "rediss", "unix") and rest.startswith("//"):
         from trirank_backend.stores.redis import RedisStore
 
-        return RedisStore(address, timeout_s)
+        return RedisStore(address, timeout_s, masters)
     raise InvalidStore(
         f"store {hide_password(address)!r} is none; write sqlite:PATH, redis://HOST:PORT/DATABASE or rediss://…"
     )

@@ -1,0 +1,287 @@
+"""User stores whose contents nobody reads without a key: AES-256-GCM (NIST SP 800-38D) of the library `cryptography`.
+
+Envelopes: what is stored is sealed with a store's own data keys; these lie in the store, each wrapped with a master key
+(AES-GCM again), which comes from a file or the environment and never gets there. So a new master key is a matter of
+wrapping a few data keys anew, and a new data key seals what is written from then on, while what is there stays
+readable: nothing stops for either. A user is found by HMAC-SHA256 of the id under a key of the store's own, which
+stays.
+
+Counts of items (how often each was shown and clicked) stay readable; they tell of nobody.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from numpy.typing import NDArray
+from trirank import contract
+
+from trirank_backend.errors import InvalidStore, StoreFailed
+from trirank_backend.stores.events import RECORD, Event
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KEYS_VARIABLE = "TRIRANK_KEYS"
+IS_SEALED = f"sealed, and {KEYS_VARIABLE} names no keys; set it to the file of its master keys"
+NOT_SEALED = f"not sealed, and {KEYS_VARIABLE} names keys; copy it into a new one with `trirank users copy`"
+"""What is said of a store that is otherwise than whoever opens it."""
+KEY_BYTES = 32
+NAMING = 0
+"""The number of the key that users are named with; data keys are numbered from 1 on."""
+_NONCE = 12
+_OVERHEAD = 2 + _NONCE + 16
+_USER = 8
+SEALED_RECORD = _OVERHEAD + _USER + RECORD.itemsize
+"""Bytes of one event of a past that is sealed by itself."""
+
+
+class MasterKeys:
+    """Keys that wrap data keys: those of a TOML file, ``name = "base64 of 32 bytes"``, or of such a line. The last one
+    wraps; the others unwrap what they have wrapped before.
+
+    Args:
+        said: path of the file, or ``name:base64`` itself, as an environment variable may have it.
+
+    Raises:
+        InvalidStore: it is neither.
+    """
+
+    def __init__(self, said: str) -> None:
+        self._said = said
+        self._keys = self._read()
+
+    def wrap(self, key: bytes) -> bytes:
+        """A data key in its envelope."""
+        name = list(self._keys)[-1]
+        nonce = os.urandom(_NONCE)
+        sealed = AESGCM(self._keys[name]).encrypt(nonce, key, name.encode())
+        return json.dumps({"master": name, "key": base64.b64encode(nonce + sealed).decode()}).encode()
+
+    def unwrap(self, envelope: bytes) -> bytes:
+        """A data key out of its envelope. A master key that is not known is looked for in the file once more.
+
+        Raises:
+            InvalidStore: it is not there, or another one than it was.
+        """
+        try:
+            told = json.loads(envelope)
+            name, sealed = str(told["master"]), base64.b64decode(told["key"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidStore(f"a data key of the user store is damaged ({error})") from None
+        if name not in self._keys:
+            self._keys = self._read()
+        if name not in self._keys:
+            raise InvalidStore(
+                f"the user store wants the master key {name!r}, and {self._place} has {', '.join(self._keys)}"
+            )
+        try:
+            return AESGCM(self._keys[name]).decrypt(sealed[:_NONCE], sealed[_NONCE:], name.encode())
+        except (InvalidTag, ValueError):
+            raise InvalidStore(
+                f"{self._place} has another master key {name!r} than the user store was made with"
+            ) from None
+
+    @property
+    def _place(self) -> str:
+        return KEYS_VARIABLE if ":" in self._said else self._said
+
+    def _read(self) -> dict[str, bytes]:
+        name, colon, inline = self._said.partition(":")
+        try:
+            raw = {name: inline} if colon else tomllib.loads(Path(self._said).read_text())
+            keys = {str(name): base64.b64decode(str(value), validate=True) for name, value in raw.items()}
+        except (OSError, ValueError) as error:
+            raise InvalidStore(
+                f"{self._place} has no master keys ({error}); `trirank users key FILE` makes one"
+            ) from None
+        short = [name for name, key in keys.items() if len(key) != KEY_BYTES]
+        if short or not keys:
+            what = f"master key {short[0]!r} is not of {KEY_BYTES} bytes" if short else "there is none"
+            raise InvalidStore(f"{self._place}: {what}; `trirank users key FILE` makes one")
+        return keys
+
+
+def add_master_key(file: Path, name: str) -> None:
+    """Add a new key to a file, which is made where there is none; from then on it wraps.
+
+    Raises:
+        InvalidStore: the file is none, or has a key of that name.
+    """
+    if file.exists():
+        MasterKeys(str(file))
+        if name in tomllib.loads(file.read_text()):
+            raise InvalidStore(f"{file} has a key {name!r} already; name another")
+    line = f'"{name}" = "{base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}"\n'
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as stream:
+        stream.write(line)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+class Codec(Protocol):
+    """How a store writes users and events down."""
+
+    @property
+    def sealed(self) -> bool: ...
+
+    def name(self, user: int) -> int:
+        """What a user is found by."""
+        ...
+
+    def event_name(self, event_id: str) -> str:
+        """What an event is known by."""
+        ...
+
+    def past(self, user: int, records: NDArray[np.void]) -> bytes:
+        """A user's RECORDs, as one."""
+        ...
+
+    def records(self, name: int, stored: bytes) -> NDArray[np.void]:
+        """RECORDs of ``past``."""
+        ...
+
+
+class Plain:
+    """As it is."""
+
+    sealed = False
+
+    def name(self, user: int) -> int:
+        """See Codec."""
+        return user
+
+    def event_name(self, event_id: str) -> str:
+        """See Codec."""
+        return event_id
+
+    def past(self, user: int, records: NDArray[np.void]) -> bytes:
+        """See Codec."""
+        return records.tobytes()
+
+    def records(self, name: int, stored: bytes) -> NDArray[np.void]:
+        """See Codec."""
+        return np.frombuffer(stored, RECORD)
+
+
+class Sealed:
+    """Sealed with the newest data key; opened with whichever it was sealed with.
+
+    Args:
+        masters: of the envelopes.
+        load: number → envelope, as the store has them now; asked again where a number is not known.
+    """
+
+    sealed = True
+
+    def __init__(self, masters: MasterKeys, load: Callable[[], Mapping[int, bytes]]) -> None:
+        self._masters, self._load = masters, load
+        self._keys: dict[int, AESGCM] = {}
+        self._naming = b""
+        self._reload()
+
+    def name(self, user: int) -> int:
+        """See Codec. A number of 63 bits; anonymous stays anonymous."""
+        if user == contract.ANONYMOUS_USER:
+            return user
+        said = hmac.digest(self._naming, user.to_bytes(8, "big", signed=True), hashlib.sha256)
+        return int.from_bytes(said[:8], "big") >> 1
+
+    def event_name(self, event_id: str) -> str:
+        """See Codec."""
+        return hmac.digest(self._naming, b"event " + event_id.encode(), hashlib.sha256).hex()[:32]
+
+    def past(self, user: int, records: NDArray[np.void]) -> bytes:
+        """See Codec. The user's id is within, so that it can be told again."""
+        return self._seal(_id(user) + records.tobytes(), _about(self.name(user)))
+
+    def records(self, name: int, stored: bytes) -> NDArray[np.void]:
+        """See Codec."""
+        return np.frombuffer(self._open(stored, _about(name))[_USER:], RECORD) if stored else np.empty(0, RECORD)
+
+    def user(self, name: int, stored: bytes) -> int:
+        """The id of a user's ``past``, or of the first of ``single_records``."""
+        return int.from_bytes(self._open(stored, _about(name))[:_USER], "little", signed=True)
+
+    def single(self, user: int, records: NDArray[np.void]) -> bytes:
+        """RECORDs, each sealed by itself, so that more can be added behind them."""
+        name, who = self.name(user), _id(user)
+        raw, size = records.tobytes(), RECORD.itemsize
+        parts = (raw[at : at + size] for at in range(0, len(raw), size))
+        return b"".join(self._seal(who + part, _about(name)) for part in parts)
+
+    def single_records(self, name: int, stored: bytes) -> NDArray[np.void]:
+        """RECORDs of ``single``."""
+        if len(stored) % SEALED_RECORD:
+            raise StoreFailed(
+                f"a user's past of {len(stored)} bytes is no number of sealed events; is the store damaged?"
+            )
+        about = _about(name)
+        parts = (stored[at : at + SEALED_RECORD] for at in range(0, len(stored), SEALED_RECORD))
+        return np.frombuffer(b"".join(self._open(part, about)[_USER:] for part in parts), RECORD)
+
+    def event(self, event: Event) -> bytes:
+        """All of an event."""
+        return self._seal(json.dumps(event).encode(), self.event_name(event.event_id).encode())
+
+    def of_event(self, name: str, stored: bytes) -> Event:
+        """The event of ``event``, whose name it is stored under."""
+        return Event(*json.loads(self._open(stored, name.encode())))
+
+    def _seal(self, plain: bytes, about: bytes) -> bytes:
+        number, nonce = max(self._keys), os.urandom(_NONCE)
+        return number.to_bytes(2, "big") + nonce + self._keys[number].encrypt(nonce, plain, about)
+
+    def _open(self, sealed: bytes, about: bytes) -> bytes:
+        number = int.from_bytes(sealed[:2], "big")
+        if number not in self._keys:
+            self._reload()
+        try:
+            return self._keys[number].decrypt(sealed[2 : 2 + _NONCE], sealed[2 + _NONCE :], about)
+        except KeyError:
+            raise StoreFailed(f"the user store has no data key {number}; is it damaged?") from None
+        except (InvalidTag, ValueError):
+            raise StoreFailed(
+                "what the user store has of somebody is damaged, or was put there by somebody else"
+            ) from None
+
+    def _reload(self) -> None:
+        envelopes = self._load()
+        self._keys = {
+            number: AESGCM(self._masters.unwrap(each)) for number, each in envelopes.items() if number != NAMING
+        }
+        self._naming = self._masters.unwrap(envelopes[NAMING])
+
+
+def new_envelopes(masters: MasterKeys) -> dict[int, bytes]:
+    """Of a new store: a key to name users with, and a first data key."""
+    return {number: masters.wrap(secrets.token_bytes(KEY_BYTES)) for number in (NAMING, NAMING + 1)}
+
+
+def rotated(masters: MasterKeys, envelopes: Mapping[int, bytes]) -> dict[int, bytes]:
+    """All keys wrapped with the newest master key, and a further data key."""
+    anew = {number: masters.wrap(masters.unwrap(each)) for number, each in envelopes.items()}
+    return {**anew, max(anew) + 1: masters.wrap(secrets.token_bytes(KEY_BYTES))}
+
+
+def _id(user: int) -> bytes:
+    return user.to_bytes(_USER, "little", signed=True)
+
+
+def _about(name: int) -> bytes:
+    """What a sealed past is bound to, so that it cannot be put in another user's place."""
+    return b"past" + name.to_bytes(8, "little", signed=True)
