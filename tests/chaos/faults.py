@@ -87,8 +87,8 @@ class Served:
         return Stubs(self.process.pid).models
 
     def stub(self, stage: str) -> psutil.Process:
-        """A process of a stage, the newest, since one that was replaced takes a moment to end; of ``single`` there is the
-        model ``rank`` alone."""
+        """A process of a stage, the newest, since one that was replaced takes a moment to end. ``single`` has the model
+        ``rank`` alone."""
         own = [process for process, model in self.stubs().items() if re.match(rf"({stage}|rank)(_|$)", model)]
         return max(own, key=lambda process: process.create_time())
 
