@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from trirank import RankClient, RankError, RankRequest
 from trirank_build.repository.release import recorded_requests
-from trirank_build.serving.processes import Stubs
+from trirank_build.serving.processes import stubs
 
 RATE, DEADLINE_S, CALLERS = 50.0, 1.0, 64
 SETTLED_S = 2.0
@@ -84,7 +84,7 @@ class Served:
 
     def stubs(self) -> dict[psutil.Process, str]:
         """Processes of models, and their models' names."""
-        return Stubs(self.process.pid).models
+        return stubs(self.process.pid)
 
     def stub(self, stage: str) -> psutil.Process:
         """A process of a stage, the newest, since one that was replaced takes a moment to end. ``single`` has the model

@@ -19,7 +19,7 @@ from trirank import RankClient, RankRequest
 from trirank_build.errors import BadModel, ServeError
 from trirank_build.serving import tritonserver
 from trirank_build.serving.following import serve as serve_until_stopped
-from trirank_build.serving.processes import Stubs
+from trirank_build.serving.processes import stubs
 from trirank_build.serving.server import Ports, TritonServer
 
 
@@ -138,7 +138,7 @@ def wait_for(condition, process, timeout_s=60):
 
 
 def only_stub(process, model):
-    (found,) = (stub for stub, name in Stubs(process.pid).models.items() if name == model)
+    (found,) = (stub for stub, name in stubs(process.pid).items() if name == model)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,39 +11,36 @@ import psutil
 _STUB = "triton_python_backend_stub"
 
 
-class Stubs:
-    """Those that run now, to be asked later which models have lost one.
+def stubs(pid: int) -> dict[psutil.Process, str]:
+    """Processes of models, below tritonserver or whoever has started it, and the names of their models."""
+    found = {}
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                command = child.cmdline()  # the stub, the model's file, its shared memory, ...
+                if command and Path(command[0]).name == _STUB:
+                    found[child] = Path(command[1]).parents[1].name
+    return found
+
+
+class Watched:
+    """The processes that models were given last, to be asked later which have ended.
 
     Args:
-        pid: of tritonserver, or of what has started it.
-        wanted: model → how many processes it is to have; of others nobody is missed.
-
-    Attributes:
-        models: process → the name of the model that it runs.
+        pid: of tritonserver.
+        wanted: model → how many processes it has. Of those that run these are the newest; others are what a former
+            release, or a model that was loaded anew, still has to finish.
     """
 
-    def __init__(self, pid: int, wanted: Mapping[str, int] | None = None) -> None:
-        self._pid, self._wanted = pid, dict(wanted or {})
-        self.models = self._running()
+    def __init__(self, pid: int, wanted: Mapping[str, int]) -> None:
+        running = sorted(stubs(pid).items(), key=lambda found: found[0].create_time(), reverse=True)
+        self._of = {
+            model: [process for process, name in running if name == model][:count] for model, count in wanted.items()
+        }
 
     def dead(self) -> list[str]:
-        """Models that have fewer processes than they are to have. Looking at those that are known costs little, so the
-        others are looked for only when one of them has ended: it may have been a former release's."""
-        if not any(map(_has_ended, self.models)):
-            return []
-        self.models = self._running()
-        there = Counter(self.models.values())
-        return [model for model, count in self._wanted.items() if there[model] < count]
-
-    def _running(self) -> dict[psutil.Process, str]:
-        found = {}
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self._pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    command = child.cmdline()  # the stub, the model's file, its shared memory, ...
-                    if command and Path(command[0]).name == _STUB:
-                        found[child] = Path(command[1]).parents[1].name
-        return found
+        """Models a process of which has ended."""
+        return [model for model, own in self._of.items() if any(map(_has_ended, own))]
 
 
 def _has_ended(process: psutil.Process) -> bool:

@@ -31,7 +31,7 @@ from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.access import Access
 from trirank_build.serving.fitness import unfit
 from trirank_build.serving.live import LiveRepository, Served
-from trirank_build.serving.processes import Stubs, wipe_argument
+from trirank_build.serving.processes import Watched, wipe_argument
 from trirank_build.serving.stores import Stores
 from trirank_build.serving.swapping import CONTROL_HEADER, Control, retire, switch, warm_up
 from trirank_build.serving.tritonserver import find_tritonserver
@@ -113,7 +113,7 @@ class TritonServer:
         self._holder = os.open(self._scratch, os.O_RDONLY)
         fcntl.flock(self._holder, fcntl.LOCK_SH)  # until this process ends, however it does
         self._process: subprocess.Popen[bytes] | None = None
-        self._stubs: Stubs | None = None
+        self._watched: Watched | None = None
         self._secret = ""
         self.log = log or self._scratch / "triton.log"
         self._read = self.log.stat().st_size if self.log.is_file() else 0
@@ -195,7 +195,7 @@ class TritonServer:
             warm_up(self.connect, self.served, contract.ENSEMBLE)
         except ServeError as error:
             raise ServeError(f"{error}; Triton's last words: {self._last_words()}") from error
-        self._stubs = Stubs(self.pid, self._live.processes())
+        self._watched = Watched(self.pid, self._live.processes())
 
     def swap(self, release: Path) -> None:
         """Serve another release from now on, without a request that fails or meets both.
@@ -221,12 +221,12 @@ class TritonServer:
             retire(self._controlled(), self._live, old)
         except ServeError as error:
             warn(f"{new.name} is served, but models of {old.name} are still loaded: {error}")
-        self._stubs = Stubs(self.pid, self._live.processes())
+        self._watched = Watched(self.pid, self._live.processes())
 
     def dead_models(self) -> list[str]:
         """Models that have lost a process. Triton does not notice: it stays ready, and whoever asks one is told
         so after a second (triton-inference-server/server #8604)."""
-        return self._stubs.dead() if self._stubs is not None else []
+        return self._watched.dead() if self._watched is not None else []
 
     def revive(self, models: list[str]) -> None:
         """Load models anew, whose processes have died; the others go on meanwhile.
@@ -238,7 +238,7 @@ class TritonServer:
         for model in models:
             self._live.touch(model)
             self._controlled().load(model)
-        self._stubs = Stubs(self.pid, self._live.processes())
+        self._watched = Watched(self.pid, self._live.processes())
 
     def _check_swappable(self) -> None:
         if not self._swappable:
