@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -69,25 +69,18 @@ def figures_of(name: str, seen: list[Seen], note: str) -> list[Figure]:
 
 
 def stub_kill(rounds: int) -> list[Figure]:
-    """Each stage's process in turn, in both pipelines."""
+    """Each stage's process in turn, in both pipelines; a server of its own each time, so that none has a pause before
+    it."""
     found, every = [], []
     for pipeline, release in releases().items():
         stages = ("preprocess", "ranker", "rerank") if pipeline == "ensemble" else ("rank",)
-        with served(release, scratch(), "--users", "none") as running:
-            of_pipeline = []
-            for number in range(rounds):
-                for stage in stages:
-                    rest(running)
-                    of_pipeline.append(watch(running, running.stub(stage).kill))
-                    time.sleep(0.1 * number)
+        of_pipeline = []
+        for stage in stages * rounds:
+            with served(release, scratch(), "--users", "none") as running:
+                of_pipeline.append(watch(running, running.stub(stage).kill))
         every += of_pipeline
         found += figures_of(f"stub_kill_{pipeline}", of_pipeline, f"SIGKILL, {', '.join(stages)} in turn")
-    return found + figures_of("stub_kill", every, "SIGKILL, all stages of both pipelines")
-
-
-def rest(running: Served) -> None:
-    """So that a restart is a first one again, without a pause before it."""
-    time.sleep(61 if "started anew" in running.log.read_text() else 0)
+    return found + figures_of("stub_kill", every, "SIGKILL, all stages of both pipelines, the first of its server")
 
 
 def stub_hang(rounds: int) -> list[Figure]:
@@ -132,11 +125,10 @@ def store_down(rounds: int) -> list[Figure]:
     killed, slow, readonly, refused = [], [], [], 0
     for _ in range(rounds):
         with with_redis(releases()["ensemble"]) as (running, processes, port):
-            processes[0].send_signal(signal.SIGSTOP)
-            slow.append(watch(running, lambda: None))
+            slow.append(watch(running, partial(processes[0].send_signal, signal.SIGSTOP)))
             processes[0].send_signal(signal.SIGCONT)
-            redis.Redis(port=port).execute_command("REPLICAOF", "127.0.0.1", "1")
-            readonly.append(watch(running, lambda: None))
+            follow = partial(redis.Redis(port=port).execute_command, "REPLICAOF", "127.0.0.1", "1")
+            readonly.append(watch(running, follow))
             with RankClient(running.told("grpc"), deadline_s=5, retry=None) as client:
                 try:
                     client.feedback([FeedbackEvent(user_id=1, item_id=1, kind="click")])
@@ -252,12 +244,24 @@ def hostile(rounds: int) -> list[Figure]:
     """10,000 hostile requests: every model, both protocols, both pipelines, and good requests beside them."""
     found = [figure for pipeline, release in releases().items() for figure in _hostile(pipeline, release)]
     worst = max(figure.value for figure in found if figure.name.startswith("hostile_internal"))
-    return [*found, Figure("hostile_internal", *[worst] * 3, "requests", "the greater of both pipelines' counts")]
+    return [
+        *found,
+        Figure(
+            "hostile_internal",
+            *[worst] * 3,
+            "requests",
+            "neither OK nor INVALID_ARGUMENT; the greater of both pipelines",
+        ),
+    ]
 
 
 def _hostile(pipeline: str, release: Path) -> list[Figure]:
     requests, harmed, sane, stop = recorded_requests(release), [0], [0], threading.Event()
-    with served(release, scratch()) as running, RankClient(running.told("grpc"), deadline_s=10, retry=None) as client:
+    own = f"sqlite:{scratch()}/users.sqlite"
+    with (
+        served(release, scratch(), "--users", own) as running,
+        RankClient(running.told("grpc"), deadline_s=10, retry=None) as client,
+    ):
         expected = [client.rank(request).item_ids.tolist() for request in requests]
 
         def go_on() -> None:
@@ -269,22 +273,25 @@ def _hostile(pipeline: str, release: Path) -> list[Figure]:
                     harmed[0] += 1
                 sane[0] += 1
 
-        thread = threading.Thread(target=go_on)
-        thread.start()
         models = list(dict.fromkeys(["rank", *sorted(set(running.stubs().values()))]))
         ways = [(model, http) for model in models for http in (None, running.told("http"))]
-        each, statuses, internal = -(-HOSTILE // len(ways)), Counter(), 0
-        for number, (model, http) in enumerate(ways):
-            answers = hostile_calls(running.told("grpc"), model, each, number, http=http)
-            internal += len(answers.internal)
-            statuses += answers.statuses
-        stop.set()
-        thread.join()
+        each, statuses, broken = -(-HOSTILE // len(ways)), Counter(), 0
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        try:
+            for number, (model, http) in enumerate(ways):
+                answers = hostile_calls(running.told("grpc"), model, each, number, over_http=http)
+                broken += len(answers.broken)
+                statuses += answers.statuses
+        finally:
+            stop.set()
+            thread.join()
+        assert "started anew" not in running.log.read_text()
     note = f"{pipeline}: {each * len(ways)} of {', '.join(models)} by gRPC and HTTP ({dict(sorted(statuses.items()))})"
-    print(f"hostile {note}: {internal} internal, {harmed[0]} of {sane[0]} good ones harmed", flush=True)
+    print(f"hostile {note}: {broken} broken, {harmed[0]} of {sane[0]} good ones harmed", flush=True)
     beside = f"{pipeline}: of {sane[0]} good requests beside them, failed or answered otherwise"
     return [
-        Figure(f"hostile_internal_{pipeline}", *[float(internal)] * 3, "requests", note),
+        Figure(f"hostile_internal_{pipeline}", *[float(broken)] * 3, "requests", note),
         Figure(f"hostile_harmed_{pipeline}", *[float(harmed[0])] * 3, "requests", beside),
     ]
 
@@ -298,21 +305,18 @@ def erase(rounds: int) -> list[Figure]:
             process = start_redis(folder, port, "--save", "60", "1") if kind == "redis" else None
             store = open_store(f"redis://127.0.0.1:{port}/0" if process else f"sqlite:{folder}/users.sqlite")
             rng = np.random.default_rng(0)
-            user, items = 7_654_321_987_654_321, rng.integers(2**40, 2**41, 300)
+            user, items = 7_654_321_987_654_321, rng.integers(2**44, 2**46, 300)
             store.add([Event(f"person-{at}", user, int(item), 1, 1_772_000_000 + at) for at, item in enumerate(items)])
             store.add([Event(f"other-{at}", at, at, 1, 1_772_000_000 + at) for at in range(3_000)])
             (folder / "logs").mkdir()
             (folder / "logs" / "requests-1-1.jsonl").write_text(f'{{"user_id": {user}, "query": "person words"}}\n')
+            numbers = [user, *map(int, items)]
+            needles = [b"person", *(str(number).encode() for number in numbers)]
+            needles += [number.to_bytes(size, order) for number in numbers for size, order in WRITTEN]
+            assert bytes_of(folder, needles) > 300  # or they are not what is written
             store.erase(user)
             erase_from_files(folder / "logs", {user})
-            needles = [
-                b"person",
-                str(user).encode(),
-                user.to_bytes(8, "little"),
-                *(int(i).to_bytes(8, "little") for i in items),
-            ]
-            disk = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
-            left.append(float(sum(disk.count(needle) * len(needle) for needle in needles)))
+            left.append(float(bytes_of(folder, needles)))
             store.close()
             if process is not None:
                 process.terminate()
@@ -320,6 +324,16 @@ def erase(rounds: int) -> list[Figure]:
     print(f"erase: {left}", flush=True)
     note = "of the id, of 300 items and of all words of a user, found in files of SQLite, Redis (AOF and RDB) and logs"
     return [Figure("erase_left_bytes", max(left), min(left), max(left), "bytes", note)]
+
+
+WRITTEN = ((8, "little"), (8, "big"), (7, "big"), (6, "big"))
+"""How a number may lie in a file: in records, and as SQLite has it, as short as it goes."""
+
+
+def bytes_of(folder: Path, needles: list[bytes]) -> int:
+    """Bytes of these words in all files below a folder."""
+    disk = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    return sum(disk.count(needle) * len(needle) for needle in set(needles))
 
 
 def overload(rounds: int) -> list[Figure]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ import typer
 from rich.table import Table
 from trirank import RankError, __version__
 from trirank_backend.errors import BackendError
+from trirank_backend.stores.store import hide_password
 from trirank_loadtest.errors import BadLoad, LoadTestError
 
 from trirank_build.commands.data import app as data_app
@@ -87,7 +89,20 @@ def common(
     if handlers:
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=logging.INFO, format=form, handlers=handlers, force=True)
-        logging.getLogger("trirank").info("%s", " ".join(sys.argv))
+        logging.getLogger("trirank").info("%s", " ".join(_without_secrets(sys.argv)))
+
+
+def _without_secrets(words: list[str]) -> list[str]:
+    """A command line for a log: what follows ``--token``, and passwords of addresses, are left out."""
+    found = []
+    for before, word in pairwise(["", *words]):
+        if before == "--token":
+            found.append("***")
+        elif word.startswith("--token="):
+            found.append("--token=***")
+        else:
+            found.append(hide_password(word) if "://" in word else word)
+    return found
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ tensors of right names and types whose shapes and values are anything, and now a
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -26,20 +27,21 @@ _HTTP = {200: "OK", 400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 500: "INTERNAL", 
 
 
 class Answers(NamedTuple):
-    """What came back: how often each gRPC status (HTTP's by the same names), and what was said with INTERNAL."""
+    """What came back: how often each gRPC status (HTTP's by the same names), and what was said with any that no caller
+    has earned: neither OK nor INVALID_ARGUMENT."""
 
     statuses: Counter[str]
-    internal: list[str]
+    broken: list[str]
 
 
 def hostile_calls(
-    address: str, model: str, count: int, seed: int = 0, timeout_s: float = 10.0, http: str | None = None
+    address: str, model: str, count: int, seed: int = 0, timeout_s: float = 10.0, over_http: str | None = None
 ) -> Answers:
     """Make ``count`` hostile calls of a model, one after the other.
 
     Args:
         address: ``host:port`` of gRPC, which is asked for the model's configuration in any case.
-        http: ``host:port`` of HTTP, to which calls go then, as binary tensors; None: they go by gRPC.
+        over_http: ``host:port`` of HTTP, to which calls go then, as binary tensors; None: they go by gRPC.
     """
     rng = np.random.default_rng(seed)
     found = Answers(Counter(), [])
@@ -48,10 +50,12 @@ def hostile_calls(
         config = stub.ModelConfig(service_pb2.ModelConfigRequest(name=model), timeout=timeout_s).config
         for _ in range(count):
             message = _hostile(config, rng)
-            status, words = _by_grpc(stub, message, timeout_s) if http is None else _by_http(http, message, timeout_s)
+            status, words = (
+                _by_grpc(stub, message, timeout_s) if over_http is None else _by_http(over_http, message, timeout_s)
+            )
             found.statuses[status] += 1
-            if status == "INTERNAL":
-                found.internal.append(words)
+            if status not in ("OK", "INVALID_ARGUMENT"):
+                found.broken.append(f"{status}: {words}")
     return found
 
 
@@ -82,7 +86,7 @@ def _by_http(address: str, message: Any, timeout_s: float) -> tuple[str, str]:
             return "OK", ""
     except urllib.error.HTTPError as error:
         return _HTTP.get(error.code, str(error.code)), error.read().decode(errors="replace")
-    except OSError as error:  # it did not answer, or not in time
+    except (OSError, http.client.HTTPException) as error:  # it did not answer, or not in time
         return "UNAVAILABLE", str(error)
 
 

@@ -8,6 +8,7 @@ changes, so a token is replaced by adding the new one, telling the callers, and 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -17,15 +18,16 @@ from pathlib import Path
 from trirank import contract
 
 from trirank_backend.errors import InvalidTokens, NotAllowed
+from trirank_backend.surroundings import OWN_TOKEN_VARIABLE, TOKENS_VARIABLE
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-TOKENS_VARIABLE, DIGEST_VARIABLE = "TRIRANK_TOKENS", "TRIRANK_OWN_TOKEN"
 HEADER = "authorization"
 _LOOK_S = 1.0
+_log = logging.getLogger("trirank")
 _BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
 
 
@@ -63,6 +65,7 @@ class Callers:
         self._stamp: tuple[int, int] | None = None
         self._known: dict[str, str] = {}
         self._next = 0.0
+        self._is_told = False
         self._look(strict=True)
 
     def check(self, header: str | None) -> None:
@@ -80,15 +83,19 @@ class Callers:
             raise NotAllowed(f"{contract.NOT_ALLOWED}: the token is none of this server's; it may have been replaced")
 
     def _look(self, *, strict: bool) -> None:
-        """What was known stays known while the file is damaged or away."""
+        """What was known stays known while the file is damaged or away, and that is told."""
         try:
             status = os.stat(self._file)
             stamp = (status.st_mtime_ns, status.st_size)
             if stamp != self._stamp:
                 self._known, self._stamp = read_tokens(self._file), stamp
-        except (OSError, InvalidTokens):
+            self._is_told = False
+        except (OSError, InvalidTokens) as error:
             if strict:
-                raise
+                raise InvalidTokens(f"{self._file} cannot be read ({error})") from error
+            if not self._is_told:
+                self._is_told = True
+                _log.warning("%s; the tokens that were there before stay good until it can be read", error)
 
 
 def callers_of_this_server() -> Callers | None:
@@ -98,4 +105,4 @@ def callers_of_this_server() -> Callers | None:
         InvalidTokens: the file cannot be read.
     """
     file = os.environ.get(TOKENS_VARIABLE)
-    return Callers(Path(file), os.environ.get(DIGEST_VARIABLE, "")) if file else None
+    return Callers(Path(file), os.environ.get(OWN_TOKEN_VARIABLE, "")) if file else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 
+import numpy as np
 import pytest
 from test_cli import trirank
 from trirank.contract import EventKind
+from trirank_backend.histories import Events
 from trirank_backend.request_log import RequestLog, Settings
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.overlay import STATE, read_overlay
@@ -78,20 +80,26 @@ def test_a_store_is_sealed_by_copying_it(world, users, tmp_path, monkeypatch):
     keys, sealed, again = tmp_path / "keys.toml", f"sqlite:{tmp_path / 'sealed'}", f"sqlite:{tmp_path / 'again'}"
     store = open_store(users)
     store.add([Event(f"e{at}", 9_877, 5 + at, 1, 1_772_000_000 + at) for at in range(3)])
+    dislike = np.array([int(EventKind.DISLIKE)], np.int32)  # one that is in no log any more
+    store.put([(9_877, Events(np.array([4711]), dislike, np.array([1_771_000_000])))])
     everybody = {user: store.get([user])[user].events.item_ids.tolist() for user in store.users()}
     store.close()
     assert "cannot be read" in trirank("users", "key", keys).stdout.replace("\n", " ")
     monkeypatch.setenv("TRIRANK_KEYS", str(keys))
     error = trirank("users", "export", "--users", users, "--user", 9_877, code=1).stderr
     assert "is not sealed, and TRIRANK_KEYS names keys" in error.replace("\n", " ")
-    for _ in range(2):  # it can be done again
-        told = trirank("users", "copy", "--users", users, "--into", sealed).stdout
-        assert f"3 events and {len(everybody)} users are in" in told.replace("\n", " ")
+    told = trirank("users", "copy", "--users", users, "--source-keys", "", "--into", sealed).stdout
+    assert f"3 events and {len(everybody)} users are in" in told.replace("\n", " ")
+    error = trirank("users", "copy", "--users", users, "--into", sealed, code=2).stderr
+    assert "has users already; name a new store" in error.replace("\n", " ")
+    error = trirank("users", "copy", "--users", f"sqlite:{tmp_path / 'none'}", "--into", again, code=2).stderr
+    assert "there is no such file" in error.replace("\n", " ")
     trirank("users", "key", keys, "--name", "second")
     trirank("users", "rotate", "--users", sealed)
     store = open_store(sealed)
     assert {user: store.get([user])[user].events.item_ids.tolist() for user in store.users()} == everybody
     assert [stored.event.event_id for stored in store.log()] == ["e0", "e1", "e2"]
+    assert store.get([9_877])[9_877].disliked.tolist() == [4711]
     store.close()
     monkeypatch.delenv("TRIRANK_KEYS")
     error = trirank("users", "export", "--users", sealed, "--user", 9_877, code=1).stderr

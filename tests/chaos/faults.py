@@ -35,7 +35,7 @@ SETTLED_S = 2.0
 
 @dataclass
 class Call:
-    """One request: when it was sent (seconds of a monotonic clock), when it ended, and what came of it; ``""``: it was
+    """One request: when it was due (seconds of a monotonic clock), when it ended, and what came of it; ``""``: it was
     answered."""
 
     sent: float
@@ -155,8 +155,8 @@ def load(running: Served, rate: float = RATE, requests: list[RankRequest] | None
         ThreadPoolExecutor(CALLERS) as pool,
     ):
 
-        def call(number: int) -> None:
-            sent, error = time.monotonic(), ""
+        def call(number: int, sent: float) -> None:
+            error = ""
             try:
                 client.rank(recorded[number % len(recorded)])
             except RankError as failed:
@@ -169,7 +169,7 @@ def load(running: Served, rate: float = RATE, requests: list[RankRequest] | None
                 due = start + number / rate
                 if (early := due - time.monotonic()) > 0:
                     time.sleep(early)
-                pool.submit(call, number)
+                pool.submit(call, number, due)
                 number += 1
 
         client.rank(recorded[0], deadline_s=10)

@@ -59,6 +59,14 @@ def test_a_killed_server(running):
     assert seen.recovered_s < 20
 
 
+def test_a_server_that_hangs(running):
+    """All of it, so that nobody answers what it counts either."""
+    seen = watch(running, lambda: running.server().suspend())
+    assert "3 recorded requests in a row were not answered" in seen.log
+    assert 5 < seen.recovered_s < 60
+    assert answered(running)
+
+
 def test_a_stub_that_dies_again_and_again(running):
     """With pauses, so that the others are not starved by its starting; and the server lives."""
     pid = running.server().pid
@@ -116,7 +124,7 @@ def test_the_end_under_load(release, tmp_path):
             running.process.wait(40)
             took = time.monotonic() - asked
         assert running.process.returncode == 0
-        before = [call for call in calls if call.sent < asked - 0.05]
+        before = [call for call in calls if call.sent < asked]
         assert len(before) > 100
         assert [call.error for call in before if call.error] == []
         assert {call.error for call in calls} <= {"", "Unavailable"}
@@ -185,8 +193,7 @@ def test_a_store_that_is_killed_slow_or_read_only(world, tmp_path):
             assert tell(0).stored == 1
             assert watch(running, lambda: processes[-1].send_signal(signal.SIGSTOP)).failed == 0
             processes[-1].send_signal(signal.SIGCONT)
-            client.execute_command("REPLICAOF", "127.0.0.1", "1")
-            assert watch(running, lambda: None).failed == 0
+            assert watch(running, lambda: client.execute_command("REPLICAOF", "127.0.0.1", "1")).failed == 0
             with pytest.raises(RankError):
                 tell(1)
             client.execute_command("REPLICAOF", "NO", "ONE")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +21,9 @@ from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.guarded import GuardedUsers
-from trirank_backend.stores.sealing import KEYS_VARIABLE, MasterKeys, Sealed, add_master_key, new_envelopes
+from trirank_backend.stores.sealing import MasterKeys, Sealed, add_master_key, new_envelopes
 from trirank_backend.stores.store import hide_password, open_store
+from trirank_backend.surroundings import KEYS_VARIABLE
 
 KINDS = ["sqlite", pytest.param("redis", marks=pytest.mark.skipif(SERVER is None, reason="no redis-server here"))]
 
@@ -540,12 +543,65 @@ def test_without_a_key_nobody_reads_it(sealed, monkeypatch):
 def test_what_is_plain_is_not_taken_for_sealed(address, tmp_path, monkeypatch):
     monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     store = open_store(address)
-    store.add([event(1)])
+    store.put([(1, history(5))])  # as an import does, and nothing else
     store.close()
     add_master_key(tmp_path / "more.toml", "first")
     monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "more.toml"))
     with pytest.raises((InvalidStore, StoreFailed), match="is not sealed, and TRIRANK_KEYS names keys; copy it"):
         open_store(address).get([1])
+
+
+def test_a_server_without_keys_writes_nothing_in_the_clear(tmp_path, monkeypatch, redis_address):
+    """It met an empty store, which another one has sealed since."""
+    client = redis.Redis.from_url(redis_address)
+    client.flushall()
+    early = open_store(redis_address)
+    assert early.get([1]) == {}
+    add_master_key(tmp_path / "keys", "first")
+    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
+    open_store(redis_address).add([event(1)])
+    with pytest.raises(StoreFailed, match="it has been sealed"):
+        early.add([event(2)])
+    with pytest.raises(StoreFailed, match="is sealed, and"):
+        early.put([(1, history(5))])
+    assert client.xlen("trirank:events") == 1
+    client.close()
+
+
+def test_an_erasure_that_was_cut_short_is_done_again(tmp_path, redis_address):
+    store = open_store(redis_address)
+    store._redis.flushall()
+    store.add([event(at, user=at % 2) for at in range(6)])
+    write, store._write_log_anew = store._write_log_anew, lambda token: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        store.erase(1)
+    store._write_log_anew = write
+    assert store._redis.exists("trirank:events.dirty")
+    assert store.erase(1) == 0
+    assert not store._redis.exists("trirank:events.dirty", "trirank:events.lock")
+    assert b"event-1" not in store._redis.dump("trirank:events")
+    assert len(store.log()) == 3
+    store._redis.set("trirank:events.lock", "another")
+    with pytest.raises(StoreFailed, match="another user is being erased"):
+        store.erase(0)
+    store._redis.delete("trirank:events.lock")
+    store.close()
+
+
+def test_opening_it_again_leaves_its_locks(tmp_path):
+    """SQLite's locks are the process's, and closing any handle of the file drops them all (fcntl(2)): another process
+    then took itself for the last one, and removed what this one had written ahead."""
+    address = f"sqlite:{tmp_path / 'users.sqlite'}"
+    store = open_store(address)
+    store.add([event(1)])
+    open_store(address)  # in this process, and still open
+    code = f"from trirank_backend.stores.store import open_store; s = open_store({address!r}); s.log(); s.close()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    store.add([event(2)])
+    code = f"from trirank_backend.stores.store import open_store; print(len(open_store({address!r}).log()))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stdout.strip() == "2"
+    store.close()
 
 
 def test_keys_are_rotated_while_it_is_used(sealed):

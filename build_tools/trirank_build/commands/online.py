@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 from trirank import contract
-from trirank_backend.errors import InvalidPolicy
+from trirank_backend.errors import InvalidPolicy, StoreFailed
 from trirank_backend.stores.store import hide_password
-from trirank_backend.surroundings import CATALOGUE_VARIABLE, USERS_VARIABLE
+from trirank_backend.surroundings import CATALOGUE_VARIABLE, KEYS_VARIABLE, USERS_VARIABLE
 
 from trirank_build.commands.options import Json, check_target, opened
 from trirank_build.errors import BadUsage
@@ -123,13 +123,10 @@ def import_users(
     """Add the histories of a dataset; what is there already is not added twice."""
     from trirank_build.data.dataset import Dataset
     from trirank_build.online.users import import_users as add_users
-    from trirank_build.privacy.anonymise import NOTE
+    from trirank_build.privacy.anonymise import refuse_anonymised
 
     dataset = Dataset.load(data)
-    if NOTE in dataset.description.notes:
-        raise BadUsage(
-            f"the users of {data} are pseudonyms, which no caller sends; import the dataset that it was made of"
-        )
+    refuse_anonymised(dataset, "import the dataset that it was made of")
     if not dataset.description.timed:
         warn("the dataset's timestamps are places in a sequence, no times: later feedback counts as newer all the same")
     with opened(users, new=True) as store, working("adding histories"):
@@ -181,7 +178,7 @@ def add_key(
     """Add a master key for sealed stores: what is sealed from then on is sealed with it."""
     from datetime import date
 
-    from trirank_backend.stores.sealing import KEYS_VARIABLE, add_master_key
+    from trirank_backend.stores.sealing import add_master_key
 
     add_master_key(file, name or date.today().isoformat())
     out.print(
@@ -206,16 +203,13 @@ def copy_store(
     ] = None,
 ) -> None:
     """Copy a store's log and users into another, which is sealed where TRIRANK_KEYS is set."""
-    from trirank_backend.stores.store import open_store
-
     from trirank_build.online.users import copy_users
 
-    source = open_store(users, keys=source_keys or "")
-    try:
-        with opened(into, "--into", new=True) as target, working("copying"):
+    with opened(users, keys=source_keys or "") as source, opened(into, "--into", new=True) as target:
+        if target.log(limit=1) or next(target.users(), None) is not None:
+            raise BadUsage(f"--into {hide_password(into)} has users already; name a new store")
+        with working("copying"):
             events, count = copy_users(source, target)
-    finally:
-        source.close()
     out.print(f"{events:,} events and {count:,} users are in {hide_password(into)}")
 
 
@@ -233,13 +227,20 @@ def erase_user(
     of them, and models, are made anew without the user."""
     from trirank_build.online.users import erase_from_files
 
-    ids = _user_ids(user, user_ids)
+    gone, lines, failed = 0, 0, []
     with opened(users) as store:
-        gone = sum(map(store.erase, ids))
-    lines = sum(erase_from_files(folder, set(ids)) for folder in logs or ())
-    out.print(f"{gone} events of user {user} are gone" if gone else f"nothing was known of user {user}")
+        ids = _user_ids(user, user_ids)
+        lines += sum(erase_from_files(folder, set(ids)) for folder in logs or ())
+        for each in ids:  # all of them, whatever comes of one
+            try:
+                gone += store.erase(each)
+            except StoreFailed as error:  # noqa: PERF203
+                failed.append(error)
     if logs:
         out.print(f"{lines} lines of user {user} are gone from {len(logs)} folders of logs")
+    if failed:
+        raise failed[0]
+    out.print(f"{gone} events of user {user} are gone" if gone else f"nothing was known of user {user}")
 
 
 def _user_ids(text: str, kind: str | None) -> list[int]:

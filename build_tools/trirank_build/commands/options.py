@@ -24,8 +24,8 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
 @contextmanager
-def opened(address: str, option: str = "--users", new: bool = False) -> Iterator[Store]:
-    """A user store; ``new``: whether a file may be made.
+def opened(address: str, option: str = "--users", new: bool = False, keys: str | None = None) -> Iterator[Store]:
+    """A user store; ``new``: whether a file may be made; ``keys``: see open_store.
 
     Raises:
         BadUsage: it is a file that is not there.
@@ -33,7 +33,7 @@ def opened(address: str, option: str = "--users", new: bool = False) -> Iterator
     kind, _, path = address.partition(":")
     if kind == "sqlite" and not new and not Path(path).is_file():
         raise BadUsage(f"{option} {address}: there is no such file; `trirank users import` makes one")
-    store = open_store(address)
+    store = open_store(address, keys=keys)
     try:
         yield store
     finally:

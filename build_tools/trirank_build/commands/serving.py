@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from trirank import RankClient, RankRequest, Tls, contract
-from trirank_backend.callers import TOKENS_VARIABLE
-from trirank_backend.surroundings import CATALOGUE_VARIABLE, REQUESTS_VARIABLE, USERS_VARIABLE
+from trirank_backend.surroundings import CATALOGUE_VARIABLE, REQUESTS_VARIABLE, TOKENS_VARIABLE, USERS_VARIABLE
 
 from trirank_build.commands.options import Engine, Json
 from trirank_build.errors import BadUsage
@@ -26,7 +25,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     tritonserver: Annotated[Path | None, typer.Option(help="The server to run.")] = None,
     addresses: Annotated[
-        Path | None, typer.Option(help="File for addresses and state, as JSON, when ready; `trirank health` reads it.")
+        Path | None,
+        typer.Option(
+            envvar="TRIRANK_ADDRESSES",
+            help="File for addresses and state, as JSON, when ready; `trirank health` reads it.",
+        ),
     ] = None,
     log: Annotated[
         Path | None, typer.Option(help="File for Triton's log; else it is gone at the stop. Errors are shown anyway.")
@@ -108,7 +111,9 @@ def serve(
 
 
 def health(
-    addresses: Annotated[Path, typer.Argument(help="The file of `trirank serve --addresses`.")],
+    addresses: Annotated[
+        Path, typer.Argument(envvar="TRIRANK_ADDRESSES", help="The file of `trirank serve --addresses`.")
+    ],
     live: Annotated[
         bool, typer.Option("--live", help="Ask only whether it is looked after, not whether it ranks.")
     ] = False,

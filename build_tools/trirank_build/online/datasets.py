@@ -14,6 +14,7 @@ from trirank_build.data.dataset import GAINS, OPTIMUM, POSITIONS, REQUEST_ID, RE
 from trirank_build.errors import BadData
 from trirank_build.online.requests import NEEDED
 from trirank_build.preparation.splitting import times_of, with_split
+from trirank_build.privacy.anonymise import refuse_anonymised
 from trirank_build.progress import warn
 
 _FEEDBACK = ", and feedback"
@@ -35,6 +36,7 @@ def with_feedback(base: Dataset, events: Iterable[Event], requests: Iterable[dic
     Raises:
         BadData: the base has no timestamps, or there is nothing new.
     """
+    refuse_anonymised(base, "add to the dataset that it was made of, and anonymise the whole")
     if not base.description.timed:
         raise BadData(f"{base.description.source} has no timestamps, and feedback does; prepare a log that has them")
     done, lines = list(events), [{name: line[name] for name in NEEDED} for line in requests]

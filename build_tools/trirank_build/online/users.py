@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from trirank import contract
 from trirank.contract import EventKind
 from trirank_backend.histories import Events
@@ -58,11 +60,11 @@ def histories(events: pl.DataFrame) -> Iterator[tuple[int, Events]]:
 
 
 def copy_users(source: Store, target: Store) -> tuple[int, int]:
-    """Put all events of a store's log into another, and then what is remembered of users besides; gives how many of
-    each. What is there already is not added twice, so it can be done again.
+    """Put all events of a store's log into an empty one, and then what is remembered of users besides; gives how many
+    of each. Counts are those of the log; who has read how far is not copied.
 
     Raises:
-        StoreFailed: one of them does not answer.
+        StoreFailed: one of them does not answer; then begin again with an empty one.
     """
     events, after = 0, ""
     while part := source.log(after):
@@ -71,9 +73,13 @@ def copy_users(source: Store, target: Store) -> tuple[int, int]:
     users = 0
     for user in source.users():
         past = source.get([user]).get(user)
-        if past is not None:
-            target.put([(user, past.events)])
-            users += 1
+        if past is None:
+            continue
+        there = target.get([user]).get(user)
+        lacking = np.setdiff1d(past.disliked, [] if there is None else there.disliked)  # when, nobody knows any more
+        disliked = Events(lacking, np.full(len(lacking), EventKind.DISLIKE, np.int32), np.zeros(len(lacking), np.int64))
+        target.put([(user, past.events), (user, disliked)])
+        users += 1
     return events, users
 
 
@@ -123,29 +129,40 @@ def export_users(store: Store, target: Path) -> int:
     return count
 
 
-def erase_from_files(folder: Path, users: set[int]) -> int:
+def erase_from_files(folder: Path, users: set[int], wait_s: float = 5.0) -> int:
     """Overwrite what files of events (``users log``) and of requests (``--log-requests``) have of users; gives how many
-    lines. In their places stand blanks, so that a server may go on writing to a file meanwhile.
+    lines. In their places stand blanks, so that a server may go on writing to a file meanwhile; a line that it is
+    writing is waited for.
 
     Raises:
         BadData: there is no such file.
     """
-    files = sorted([*folder.glob("events-*.jsonl"), *folder.glob("requests-*.jsonl")])
-    if not files:
-        raise BadData(f"{folder} holds no events-*.jsonl and no requests-*.jsonl; name a folder of logs")
-    count = 0
-    for file in files:
-        with file.open("r+b") as stream:
-            place = 0
-            for line in stream.read().splitlines(keepends=True):
-                if _user_of(line) in users:
-                    stream.seek(place)
-                    stream.write(b" " * len(line.rstrip(b"\n")))
-                    count += 1
-                place += len(line)
-            stream.flush()
-            os.fsync(stream.fileno())
-    return count
+    count, until = 0, time.monotonic() + wait_s
+    while True:
+        files = sorted([*folder.glob("events-*.jsonl"), *folder.glob("requests-*.jsonl")])
+        if not files:
+            raise BadData(f"{folder} holds no events-*.jsonl and no requests-*.jsonl; name a folder of logs")
+        found = [_erase_from(file, users) for file in files]
+        count += sum(lines for lines, _ in found)
+        if all(is_whole for _, is_whole in found) or time.monotonic() > until:
+            return count
+        time.sleep(0.1)
+
+
+def _erase_from(file: Path, users: set[int]) -> tuple[int, bool]:
+    """How many lines were overwritten, and whether the last line is whole."""
+    count, place, line = 0, 0, b"\n"
+    with file.open("r+b") as stream:
+        for line in stream.read().splitlines(keepends=True):
+            # A line that begins with a blank and is none was begun to be overwritten once.
+            if _user_of(line) in users or (line.startswith(b" ") and line.strip()):
+                stream.seek(place)
+                stream.write(b" " * len(line.rstrip(b"\n")))
+                count += 1
+            place += len(line)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return count, line.endswith(b"\n")
 
 
 def _user_of(line: bytes) -> int | None:

@@ -25,6 +25,7 @@ from trirank_build.preparation.sources.behaviour_log import (
     with_searches,
 )
 from trirank_build.preparation.splitting import times_of, with_split
+from trirank_build.privacy.anonymise import refuse_anonymised
 from trirank_build.progress import warn
 
 _EVENT = ["user_id", "item_id", "behaviour", "timestamp"]
@@ -40,6 +41,7 @@ def prepare_onto(base: Dataset, source: str, options: PrepareOptions) -> Dataset
     Raises:
         BadData: the base or the log has no times, ids of another kind, or the log is in the base already.
     """
+    refuse_anonymised(base, "add to the dataset that it was made of, and anonymise the whole")
     description = base.description
     if not description.timed:
         raise BadData(

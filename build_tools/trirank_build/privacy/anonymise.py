@@ -65,15 +65,16 @@ class Anonymiser:
     def apply(self, dataset: Dataset) -> Dataset:
         """The dataset without what tells of a person.
 
-        Events of rare items are left out, and requests in which somebody chose one; a rare item may still be a
-        candidate, which tells of nobody. Requests with a rare query, or one with an address or a number in it, are left
-        out.
+        Events of rare items are left out, and requests in which somebody chose one. Requests with a rare query, or one
+        with an address or a number in it, are left out; the others are written alike. Candidates and their scores stay:
+        what a user's history, or the query, had retrieval find.
 
         Raises:
             BadData: the dataset was anonymised before, two users' pseudonyms are the same, or nothing is left.
         """
-        if NOTE in dataset.description.notes:
-            raise BadData("the dataset was anonymised before; start from the one that it was made of")
+        refuse_anonymised(dataset, "anonymise the dataset that it was made of")
+        if not dataset.events.height:
+            raise BadData("the dataset names no users, as judged search does not, so there is nothing to anonymise")
         common = self._common_items(dataset)
         events = dataset.events.filter(pl.col("item_id").is_in(common))
         requests = dataset.requests.collect()
@@ -88,11 +89,15 @@ class Anonymiser:
                 f"nothing is left of {requests.height:,} requests and {dataset.events.height:,} events at "
                 f"k = {self.k}; take a smaller --k, or more data"
             )
+        kept = kept.with_columns(plain().alias("query"))
         if REQUEST_ID in kept.columns:
             kept = kept.with_columns(pl.lit("").alias(REQUEST_ID))
         if dataset.description.timed and not self.keep_times:
             events, kept = _without_time_of_day(events, kept)
-        events, kept = self._renamed(events, kept)
+        # In an order that is nobody's: rows of one moment, or of one place in a day, by pseudonym.
+        events, kept = (
+            frame.sort("timestamp", "user_id", maintain_order=True) for frame in self._renamed(events, kept)
+        )
         done = {
             "key": self.fingerprint, "k": self.k, "times": "kept" if self.keep_times else "days",
             "rare_items": dataset.items.height - len(common), "events_dropped": dataset.events.height - events.height,
@@ -109,8 +114,6 @@ class Anonymiser:
 
     def _common_items(self, dataset: Dataset) -> set[int]:
         seen = dataset.events.group_by("item_id").agg(users=pl.col("user_id").n_unique())
-        if not dataset.events.height:  # judged search: nobody is known to have done anything
-            return set(dataset.items["item_id"].to_list())
         return set(seen.filter(pl.col("users") >= self.k)["item_id"].to_list())
 
     def _renamed(self, events: pl.DataFrame, requests: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -143,6 +146,12 @@ def _without_time_of_day(events: pl.DataFrame, requests: pl.DataFrame) -> tuple[
         return joined.drop("timestamp").rename({"new": "timestamp"}).select(columns)
 
     return coarse(events), coarse(requests)
+
+
+def refuse_anonymised(dataset: Dataset, instead: str) -> None:
+    """Raises BadData for a dataset of pseudonyms, where ids of users are needed."""
+    if NOTE in dataset.description.notes:
+        raise BadData(f"the users of {dataset.description.source} are pseudonyms, which no caller sends; {instead}")
 
 
 def make_key(file: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 from trirank import contract
+from trirank.contract import ANONYMOUS_USER
 from trirank_backend.attributes import FOLDER
 from trirank_backend.candidates import FOLDER as RETRIEVAL
 from trirank_backend.errors import InvalidRelease
@@ -227,12 +228,17 @@ def _checked_plans(plans: list[Path], onnx_path: Path, runtime: str) -> list[tup
 
 
 def _recorded(dataset: Dataset) -> list[dict[str, Any]]:
-    """Requests of the test split, each scenario among them, with item ids as callers send them. They tell of nobody:
-    users are numbered, times are days, and in the place of a query that few have asked stand words of a title."""
-    test = dataset.split("test")
+    """Requests of the test split, each scenario among them, with item ids as callers send them. They name nobody: users
+    are numbered, times are days, and queries are such as several users have asked. Where a scenario has too few of
+    those, words of a title stand for a query, and scores that came of it are left out."""
+    named = dataset.requests.filter(pl.col("user_id") != ANONYMOUS_USER)
+    common = shared(named, _ASKED_BY) | {""}
+    if not named.select(pl.len()).collect().item():  # judged search: nobody has asked
+        common |= shared(dataset.requests, 1)
+    test = dataset.split("test").with_columns(plain().alias("query"))
+    test = test.with_columns(known=pl.col("query").is_in(list(common)))
+    test = test.sort("known", descending=True, maintain_order=True)
     picked = test.group_by("scenario", maintain_order=True).head(_RECORDED)
-    common = shared(dataset.requests, _ASKED_BY)
-    said = picked.select(plain()).to_series().to_list()
     titles = dict(dataset.items.select("item_id", "title").iter_rows())
     keys: dict[int, Any] = {}
     if dataset.description.ids["item"] == "strings":
@@ -241,13 +247,13 @@ def _recorded(dataset: Dataset) -> list[dict[str, Any]]:
         {
             "user_id": number,
             "timestamp": row["timestamp"] // _DAY_S * _DAY_S if dataset.description.timed else row["timestamp"],
-            "query": query if query in common or not query else " ".join(titles[row["item_ids"][0]].split()[:3]),
+            "query": row["query"] if row["known"] else " ".join(titles[row["item_ids"][0]].split()[:3]),
             "scenario": row["scenario"],
             "item_ids": [keys.get(item, item) for item in row["item_ids"]],
-            "retrieval_scores": row["retrieval_scores"],
+            "retrieval_scores": row["retrieval_scores"] if row["known"] else None,
             "top_k": 10,
         }
-        for number, (row, query) in enumerate(zip(picked.iter_rows(named=True), said, strict=True), 1)
+        for number, row in enumerate(picked.iter_rows(named=True), 1)
     ]
 
 

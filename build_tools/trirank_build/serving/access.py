@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
 import re
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from trirank import RankClient, Tls
-from trirank_backend.callers import DIGEST_VARIABLE, TOKENS_VARIABLE, digest, read_tokens
+from trirank_backend.callers import digest, read_tokens
 from trirank_backend.errors import InvalidTokens
+from trirank_backend.surroundings import OWN_TOKEN_VARIABLE, TOKENS_VARIABLE
 
 from trirank_build.artefacts import atomic_file
 from trirank_build.errors import ServeError
@@ -41,10 +47,14 @@ class Certificates:
     def check(self) -> None:
         """Raises ServeError, with the option at fault, for files that no server could use."""
         now = datetime.now(timezone.utc)
+        if self.name() is None:
+            raise ServeError(
+                f"--tls-cert {self.cert} names no host (subjectAltName), so no caller would take it; issue another"
+            )
         chain = _certificates("--tls-cert", self.cert)
         try:
             key = load_pem_private_key(self.key.read_bytes(), None)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise ServeError(f"--tls-key {self.key} is no PEM of a key without a password ({error})") from None
         as_bytes = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         if key.public_key().public_bytes(*as_bytes) != chain[0].public_key().public_bytes(*as_bytes):
@@ -54,12 +64,23 @@ class Certificates:
         named: list[tuple[str, Path, x509.Certificate]] = [("--tls-cert", self.cert, each) for each in chain]
         if self.client_ca is not None:
             named += [("--client-ca", self.client_ca, each) for each in _certificates("--client-ca", self.client_ca)]
+            self._check_shown(chain[0])
         for option, file, certificate in named:
             begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
             if not begins <= now <= ends:
                 raise ServeError(
                     f"{option} {file} is valid from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} UTC, and it is "
                     f"{now:%Y-%m-%d %H:%M}; renew it"
+                )
+
+    def _check_shown(self, own: x509.Certificate) -> None:
+        """With ``client_ca`` this process asks its own server, too, and shows the server's certificate."""
+        with suppress(x509.ExtensionNotFound):
+            usage = own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+            if not {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(usage):
+                raise ServeError(
+                    f"--tls-cert {self.cert} is for servers alone (extendedKeyUsage), and with --client-ca this "
+                    "command shows it to its own server; issue one with clientAuth, too"
                 )
 
     def name(self) -> str | None:
@@ -100,13 +121,29 @@ class Access:
             except InvalidTokens as error:
                 raise ServeError(f"--tokens: {error}") from None
 
+    def settled(self, folder: Path) -> Access:
+        """The same with copies of the certificates, so that this process and Triton go on with what Triton has read,
+        whenever the files are renewed.
+
+        Args:
+            folder: that nobody else may look into.
+        """
+        if (files := self.certificates) is None:
+            return self
+        copies = []
+        for name, file in (("tls.pem", files.cert), ("tls.key", files.key)):
+            copies.append(folder / name)
+            with os.fdopen(os.open(copies[-1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+                stream.write(file.read_bytes())
+        return replace(self, certificates=replace(files, cert=copies[0], key=copies[1]))
+
     def environment(self) -> Mapping[str, str]:
         """What a server's processes are told: the tokens' file, and the digest of this process's own token."""
         if self.tokens is None:
             return {TOKENS_VARIABLE: ""}
         return {
             TOKENS_VARIABLE: str(self.tokens.absolute()),
-            DIGEST_VARIABLE: digest(self._own),
+            OWN_TOKEN_VARIABLE: digest(self._own),
         }
 
     def arguments(self, secret: str, header: str, *, controlled: bool) -> list[str]:
@@ -165,13 +202,10 @@ def add_token(file: Path, name: str) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise ServeError(f"{name!r} is no name of a caller; take up to 64 letters, digits, _ and -")
-    known = _known(file)
-    taken = set(known.values())
-    own = next(
-        each for each in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if each not in taken
-    )
     token = secrets.token_urlsafe(32)
-    _write_tokens(file, {**{each: told for told, each in known.items()}, own: digest(token)})
+    with _changed(file) as known:
+        numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        known[next(each for each in numbered if each not in known)] = digest(token)
     return token
 
 
@@ -181,27 +215,33 @@ def remove_token(file: Path, name: str) -> None:
     Raises:
         ServeError: the file is none, or has no such caller.
     """
-    kept = {each: told for told, each in _known(file).items()}
-    if name not in kept:
-        raise ServeError(f"{file} has no caller {name!r}; it has {', '.join(sorted(kept)) or 'none'}")
-    _write_tokens(file, {each: told for each, told in kept.items() if each != name})
+    with _changed(file) as known:
+        if name not in known:
+            raise ServeError(f"{file} has no caller {name!r}; it has {', '.join(sorted(known)) or 'none'}")
+        del known[name]
 
 
-def _known(file: Path) -> dict[str, str]:
-    try:
-        return read_tokens(file) if file.exists() else {}
-    except InvalidTokens as error:
-        raise ServeError(f"--tokens: {error}") from None
-
-
-def _write_tokens(file: Path, tokens: Mapping[str, str]) -> None:
-    with atomic_file(file) as scratch:
-        scratch.touch(0o600)
-        scratch.write_text("".join(f'{name} = "{told}"\n' for name, told in sorted(tokens.items())))
+@contextmanager
+def _changed(file: Path) -> Iterator[dict[str, str]]:
+    """Name → digest, written back when the block ends without an error; one at a time. Mode and owner stay."""
+    with file.with_name(f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            known = {name: told for told, name in read_tokens(file).items()} if file.exists() else {}
+        except InvalidTokens as error:
+            raise ServeError(f"--tokens: {error}") from None
+        yield known
+        before = file.stat() if file.exists() else None
+        with atomic_file(file) as scratch:
+            scratch.touch(0o600)
+            scratch.write_text("".join(f'"{name}" = "{told}"\n' for name, told in sorted(known.items())))
+            if before is not None:
+                scratch.chmod(before.st_mode & 0o777)
+                os.chown(scratch, before.st_uid, before.st_gid)
 
 
 def _certificates(option: str, file: Path) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise ServeError(f"{option} {file} is no PEM of a certificate ({error})") from None

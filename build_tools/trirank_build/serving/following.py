@@ -13,17 +13,18 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from trirank_build.errors import BadUsage, ServeError, TrirankBuildError
+from trirank_build.errors import BadModel, BadUsage, ServeError, TrirankBuildError
 from trirank_build.progress import out, warn
 from trirank_build.repository.release import load_manifest
 from trirank_build.repository.signing import read_public_key, refuse_untrusted
 from trirank_build.repository.store import CURRENT, in_use, refuse_damaged
-from trirank_build.serving.health import READY, RECOVERING, State
+from trirank_build.serving.health import LONG_S, READY, RECOVERING, STOPPING, State
 from trirank_build.serving.server import Ports, TritonServer
 
 POLL_S, AGAIN_S = 0.1, 15.0
-PROBE_S, PROBE_DEADLINE_S, PROBES = 1.0, 3.0, 3
-"""A recorded request is sent so often; after so many in a row without an answer the server is started anew."""
+PROBE_S, PROBE_DEADLINE_S, SUSPECT, PROBES = 1.0, 3.0, 2, 3
+"""A recorded request is sent so often; after so many in a row without an answer the server says that it is not ready,
+and after one more it is started anew."""
 GIVE_UP_S = 300.0
 """Starts that fail are tried again for so long since it was ready last."""
 
@@ -66,36 +67,44 @@ def serve(
         how: further arguments of TritonServer.
 
     Raises:
-        ServeError: the server cannot be started, at first or after it has ended.
+        ServeError: the server cannot be started, at first or for GIVE_UP_S after it has ended.
         BadModel: ``release`` is none, or no longer what was assembled.
     """
     if (release / CURRENT).exists():
         raise BadUsage(f"{release} is a folder of releases; serve {release / CURRENT}, or one of them")
     keys = [read_public_key(file) for file in trusted]
-    _check(release.resolve(), keys)
     link = release if follow else None
-    state, backoff = State(addresses), Backoff()
-    served, failed_starts, ready_at = release, 0, 0.0
+    served = release.resolve()  # once: what is checked is what is served, wherever the link points meanwhile
+    state, backoff, held = State(addresses), Backoff(), _Held()
+    tries, ready_at, checked = 0, 0.0, None
     try:
         while True:
+            wanted = served if link is None or tries % 2 else link.resolve()  # in turns, where one cannot be started
             with ExitStack() as running:
                 try:
-                    server = running.enter_context(TritonServer(served, ports=ports, swappable=True, **how))
+                    state.busy()
+                    load_manifest(wanted)  # what is no release is none to hold
+                    held.take(wanted)
+                    if keys or wanted != checked:  # a large one takes a while, and without keys nobody vouches for it
+                        _check(wanted, keys)
+                        checked = wanted
+                    server = running.enter_context(TritonServer(wanted, ports=ports, swappable=True, **how))
                     server.wait_ready()
-                except ServeError as error:
-                    failed_starts += 1
+                except (TrirankBuildError, OSError) as error:
+                    tries += 1
                     if state.is_new or time.monotonic() - ready_at > GIVE_UP_S:
                         raise
                     warn(f"the server could not be started: {error}")
                 else:
                     ports = _ports(server) if state.is_new else ports
-                    _say_ready(server, state, failed_starts)
-                    failed_starts = 0
+                    _say_ready(server, state, tries)
+                    tries = 0
                     try:
-                        _watch(server, link, state, keys)
+                        _watch(server, link, state, keys, held)
                     except ServeError as error:
                         warn(f"{error}; it is started anew")
                     ready_at, served = time.monotonic(), server.release
+                    checked = served
                     server.stop(at_once=True)
             state.say(RECOVERING)
             if (pause := backoff.pause_s(time.monotonic())) > 0:
@@ -104,12 +113,30 @@ def serve(
     except KeyboardInterrupt:
         out.print("stopping")
     finally:
+        held.close()
         state.take_back()
+
+
+class _Held:
+    """Marks the release that is served, or is about to be, as in use, so that none removes it."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def take(self, release: Path) -> None:
+        """This one from now on, and no other."""
+        fresh = ExitStack()
+        fresh.enter_context(in_use(release))
+        self._stack.close()
+        self._stack = fresh
+
+    def close(self) -> None:
+        """None any more."""
+        self._stack.close()
 
 
 def _check(release: Path, keys: list[Ed25519PublicKey]) -> None:
     """Raises BadModel for a release that is not to be served."""
-    load_manifest(release)
     if keys:
         refuse_untrusted(release, keys)
     refuse_damaged(release, "served")
@@ -120,13 +147,15 @@ def _ports(server: TritonServer) -> Ports:
     return Ports(*(int(address.rpartition(":")[2]) for address in (server.grpc, server.http, server.metrics)))
 
 
-def _say_ready(server: TritonServer, state: State, failed_starts: int) -> None:
+def _say_ready(server: TritonServer, state: State, failed: int) -> None:
+    http = f"HTTP {server.http}" if server.has_http else "no HTTP"
     if state.is_new:
-        out.print(f"ready: gRPC {server.grpc}, HTTP {server.http}, metrics {server.metrics}; Ctrl-C stops it")
+        out.print(f"ready: gRPC {server.grpc}, {http}, metrics {server.metrics}; Ctrl-C stops it")
     else:
-        out.print(f"ready again{f' after {failed_starts + 1} tries' * (failed_starts > 0)}")
-    found = {"grpc": server.grpc, "http": server.http, "metrics": server.metrics, "tritonserver_pid": server.pid}
-    state.say(READY, **found)
+        out.print(f"ready again{f' after {failed + 1} tries' * (failed > 0)}")
+    found = {"grpc": server.grpc, "metrics": server.metrics, "tritonserver_pid": server.pid}
+    found |= {"http": server.http} if server.has_http else {}
+    state.say(READY, busy_until=0.0, **found)
 
 
 def _wait(pause_s: float, state: State) -> None:
@@ -136,7 +165,7 @@ def _wait(pause_s: float, state: State) -> None:
         time.sleep(POLL_S)
 
 
-def _watch(server: TritonServer, link: Path | None, state: State, keys: list[Ed25519PublicKey]) -> None:
+def _watch(server: TritonServer, link: Path | None, state: State, keys: list[Ed25519PublicKey], held: _Held) -> None:
     """Until KeyboardInterrupt.
 
     Raises:
@@ -144,41 +173,60 @@ def _watch(server: TritonServer, link: Path | None, state: State, keys: list[Ed2
     """
     refused, asked_again, told = None, 0.0, ""
     probes, revivals = _Probes(server), Backoff()
-    with ExitStack() as held, probes:
-        held.enter_context(in_use(server.release))
-        while True:
-            server.check_alive()
-            if dead := server.dead_models():
-                _revive(server, dead, revivals, state)
-                probes.forget()
-            for line in server.new_errors():
-                warn(line)
-            state.say(RECOVERING if probes.look() else READY)
-            wanted = link.resolve() if link is not None else server.release
-            if wanted != server.release and (wanted != refused or time.monotonic() > asked_again):
-                try:
-                    _check(wanted, keys)
-                    server.swap(wanted)
-                    held.close()
-                    held.enter_context(in_use(wanted))
-                    refused, told = None, ""
-                    out.print(f"serving {wanted.name} now")
-                except TrirankBuildError as error:
-                    # Its files may still be on their way, so it is looked at again.
-                    refused, asked_again = wanted, time.monotonic() + AGAIN_S
-                    if str(error) != told:
-                        warn(f"{error}; {server.release.name} is served as before")
-                    told = str(error)
-            time.sleep(POLL_S)
+    try:
+        with probes:
+            while True:
+                server.check_alive()
+                if dead := server.dead_models():
+                    _revive(server, dead, revivals, state, keys)
+                    probes.forget()
+                for line in server.new_errors():
+                    warn(line)
+                state.say(RECOVERING if probes.look() >= SUSPECT else READY, busy_until=0.0)
+                wanted = link.resolve() if link is not None else server.release
+                if wanted != server.release and (wanted != refused or time.monotonic() > asked_again):
+                    before = server.release
+                    try:
+                        state.busy()
+                        load_manifest(wanted)
+                        held.take(wanted)
+                        _check(wanted, keys)
+                        server.swap(wanted)
+                        refused, told = None, ""
+                        out.print(f"serving {wanted.name} now")
+                    except (TrirankBuildError, OSError) as error:
+                        # Its files may still be on their way, so it is looked at again.
+                        refused, asked_again = wanted, time.monotonic() + AGAIN_S
+                        held.take(before)
+                        if str(error) != told:
+                            warn(f"{error}; {server.release.name} is served as before")
+                        told = str(error)
+                    probes.forget()
+                time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        state.say(STOPPING, busy_until=time.time() + LONG_S)
+        raise
 
 
-def _revive(server: TritonServer, dead: list[str], revivals: Backoff, state: State) -> None:
+def _revive(
+    server: TritonServer, dead: list[str], revivals: Backoff, state: State, keys: list[Ed25519PublicKey]
+) -> None:
     state.say(RECOVERING)
     if (pause := revivals.pause_s(time.monotonic())) > 0:
         _wait(pause, state)
     began = time.monotonic()
+    state.busy()
+    if keys:  # what is loaded is read from the release once more
+        _check_again(server.release, keys)
     server.revive(dead)
     warn(f"a process of {', '.join(dead)} had died; started anew in {time.monotonic() - began:.1f} s")
+
+
+def _check_again(release: Path, keys: list[Ed25519PublicKey]) -> None:
+    try:
+        _check(release, keys)
+    except BadModel as error:
+        raise ServeError(f"a process has died, and its model cannot be loaded again: {error}") from error
 
 
 class _Probes:
@@ -210,7 +258,10 @@ class _Probes:
             if time.monotonic() > self._next:
                 self._asked = self._pool.submit(self._server.probe, PROBE_DEADLINE_S)
         elif self._asked.done():
-            problem = self._asked.result()
+            try:
+                problem = self._asked.result()
+            except Exception as error:  # whatever it is, the request was not answered
+                problem = f"{type(error).__name__}: {error}"
             self._asked, self._next = None, time.monotonic() + PROBE_S
             self._failed = self._failed + 1 if problem else 0
             if self._failed == 1:

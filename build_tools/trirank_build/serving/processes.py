@@ -14,9 +14,9 @@ _STUB = "triton_python_backend_stub"
 def stubs(pid: int) -> dict[psutil.Process, str]:
     """Processes of models, below tritonserver or whoever has started it, and the names of their models."""
     found = {}
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.Error):
         for child in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error, IndexError):
                 command = child.cmdline()  # the stub, the model's file, its shared memory, ...
                 if command and Path(command[0]).name == _STUB:
                     found[child] = Path(command[1]).parents[1].name

@@ -119,6 +119,7 @@ class TritonServer:
         self._read = self.log.stat().st_size if self.log.is_file() else 0
         self._shm_prefix = _shared_prefix(self._scratch)
         try:
+            self._access = self._access.settled(self._scratch)
             self._binary = binary = find_tritonserver(tritonserver, self._scratch)
             self._fallback = fallback
             self.served = self._fitting(release)
@@ -195,6 +196,8 @@ class TritonServer:
             warm_up(self.connect, self.served, contract.ENSEMBLE)
         except ServeError as error:
             raise ServeError(f"{error}; Triton's last words: {self._last_words()}") from error
+        if self._swappable:
+            self._controlled().loaded()  # or Triton has another word than this process
         self._watched = Watched(self.pid, self._live.processes())
 
     def swap(self, release: Path) -> None:
@@ -222,6 +225,11 @@ class TritonServer:
         except ServeError as error:
             warn(f"{new.name} is served, but models of {old.name} are still loaded: {error}")
         self._watched = Watched(self.pid, self._live.processes())
+
+    @property
+    def has_http(self) -> bool:
+        """Whether HTTP is served: not beside TLS, which Triton's has none of."""
+        return self._access.certificates is None
 
     def dead_models(self) -> list[str]:
         """Models that have lost a process. Triton does not notice: it stays ready, and whoever asks one is told
@@ -269,19 +277,19 @@ class TritonServer:
         try:
             if self._probed != self.release:  # read once: a disk that fails for a moment harms no server
                 self._probed, self._recorded = self.release, recorded_requests(self.release)[0]
-            before = self._answered()
+            before = self._answered(deadline_s)
             with self.connect(deadline_s) as client:
                 client.rank(self._recorded)
         except (Overloaded, DeadlineExceeded) as error:
             with suppress(ServeError):
-                return "" if self._answered() > before else str(error)
+                return "" if self._answered(deadline_s) > before else str(error)
             return str(error)
         except (RankError, ServeError, BadModel) as error:
             return str(error)
         return ""
 
-    def _answered(self) -> int:
-        return self._controlled().counts(contract.ENSEMBLE)[0]
+    def _answered(self, timeout_s: float) -> int:
+        return self._controlled().counts(contract.ENSEMBLE, timeout_s)[0]
 
     def new_errors(self) -> list[str]:
         """Errors that Triton has told since this was asked last, a line each."""
@@ -314,6 +322,9 @@ class TritonServer:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            with suppress(ChildProcessError):  # as the first process of a container this one has to bury them, too
+                while os.waitpid(-self._process.pid, os.WNOHANG)[0]:
+                    pass
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -459,6 +470,8 @@ def _check_shared_memory() -> None:
 
 
 def _opened(log: Path) -> Any:
+    if log.exists() and not log.is_file():
+        raise ServeError(f"--log {log} is no regular file, and what Triton says is read from it; name a file")
     try:
         return log.open("ab")
     except OSError as error:

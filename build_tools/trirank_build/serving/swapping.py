@@ -60,10 +60,10 @@ class Control:
         reply = self._call("RepositoryIndex", service_pb2.RepositoryIndexRequest(ready=True), "list its models")
         return {model.name for model in reply.models}
 
-    def counts(self, model: str) -> tuple[int, int]:
+    def counts(self, model: str, timeout_s: float = LOAD_TIMEOUT_S) -> tuple[int, int]:
         """Requests that a model answered, and that failed in it."""
         request = service_pb2.ModelStatisticsRequest(name=model)
-        (found,) = self._call("ModelStatistics", request, f"tell statistics of {model}").model_stats
+        (found,) = self._call("ModelStatistics", request, f"tell statistics of {model}", timeout_s).model_stats
         return found.inference_stats.success.count, found.inference_stats.fail.count
 
     def statistics(self) -> Any:
@@ -74,9 +74,9 @@ class Control:
         """Let go of the connection."""
         self._channel.close()
 
-    def _call(self, method: str, message: Any, what: str) -> Any:
+    def _call(self, method: str, message: Any, what: str, timeout_s: float = LOAD_TIMEOUT_S) -> Any:
         try:
-            return getattr(self._stub, method)(message, metadata=self._metadata, timeout=LOAD_TIMEOUT_S)
+            return getattr(self._stub, method)(message, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:
             raise ServeError(f"Triton did not {what}: {error.details() or error.code().name}") from None
 

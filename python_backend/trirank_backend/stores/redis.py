@@ -15,8 +15,10 @@ is answered for. A single primary is needed; keys of one script would lie on sev
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -54,6 +56,9 @@ that it is not cut for every event."""
 _PLAIN_ENTRY = "'i', item, 'k', kind, 't', ARGV[at + 4], 'r', ARGV[at + 5], 'p', ARGV[at + 6]"
 _SEALED_ENTRY = "'s', ARGV[at + 4]"
 _ADD = f"""
+if redis.call('EXISTS', '{PREFIX}keys') ~= SEALED then
+  return redis.error_reply('it has been sealed, or is so no more, since this server was started')
+end
 local added, long = {{}}, {{}}
 for at = 1, #ARGV, {_FIELDS} do
   local id, user, item, kind = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
@@ -73,9 +78,19 @@ for at = 1, #ARGV, {_FIELDS} do
 end
 return {{added, long}}
 """
+_LOCK, _DIRTY = f"{PREFIX}events.lock", f"{PREFIX}events.dirty"
+_MAKE_KEYS = """
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
+"""
 _REPLACE = """
+if redis.call('GET', KEYS[3]) ~= ARGV[2] then
+  return redis.error_reply('another one has begun to write the log anew')
+end
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+')) do
   redis.call('XADD', KEYS[2], entry[1], unpack(entry[2]))
+end
+if redis.call('XLEN', KEYS[1]) ~= redis.call('XLEN', KEYS[2]) then
+  return redis.error_reply('the log was changed while it was written anew; say it again')
 end
 local function named(list)
   local found = {}
@@ -101,11 +116,13 @@ for _, told in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
 end
 redis.call('XSETID', KEYS[2], named(redis.call('XINFO', 'STREAM', KEYS[1]))['last-generated-id'])
 redis.call('RENAME', KEYS[2], KEYS[1])
+redis.call('DEL', KEYS[4])
 """
 """Adds to a copy of the log what came meanwhile and who has read how far, and puts it in its place."""
 _CHUNK = 500
 """Events of one script: Redis serves nobody else while it runs."""
-_REWRITE_S = 300.0
+_REWRITE_S, _FAILED_S = 300.0, 10.0
+"""How long Redis may take, and how long it may leave a failure before it tries again."""
 _REWRITING = ("aof_rewrite_in_progress", "aof_rewrite_scheduled", "rdb_bgsave_in_progress")
 T = TypeVar("T")
 
@@ -143,7 +160,11 @@ class RedisStore:
         """None: it has not been asked yet what it is."""
         size = RECORD.itemsize if masters is None else SEALED_RECORD
         entry = _PLAIN_ENTRY if masters is None else _SEALED_ENTRY
-        script = _ADD.replace("ENTRY", entry).replace("LONG", str(_LONG * size))
+        script = (
+            _ADD.replace("ENTRY", entry)
+            .replace("LONG", str(_LONG * size))
+            .replace("SEALED", str(int(masters is not None)))
+        )
         self._add = self._redis.register_script(script)
 
     def get(self, users: list[int]) -> dict[int, Past]:
@@ -199,20 +220,37 @@ class RedisStore:
         size = RECORD.itemsize if self._masters is None else SEALED_RECORD
         remembered = int(self._asked(lambda: self._redis.strlen(key))) // size
         self._asked(lambda: self._redis.delete(key))
-        logged, after = 0, ""
-        while part := self.log(after):
-            after = part[-1].place
-            own = [stored for stored in part if stored.event.user_id == user]
-            if own:
-                places = [stored.place for stored in own]
-                seen = [f"{PREFIX}seen:{self._written.event_name(stored.event.event_id)}" for stored in own]
-                logged += int(self._asked(partial(self._redis.xdel, f"{PREFIX}events", *places)))
-                self._asked(partial(self._redis.delete, *seen))
-        self._asked(lambda: self._redis.delete(key))  # what came meanwhile is out of the log, or comes after this
-        if logged:
-            self._asked(self._write_log_anew)
+        with self._erasing() as token:
+            logged = self._asked(partial(self._delete_logged, name))
+            self._asked(lambda: self._redis.delete(key))  # what came meanwhile is out of the log, or comes after this
+            if logged or self._asked(lambda: self._redis.exists(_DIRTY)):
+                self._asked(partial(self._write_log_anew, token))
         self._rewrite_files(user)
         return max(remembered, logged)
+
+    @contextmanager
+    def _erasing(self) -> Iterator[str]:
+        """One at a time, or what one deletes another's copy of the log would bring back."""
+        token = secrets.token_hex(8)
+        if not self._asked(lambda: self._redis.set(_LOCK, token, nx=True, px=int(_REWRITE_S * 1_000))):
+            raise StoreFailed(f"another user is being erased at {self._place}; say it again when that is done")
+        try:
+            yield token
+        finally:
+            if self._asked(lambda: self._redis.get(_LOCK)) == token.encode():
+                self._asked(lambda: self._redis.delete(_LOCK))
+
+    def _delete_logged(self, name: int) -> int:
+        """Take a user's entries out of the log; gives how many. Until it is written anew, it is marked as dirty."""
+        logged, after = 0, ""
+        while part := self._redis.xrange(f"{PREFIX}events", min=f"({after}" if after else "-", count=10_000):
+            after = part[-1][0].decode()
+            own = [(place, fields[b"e"].decode()) for place, fields in part if int(fields[b"u"]) == name]
+            if own:
+                self._redis.set(_DIRTY, 1)
+                logged += int(self._redis.xdel(f"{PREFIX}events", *(place for place, _ in own)))
+                self._redis.delete(*(f"{PREFIX}seen:{event}" for _, event in own))
+        return logged
 
     def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
         """See store.Store."""
@@ -301,10 +339,11 @@ class RedisStore:
                 self._codec = Plain()
             else:
                 if not there:
-                    if self._redis.exists(f"{PREFIX}events") or self._redis.exists(f"{PREFIX}shown"):
+                    plain = self._redis.exists(f"{PREFIX}events", f"{PREFIX}shown", f"{PREFIX}clicked")
+                    if plain or next(self._redis.scan_iter(f"{PREFIX}user:*", count=1_000), None) is not None:
                         raise StoreFailed(f"user store {self._place} is {NOT_SEALED}")
-                    for number, envelope in new_envelopes(self._masters).items():
-                        self._redis.hsetnx(f"{PREFIX}keys", number, envelope)  # who comes first has made them
+                    made = [each for pair in new_envelopes(self._masters).items() for each in pair]
+                    self._redis.eval(_MAKE_KEYS, 1, f"{PREFIX}keys", *made)  # who comes first has made them
                 try:
                     self._codec = Sealed(self._masters, self._envelopes)
                 except InvalidStore as error:
@@ -318,9 +357,15 @@ class RedisStore:
         """See store.Store."""
         if self._masters is None:
             raise InvalidStore(f"{self._place} is not sealed, so it has no keys")
-        masters = self._masters
+        masters, key = self._masters, f"{PREFIX}keys"
         self._asked(lambda: self._written)
-        self._asked(lambda: self._redis.hset(f"{PREFIX}keys", mapping=rotated(masters, self._envelopes())))
+
+        def put(pipe: Any) -> None:  # again if another one rotates meanwhile
+            envelopes = {int(number): envelope for number, envelope in pipe.hgetall(key).items()}
+            pipe.multi()
+            pipe.hset(key, mapping=rotated(masters, envelopes))
+
+        self._asked(partial(self._redis.transaction, put, key))
 
     def _fields(self, event: Event) -> tuple[Any, ...]:
         """Of an event, as the script takes them: of a sealed one item and kind are for counting alone."""
@@ -351,6 +396,8 @@ class RedisStore:
         key = f"{PREFIX}user:{name}"
 
         def put(pipe: Any) -> None:
+            if bool(self._redis.exists(f"{PREFIX}keys")) != (self._masters is not None):
+                raise StoreFailed(f"user store {self._place} is {IS_SEALED if self._masters is None else NOT_SEALED}")
             records = change(self._records(name, pipe.get(key) or b""))
             pipe.multi()
             if len(records):  # else the user was forgotten meanwhile
@@ -358,28 +405,28 @@ class RedisStore:
 
         self._asked(partial(self._redis.transaction, put, key))
 
-    def _write_log_anew(self) -> None:
+    def _write_log_anew(self, token: str) -> None:
         """Put a copy in the place of the log: Redis marks entries of a stream as deleted, and keeps their bytes for as
         long as the entries beside them are there.
 
         Raises:
-            redis.RedisError: it cannot; what was to be deleted is marked as deleted.
+            redis.RedisError: it cannot; what was to be deleted is marked as deleted, and the log as dirty.
         """
-        log, copy, lock = (f"{PREFIX}{name}" for name in ("events", "events.copy", "events.lock"))
-        if not self._redis.set(lock, 1, nx=True, px=int(_REWRITE_S * 1_000)):
-            raise redis.LockError("another user is being erased; say it again")
+        log, copy = f"{PREFIX}events", f"{PREFIX}events.{token}"
         try:
-            self._redis.delete(copy)
             after = "0-0"
             while part := self._redis.xrange(log, min=f"({after}", count=1_000):
                 with self._redis.pipeline(transaction=False) as pipe:
                     for place, fields in part:
                         pipe.xadd(copy, fields, id=place)
+                    pipe.expire(copy, int(_REWRITE_S))  # gone by itself where this process is
+                    pipe.pexpire(_LOCK, int(_REWRITE_S * 1_000))
                     pipe.execute()
                 after = part[-1][0].decode()
-            self._redis.eval(_REPLACE, 2, log, copy, after)
+            self._redis.persist(copy)
+            self._redis.eval(_REPLACE, 4, log, copy, _LOCK, _DIRTY, after, token)
         finally:
-            self._redis.delete(lock, copy)
+            self._redis.delete(copy)
 
     def _rewrite_files(self, user: int) -> None:
         """Have Redis write its files anew: they hold every command that was ever given, those about a user too.
@@ -389,25 +436,38 @@ class RedisStore:
         """
         try:
             told = self._redis.info("persistence")
+            before = int(told.get("rdb_last_save_time", 0))
+            dumps = bool(told.get("rdb_saves", 0)) or self._has_dumps()
             if told.get("aof_enabled"):
                 self._redis.bgrewriteaof()
-            if told.get("rdb_saves", 1) or self._redis.config_get("save").get("save"):
+            if dumps:
+                while self._redis.time()[0] <= before:  # or the next one could not be told from the last one
+                    time.sleep(0.05)
                 self._redis.bgsave(schedule=True)
-            until = time.monotonic() + _REWRITE_S
+            began = time.monotonic()
             while True:
                 told = self._redis.info("persistence")
-                if not any(told.get(name) for name in _REWRITING):
+                at_work = any(told.get(name) for name in _REWRITING)
+                if not at_work and (not dumps or int(told.get("rdb_last_save_time", 0)) > before):
                     break
-                if time.monotonic() > until:
-                    raise redis.TimeoutError(f"it is not done after {_REWRITE_S:g} s")
+                waited = time.monotonic() - began
+                failed = dumps and not at_work and told.get("rdb_last_bgsave_status") != "ok"
+                if waited > (_FAILED_S if failed else _REWRITE_S):
+                    raise redis.TimeoutError(f"after {waited:.0f} s: {told.get('rdb_last_bgsave_status')}")
                 time.sleep(0.05)
             if told.get("aof_enabled") and told.get("aof_last_bgrewrite_status") != "ok":
                 raise redis.RedisError(f"aof_last_bgrewrite_status is {told.get('aof_last_bgrewrite_status')}")
         except redis.RedisError as error:
             raise StoreFailed(
                 f"user {user} is forgotten, but Redis at {self._place} has not written its files anew, which still "
-                f"hold the bytes ({error}); say it again, or BGREWRITEAOF there"
+                f"hold the bytes ({error}); say it again, or BGREWRITEAOF and BGSAVE there"
             ) from error
+
+    def _has_dumps(self) -> bool:
+        try:
+            return bool(self._redis.config_get("save").get("save"))
+        except redis.ResponseError:  # one may not ask
+            return False
 
     def _asked(self, ask: Callable[[], T]) -> T:
         try:

@@ -6,7 +6,11 @@ wrapping a few data keys anew, and a new data key seals what is written from the
 readable: nothing stops for either. A user is found by HMAC-SHA256 of the id under a key of the store's own, which
 stays.
 
-Counts of items (how often each was shown and clicked) stay readable; they tell of nobody.
+Counts of items (how often each was shown and clicked) stay readable, and so do the number and the times of a user's
+writes: whoever keeps copies of the files over time, or Redis' append-only file, can see which count rose with which
+write. What is sealed is bound to its user and event; that something is missing, or old, is not noticed.
+
+Nonces are random, so a data key is good for 2^32 values (SP 800-38D, 8.3): rotate long before, see docs/privacy.md.
 """
 
 from __future__ import annotations
@@ -16,9 +20,12 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -30,13 +37,13 @@ from trirank import contract
 
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.stores.events import RECORD, Event
+from trirank_backend.surroundings import KEYS_VARIABLE
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-KEYS_VARIABLE = "TRIRANK_KEYS"
 IS_SEALED = f"sealed, and {KEYS_VARIABLE} names no keys; set it to the file of its master keys"
 NOT_SEALED = f"not sealed, and {KEYS_VARIABLE} names keys; copy it into a new one with `trirank users copy`"
 """What is said of a store that is otherwise than whoever opens it."""
@@ -44,6 +51,8 @@ KEY_BYTES = 32
 NAMING = 0
 """The number of the key that users are named with; data keys are numbered from 1 on."""
 _NONCE = 12
+_LOOK_S = 60.0
+"""So often whoever writes looks for a newer data key."""
 _OVERHEAD = 2 + _NONCE + 16
 _USER = 8
 SEALED_RECORD = _OVERHEAD + _USER + RECORD.itemsize
@@ -122,15 +131,20 @@ def add_master_key(file: Path, name: str) -> None:
     Raises:
         InvalidStore: the file is none, or has a key of that name.
     """
-    if file.exists():
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise InvalidStore(f"{name!r} is no name of a key; take up to 64 letters, digits, ., _ and -")
+    before = file.read_text() if file.exists() else ""
+    if before:
         MasterKeys(str(file))
-        if name in tomllib.loads(file.read_text()):
+        if name in tomllib.loads(before):
             raise InvalidStore(f"{file} has a key {name!r} already; name another")
     line = f'"{name}" = "{base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}"\n'
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as stream:
-        stream.write(line)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(before + "\n" * (bool(before) and not before.endswith("\n")) + line)
         stream.flush()
         os.fsync(stream.fileno())
+    scratch.replace(file)
 
 
 class Codec(Protocol):
@@ -155,6 +169,10 @@ class Codec(Protocol):
         """RECORDs of ``past``."""
         ...
 
+    def count(self, size: int) -> int:
+        """How many RECORDs a ``past`` of so many bytes has."""
+        ...
+
 
 class Plain:
     """As it is."""
@@ -177,6 +195,10 @@ class Plain:
         """See Codec."""
         return np.frombuffer(stored, RECORD)
 
+    def count(self, size: int) -> int:
+        """See Codec."""
+        return size // RECORD.itemsize
+
 
 class Sealed:
     """Sealed with the newest data key; opened with whichever it was sealed with.
@@ -192,6 +214,7 @@ class Sealed:
         self._masters, self._load = masters, load
         self._keys: dict[int, AESGCM] = {}
         self._naming = b""
+        self._look_again = 0.0
         self._reload()
 
     def name(self, user: int) -> int:
@@ -212,6 +235,10 @@ class Sealed:
     def records(self, name: int, stored: bytes) -> NDArray[np.void]:
         """See Codec."""
         return np.frombuffer(self._open(stored, _about(name))[_USER:], RECORD) if stored else np.empty(0, RECORD)
+
+    def count(self, size: int) -> int:
+        """See Codec."""
+        return (size - _OVERHEAD - _USER) // RECORD.itemsize
 
     def user(self, name: int, stored: bytes) -> int:
         """The id of a user's ``past``, or of the first of ``single_records``."""
@@ -243,13 +270,19 @@ class Sealed:
         return Event(*json.loads(self._open(stored, name.encode())))
 
     def _seal(self, plain: bytes, about: bytes) -> bytes:
+        if time.monotonic() > self._look_again:  # so that a rotation is taken up by who only writes, too
+            with suppress(StoreFailed, InvalidStore):
+                self._reload()
         number, nonce = max(self._keys), os.urandom(_NONCE)
         return number.to_bytes(2, "big") + nonce + self._keys[number].encrypt(nonce, plain, about)
 
     def _open(self, sealed: bytes, about: bytes) -> bytes:
         number = int.from_bytes(sealed[:2], "big")
         if number not in self._keys:
-            self._reload()
+            try:
+                self._reload()
+            except InvalidStore as error:  # at a start it is the store's address that is wrong; now it has failed
+                raise StoreFailed(str(error)) from error
         try:
             return self._keys[number].decrypt(sealed[2 : 2 + _NONCE], sealed[2 + _NONCE :], about)
         except KeyError:
@@ -260,11 +293,13 @@ class Sealed:
             ) from None
 
     def _reload(self) -> None:
+        self._look_again = time.monotonic() + _LOOK_S
         envelopes = self._load()
-        self._keys = {
-            number: AESGCM(self._masters.unwrap(each)) for number, each in envelopes.items() if number != NAMING
-        }
-        self._naming = self._masters.unwrap(envelopes[NAMING])
+        if NAMING not in envelopes or len(envelopes) < 2:
+            raise InvalidStore("the user store lacks its keys; is it damaged?")
+        naming = self._masters.unwrap(envelopes[NAMING])
+        keys = {number: AESGCM(self._masters.unwrap(each)) for number, each in envelopes.items() if number != NAMING}
+        self._keys, self._naming = keys, naming
 
 
 def new_envelopes(masters: MasterKeys) -> dict[int, bytes]:

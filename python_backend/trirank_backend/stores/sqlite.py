@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,10 @@ class SqliteStore:
         wanted = _PLAIN_VERSION if masters is None else _SEALED_VERSION
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
+            # Its other files get the same mode. Never open one that is there: closing it again would drop all locks
+            # that this process has on it (fcntl(2)), SQLite's own among them.
+            with suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             # Whoever opens it first makes it, and others wait for that, however little they wait later.
             opening_s = max(timeout_s, _OPENING_S)
             self._connection = sqlite3.connect(path, timeout=opening_s, isolation_level=None, check_same_thread=False)
@@ -176,7 +179,9 @@ class SqliteStore:
     def erase(self, user: int) -> int:
         """See store.Store."""
         with self._transaction():
-            remembered, name = len(self._read(user)), self._codec.name(user)
+            name = self._codec.name(user)
+            row = self._connection.execute("SELECT length(records) FROM users WHERE user_id = ?", (name,)).fetchone()
+            remembered = self._codec.count(row[0]) if row else 0
             self._connection.execute("DELETE FROM users WHERE user_id = ?", (name,))
             logged = self._connection.execute("DELETE FROM events WHERE user_id = ?", (name,)).rowcount
         for _ in range(_CHECKPOINTS):  # what is in the write-ahead log still holds the old pages

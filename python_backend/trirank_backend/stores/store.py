@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from trirank_backend.errors import InvalidStore
 from trirank_backend.histories import Events
 from trirank_backend.stores.events import Event, Past, Stored
-from trirank_backend.stores.sealing import KEYS_VARIABLE, MasterKeys
+from trirank_backend.surroundings import KEYS_VARIABLE
 
 READ_TIMEOUT_S = 0.02
 """How long a request waits for a user's past: for a network and all that belongs to it, or for another process that has
@@ -102,7 +102,11 @@ def open_store(address: str, timeout_s: float = WRITE_TIMEOUT_S, keys: str | Non
     """
     kind, colon, rest = address.partition(":")
     said = os.environ.get(KEYS_VARIABLE) if keys is None else keys
-    masters = MasterKeys(said) if said else None
+    masters = None
+    if said:
+        from trirank_backend.stores.sealing import MasterKeys
+
+        masters = MasterKeys(said)
     if kind == "sqlite" and colon and rest:
         from trirank_backend.stores.sqlite import SqliteStore
 
