@@ -15,6 +15,7 @@ from online_tables import ONLINE
 from results import RESULTS, ROOT, Figure, read
 from scale_tables import SCALE
 from serving_tables import SERVING
+from trust_tables import TRUST
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SET_NAMES = {
@@ -448,30 +449,7 @@ def rules() -> str:
     return "\n".join(lines)
 
 
-def vulnerabilities() -> str:
-    """What was published of Triton."""
-    from trirank_build.doctor.vulnerabilities import published
-
-    lines = ["| bulletin | | | through | mended in |", "|---|---|---|---|---|"]
-    for each in published():
-        cves = ", ".join(cve.removeprefix("CVE-") for cve in each.cves)
-        mended = f"{each.release} ({each.fixed})"
-        lines.append(
-            f"| {each.bulletin}, {each.date} | CVE {cves} | {each.what} | {each.closed_by or '–'} | {mended} |"
-        )
-    return "\n".join(lines)
-
-
-def personal_data() -> str:
-    """What lies where."""
-    from trirank_build.privacy.inventory import table
-
-    return table()
-
-
 TABLES = {
-    "vulnerabilities": vulnerabilities,
-    "personal_data": personal_data,
     "recipe_keys": recipe_keys,
     "engines": engines,
     "hot_swap": hot_swap,
@@ -495,6 +473,7 @@ TABLES = {
     **ONLINE,
     **SCALE,
     **SERVING,
+    **TRUST,
 }
 
 

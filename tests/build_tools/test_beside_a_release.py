@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from trirank.contract import EventKind, stable_id
 from trirank_backend.pipeline import Pipeline
+from trirank_backend.request_log import FIELDS
 from trirank_backend.requests import NamedTensors
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.overlay import STATE, read_overlay
@@ -305,6 +306,8 @@ class TestSkew:
         assert found.compared == 60
         assert not found.differs, found
         assert len(list(logged_requests(served))) == 60
+        assert {field for line in logged_requests(served) for field in line} <= set(FIELDS)  # docs/privacy.md has those
+        assert {field for line in logged_requests(served) for field in line} >= set(FIELDS) - {"tensors"}
 
     def test_a_difference_is_found(self, world, served, tmp_path):
         lines = list(logged_requests(served))

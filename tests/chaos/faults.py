@@ -35,10 +35,16 @@ SETTLED_S = 2.0
 
 @dataclass
 class Call:
-    """One request: when it was due (seconds of a monotonic clock), when it ended, and what came of it; ``""``: it was
-    answered."""
+    """One request, in seconds of a monotonic clock.
+
+    Attributes:
+        sent: when it was due, whether or not somebody was free to send it.
+        began: when it was sent.
+        error: what came of it; empty: it was answered.
+    """
 
     sent: float
+    began: float
     ended: float
     error: str
 
@@ -49,7 +55,8 @@ class Seen:
 
     Attributes:
         failed: requests that were not answered, sent or under way after the fault.
-        recovered_s: from the fault to the end of the last one that failed; 0: none did.
+        recovered_s: from the fault to the sending of the last one that failed, after which all were answered; 0: none
+            was sent after it that failed.
         errors: kind of error → how often.
         answered: requests that were answered meanwhile.
         log: what the command said.
@@ -156,12 +163,12 @@ def load(running: Served, rate: float = RATE, requests: list[RankRequest] | None
     ):
 
         def call(number: int, sent: float) -> None:
-            error = ""
+            began, error = time.monotonic(), ""
             try:
                 client.rank(recorded[number % len(recorded)])
             except RankError as failed:
                 error = type(failed).__name__
-            calls.append(Call(sent, time.monotonic(), error))
+            calls.append(Call(sent, began, time.monotonic(), error))
 
         def go_on() -> None:
             start, number = time.monotonic(), 0
@@ -201,6 +208,6 @@ def watch(running: Served, fault: Callable[[], Any], *, rate: float = RATE, long
     met = [call for call in calls if call.ended > began]
     failed = [call for call in met if call.error]
     return Seen(
-        len(failed), max([0.0, *(call.ended - began for call in failed)]), dict(Counter(call.error for call in failed)),
+        len(failed), max([0.0, *(call.sent - began for call in failed)]), dict(Counter(call.error for call in failed)),
         len(met) - len(failed), running.log.read_bytes()[words:].decode(errors="replace"),
     )  # fmt: skip

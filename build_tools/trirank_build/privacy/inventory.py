@@ -11,7 +11,7 @@ from trirank import contract
 from trirank_backend.request_log import FIELDS
 from trirank_backend.stores.events import RECORD, Event
 
-from trirank_build.data.dataset import EVENTS, REQUESTS
+from trirank_build.data.dataset import EVENTS, OPTIMUM, POSITIONS, REQUEST_ID, REQUESTS
 
 PERSONAL: dict[str, str] = {
     "user_id": "identifies",
@@ -33,6 +33,11 @@ PERSONAL: dict[str, str] = {
     "labels": "tells",
     "missed": "tells",
     "position": "tells",
+    "positions": "tells",
+    "utility": "tells",
+    "events": "tells",
+    "remembered": "tells",
+    "disliked": "tells",
     "tensors": "tells",
     "packed_request": "tells",
 }
@@ -58,15 +63,21 @@ class Place(NamedTuple):
 PLACES = (
     Place("a request to `rank` (in memory, and in no log unless asked for)",
           tuple(spec.name.lower() for spec in contract.INPUTS), "while it is answered", "nothing is kept"),
+    Place("feedback (in memory)", Event._fields, "until it is in the store", "nothing is kept"),
     Place("the user store: a user's past (`RECORD`)", ("user_id", *(RECORD.names or ())),
-          f"the newest {contract.MAX_HISTORY:,} of each kind", "`trirank users erase`"),
+          f"the newest {contract.MAX_HISTORY:,} of each kind; Redis has up to three times as many",
+          "`trirank users erase`"),
+    Place("the user store: ids of events that are there, so that none counts twice", ("event_id",),
+          "Redis: a day; SQLite: with the event", "`trirank users erase`"),
     Place("the user store: the log of events (`Event`)", Event._fields, "until it is trimmed", "`trirank users erase`"),
     Place("files of `trirank users log`", Event._fields, "until they are deleted", "`trirank users erase --logs`"),
+    Place("what `trirank users export` writes", ("user_id", "remembered", "disliked", "events"),
+          "until it is deleted", "delete it"),
     Place("the log of requests (`serve --log-requests`)", FIELDS, "until it is deleted",
           "`trirank users erase --logs`"),
     Place("a dataset: `events.parquet`", tuple(EVENTS), "until it is deleted",
           "prepare it again without the user, or `--anonymise`"),
-    Place("a dataset: `requests.parquet`", tuple(REQUESTS), "until it is deleted",
+    Place("a dataset: `requests.parquet`", (*REQUESTS, OPTIMUM, POSITIONS, REQUEST_ID), "until it is deleted",
           "prepare it again without the user, or `--anonymise`"),
 )  # fmt: skip
 """All places that rows of persons lie in. A release has none: its recorded requests are of no user, and of queries that
