@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 from trirank import contract
-from trirank.contract import ANONYMOUS_USER
+from trirank.contract import ANONYMOUS_USER, stable_id
 from trirank_backend.attributes import FOLDER
 from trirank_backend.candidates import FOLDER as RETRIEVAL
 from trirank_backend.errors import InvalidRelease
@@ -240,12 +240,18 @@ def _recorded(dataset: Dataset) -> list[dict[str, Any]]:
     test = test.sort("known", descending=True, maintain_order=True)
     picked = test.group_by("scenario", maintain_order=True).head(_RECORDED)
     titles = dict(dataset.items.select("item_id", "title").iter_rows())
+
+    def named_anew(user: int, number: int) -> int:
+        if user == ANONYMOUS_USER or dataset.description.ids["user"] == "numbers":
+            return user if user == ANONYMOUS_USER else number
+        return stable_id(f"recorded request {number}")
+
     keys: dict[int, Any] = {}
     if dataset.description.ids["item"] == "strings":
         keys = dict(dataset.items.select("item_id", "key").iter_rows())
     return [
         {
-            "user_id": number,
+            "user_id": named_anew(row["user_id"], number),
             "timestamp": row["timestamp"] // _DAY_S * _DAY_S if dataset.description.timed else row["timestamp"],
             "query": row["query"] if row["known"] else " ".join(titles[row["item_ids"][0]].split()[:3]),
             "scenario": row["scenario"],

@@ -322,8 +322,8 @@ class TritonServer:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            with suppress(ChildProcessError):  # as the first process of a container this one has to bury them, too
-                while os.waitpid(-self._process.pid, os.WNOHANG)[0]:
+            with suppress(ChildProcessError):  # the first process of a container has to bury its orphans
+                while os.getpid() == 1 and os.waitpid(-self._process.pid, os.WNOHANG)[0]:
                     pass
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
