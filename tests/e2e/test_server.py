@@ -34,6 +34,11 @@ def serve(world, tmp_path, *more, **process):
         "--addresses",
         str(addresses),
     ]
+    # Ports that no test beside takes while this server is started anew, as the usual ones may be.
+    for name in ("grpc", "http", "metrics"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            command += [f"--{name}-port", str(probe.getsockname()[1])]
     process = subprocess.Popen(
         [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **process
     )
