@@ -62,6 +62,8 @@ bench: install
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/rerank.py
 	$(BIN)/python benchmarks/feedback.py
+	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/scenarios.py
 	$(BIN)/python benchmarks/closed_loop.py
 	$(BIN)/python benchmarks/hops.py

@@ -45,7 +45,8 @@ from trirank_backend.stores.store import open_store
 from trirank_build.demo import build
 from trirank_build.online.events import all_events
 from trirank_build.repository.release import recorded_requests
-from trirank_build.serving.server import Ports, TritonServer
+from trirank_build.serving.ports import Ports
+from trirank_build.serving.server import TritonServer
 from trirank_build.serving.stores import Stores
 
 sys.path.append(str(ROOT / "tests"))

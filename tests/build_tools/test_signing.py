@@ -13,7 +13,7 @@ from trirank_build.repository.release import COMPONENTS, MANIFEST, SIGNATURE, lo
 from trirank_build.repository.signing import make_key, read_public_key, refuse_untrusted, sign
 from trirank_build.repository.store import promote
 from trirank_build.serving.following import serve
-from trirank_build.serving.server import Ports
+from trirank_build.serving.ports import Ports
 
 
 @pytest.fixture

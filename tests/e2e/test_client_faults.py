@@ -36,7 +36,8 @@ from trirank._channels import make_stub
 from trirank_build.errors import ServeError
 from trirank_build.repository.configs import config_text
 from trirank_build.repository.release import model_config, recorded_requests
-from trirank_build.serving.server import Ports, TritonServer
+from trirank_build.serving.ports import Ports
+from trirank_build.serving.server import TritonServer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "client"))
 from proxy import FaultyProxy

@@ -19,8 +19,9 @@ from trirank import RankClient, RankRequest
 from trirank_build.errors import BadModel, ServeError
 from trirank_build.serving import tritonserver
 from trirank_build.serving.following import serve as serve_until_stopped
+from trirank_build.serving.ports import Ports
 from trirank_build.serving.processes import stubs
-from trirank_build.serving.server import Ports, TritonServer
+from trirank_build.serving.server import TritonServer
 
 
 def serve(world, tmp_path, *more, **process):

@@ -87,7 +87,7 @@ def serve(
     """Serve a release with Triton until Ctrl-C; a promotion takes effect without a request lost."""
     from trirank_build.serving.access import Access, Certificates
     from trirank_build.serving.following import serve as run_server
-    from trirank_build.serving.server import Ports, usual_ports
+    from trirank_build.serving.ports import Ports, usual_ports
     from trirank_build.serving.stores import usual_stores
 
     # Said outright, since a shell starts its background jobs with SIGINT ignored.

@@ -19,7 +19,8 @@ from trirank_build.repository.release import load_manifest
 from trirank_build.repository.signing import read_public_key, refuse_untrusted
 from trirank_build.repository.store import CURRENT, in_use, refuse_damaged
 from trirank_build.serving.health import LONG_S, READY, RECOVERING, STOPPING, State
-from trirank_build.serving.server import Ports, TritonServer
+from trirank_build.serving.ports import Ports
+from trirank_build.serving.server import TritonServer
 
 POLL_S, AGAIN_S = 0.1, 15.0
 PROBE_S, PROBE_DEADLINE_S, SUSPECT, PROBES = 1.0, 3.0, 2, 3

@@ -9,13 +9,11 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +29,7 @@ from trirank_build.repository.release import recorded_requests
 from trirank_build.serving.access import Access
 from trirank_build.serving.fitness import unfit
 from trirank_build.serving.live import LiveRepository, Served
+from trirank_build.serving.ports import Ports, checked_ports
 from trirank_build.serving.processes import Watched, wipe_argument
 from trirank_build.serving.stores import Stores
 from trirank_build.serving.swapping import CONTROL_HEADER, Control, retire, switch, warm_up
@@ -52,15 +51,6 @@ _NOISE = (
     "no CUDA-capable device",
 )
 """Of a server without a GPU."""
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Ports on the loopback interface; None: any that is free."""
-
-    grpc: int | None = None
-    http: int | None = None
-    metrics: int | None = None
 
 
 class TritonServer:
@@ -135,7 +125,7 @@ class TritonServer:
                 COUNTS_VARIABLE: str(self._scratch / "counts.npy"),
             }  # fmt: skip
             ports = ports or Ports()
-            numbers = _checked_ports(host, ports)
+            numbers = checked_ports(host, ports)
             self.grpc, self.http, self.metrics = (f"{host}:{number}" for number in numbers)
             command = [
                 str(binary.path),
@@ -415,48 +405,6 @@ class TritonServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def usual_ports(host: str, wanted: Ports) -> Ports:
-    """The ports that were asked for; for the others Triton's own, each where nobody listens, else any free one."""
-    given = [port for port in (wanted.grpc, wanted.http, wanted.metrics) if port is not None]
-
-    def one(port: int | None, usual: int) -> int | None:
-        if port is not None or usual in given:
-            return port
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, usual))
-            except OSError:
-                return None
-            return usual
-
-    return Ports(one(wanted.grpc, 8001), one(wanted.http, 8000), one(wanted.metrics, 8002))
-
-
-def _checked_ports(host: str, ports: Ports) -> list[int]:
-    """The ports themselves, or free ones, no two the same: each is held until all have been found.
-
-    Raises:
-        ServeError: one is in use, or no port at all.
-    """
-    numbers = []
-    with ExitStack() as held:
-        for name in ("grpc", "http", "metrics"):
-            number = getattr(ports, name)
-            if number is not None and not 0 < number < 65_536:
-                raise ServeError(f"--{name}-port {number} is no port; ports go from 1 to 65535")
-            probe = held.enter_context(socket.socket())
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, number or 0))
-            except OSError as error:
-                raise ServeError(
-                    f"--{name}-port {number} on {host} cannot be used ({error.strerror}); choose another"
-                ) from error
-            numbers.append(int(probe.getsockname()[1]))
-    return numbers
 
 
 def _check_shared_memory() -> None:

@@ -37,7 +37,7 @@ from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past,
 from trirank_backend.stores.sealing import (
     IS_SEALED,
     NOT_SEALED,
-    SEALED_RECORD,
+    Codec,
     MasterKeys,
     Plain,
     Sealed,
@@ -156,16 +156,11 @@ class RedisStore:
             ) from None
         self._place = str(place.get("path") or f"{place.get('host', 'localhost')}:{place.get('port', 6379)}")
         self._masters = masters
-        self._codec: Plain | Sealed | None = None
+        self._codec: Codec | None = None
         """None: it has not been asked yet what it is."""
-        size = RECORD.itemsize if masters is None else SEALED_RECORD
-        entry = _PLAIN_ENTRY if masters is None else _SEALED_ENTRY
-        script = (
-            _ADD.replace("ENTRY", entry)
-            .replace("LONG", str(_LONG * size))
-            .replace("SEALED", str(int(masters is not None)))
-        )
-        self._add = self._redis.register_script(script)
+        kind, entry = (Plain, _PLAIN_ENTRY) if masters is None else (Sealed, _SEALED_ENTRY)
+        script = _ADD.replace("ENTRY", entry).replace("LONG", str(_LONG * kind.single_size))
+        self._add = self._redis.register_script(script.replace("SEALED", str(int(kind.sealed))))
 
     def get(self, users: list[int]) -> dict[int, Past]:
         """See store.Store."""
@@ -174,7 +169,7 @@ class RedisStore:
             names = [self._written.name(user) for user in users]
             found = self._redis.mget([f"{PREFIX}user:{name}" for name in names])
             return {
-                user: Past.of(self._records(name, stored))
+                user: Past.of(self._written.single_records(name, stored))
                 for user, name, stored in zip(users, names, found, strict=True)
                 if stored
             }
@@ -190,7 +185,11 @@ class RedisStore:
             for event in part:
                 kept = event.user_id != contract.ANONYMOUS_USER and event.kind in KEPT_KINDS
                 record = np.array([(event.item_id, event.timestamp, event.kind)], RECORD)
-                arguments += [*self._asked(partial(self._fields, event)), int(kept), self._bytes(event.user_id, record)]
+                arguments += [
+                    *self._asked(partial(self._fields, event)),
+                    int(kept),
+                    self._written.single(event.user_id, record),
+                ]
             fresh += self._asked(partial(self._add_part, arguments, part))
         return fresh
 
@@ -206,9 +205,10 @@ class RedisStore:
             keys = self._redis.scan_iter(f"{PREFIX}user:*", count=1_000)
             names = {int(key.rpartition(b":")[2]) for key in keys}
             codec = self._written
-            if isinstance(codec, Plain):
+            if not codec.sealed:  # what is asked for costs a round trip a user
                 return sorted(names)
-            first = {name: self._redis.getrange(f"{PREFIX}user:{name}", 0, SEALED_RECORD - 1) for name in names}
+            last = codec.single_size - 1
+            first = {name: self._redis.getrange(f"{PREFIX}user:{name}", 0, last) for name in names}
             return sorted(codec.user(name, stored) for name, stored in first.items() if stored)
 
         return iter(self._asked(ask))
@@ -217,8 +217,7 @@ class RedisStore:
         """See store.Store. The log is read through for it."""
         name = self._asked(lambda: self._written.name(user))
         key = f"{PREFIX}user:{name}"
-        size = RECORD.itemsize if self._masters is None else SEALED_RECORD
-        remembered = int(self._asked(lambda: self._redis.strlen(key))) // size
+        remembered = int(self._asked(lambda: self._redis.strlen(key) // self._written.single_size))
         self._asked(lambda: self._redis.delete(key))
         with self._erasing() as token:
             logged = self._asked(partial(self._delete_logged, name))
@@ -323,7 +322,7 @@ class RedisStore:
         return [each == 1 for each in added]
 
     @property
-    def _written(self) -> Plain | Sealed:
+    def _written(self) -> Codec:
         """How it is written. Asked of Redis once; a new store that is to be sealed gets its keys then.
 
         Raises:
@@ -369,26 +368,17 @@ class RedisStore:
 
     def _fields(self, event: Event) -> tuple[Any, ...]:
         """Of an event, as the script takes them: of a sealed one item and kind are for counting alone."""
-        codec = self._written
-        if isinstance(codec, Plain):
-            return event
-        names = codec.event_name(event.event_id), codec.name(event.user_id)
-        return *names, event.item_id, event.kind, codec.event(event), "", 0
-
-    def _bytes(self, user: int, records: NDArray[np.void]) -> bytes:
-        codec = self._written
-        return records.tobytes() if isinstance(codec, Plain) else codec.single(user, records)
-
-    def _records(self, name: int, stored: bytes) -> NDArray[np.void]:
-        codec = self._written
-        return np.frombuffer(stored, RECORD) if isinstance(codec, Plain) else codec.single_records(name, stored)
+        shown = self._written.shown(event)
+        rest = (self._written.event(event), "", 0) if self._written.sealed else event[4:]
+        return shown.event_id, shown.user_id, event.item_id, event.kind, *rest
 
     def _stored(self, place: bytes, fields: dict[bytes, bytes]) -> Stored:
         """An entry of the stream."""
-        codec = self._written
-        if isinstance(codec, Plain):
-            return stored_of(place, fields)
-        return Stored(place.decode(), codec.of_event(fields[b"e"].decode(), fields[b"s"]))
+        shown = Event(
+            fields[b"e"].decode(), int(fields[b"u"]), int(fields.get(b"i", 0)), int(fields.get(b"k", 0)),
+            int(fields.get(b"t", 0)), fields.get(b"r", b"").decode(), int(fields.get(b"p", 0)),
+        )  # fmt: skip
+        return Stored(place.decode(), self._written.of_event(shown, fields.get(b"s", b"")))
 
     def _rewrite(self, user: int, change: Callable[[NDArray[np.void]], NDArray[np.void]]) -> None:
         """Put other records in the place of a user's, again if somebody else added to them meanwhile."""
@@ -398,10 +388,10 @@ class RedisStore:
         def put(pipe: Any) -> None:
             if bool(self._redis.exists(f"{PREFIX}keys")) != (self._masters is not None):
                 raise StoreFailed(f"user store {self._place} is {IS_SEALED if self._masters is None else NOT_SEALED}")
-            records = change(self._records(name, pipe.get(key) or b""))
+            records = change(self._written.single_records(name, pipe.get(key) or b""))
             pipe.multi()
             if len(records):  # else the user was forgotten meanwhile
-                pipe.set(key, self._bytes(user, records))
+                pipe.set(key, self._written.single(user, records))
 
         self._asked(partial(self._redis.transaction, put, key))
 
@@ -479,12 +469,3 @@ class RedisStore:
             raise StoreFailed(
                 f"user store {self._place} did not answer as Redis does ({type(error).__name__}: {error})"
             ) from error
-
-
-def stored_of(place: bytes, fields: dict[bytes, bytes]) -> Stored:
-    """An entry of the stream."""
-    event = Event(
-        fields[b"e"].decode(), int(fields[b"u"]), int(fields[b"i"]), int(fields[b"k"]), int(fields[b"t"]),
-        fields[b"r"].decode(), int(fields[b"p"]),
-    )  # fmt: skip
-    return Stored(place.decode(), event)

@@ -55,8 +55,6 @@ _LOOK_S = 60.0
 """So often whoever writes looks for a newer data key."""
 _OVERHEAD = 2 + _NONCE + 16
 _USER = 8
-SEALED_RECORD = _OVERHEAD + _USER + RECORD.itemsize
-"""Bytes of one event of a past that is sealed by itself."""
 
 
 class MasterKeys:
@@ -148,10 +146,15 @@ def add_master_key(file: Path, name: str) -> None:
 
 
 class Codec(Protocol):
-    """How a store writes users and events down."""
+    """How a store writes users and events down.
 
-    @property
-    def sealed(self) -> bool: ...
+    Attributes:
+        sealed: whether what is written is sealed.
+        single_size: bytes of one RECORD of ``single``.
+    """
+
+    sealed: bool
+    single_size: int
 
     def name(self, user: int) -> int:
         """What a user is found by."""
@@ -159,6 +162,10 @@ class Codec(Protocol):
 
     def event_name(self, event_id: str) -> str:
         """What an event is known by."""
+        ...
+
+    def user(self, name: int, stored: bytes) -> int:
+        """The user of a name, by their ``past``, or by the first of their ``single`` records."""
         ...
 
     def past(self, user: int, records: NDArray[np.void]) -> bytes:
@@ -173,11 +180,32 @@ class Codec(Protocol):
         """How many RECORDs a ``past`` of so many bytes has."""
         ...
 
+    def single(self, user: int, records: NDArray[np.void]) -> bytes:
+        """RECORDs, each by itself, so that more can be added behind them."""
+        ...
+
+    def single_records(self, name: int, stored: bytes) -> NDArray[np.void]:
+        """RECORDs of ``single``."""
+        ...
+
+    def shown(self, event: Event) -> Event:
+        """What of an event stands in the log in the clear."""
+        ...
+
+    def event(self, event: Event) -> bytes:
+        """What stands beside it, sealed; empty: nothing does."""
+        ...
+
+    def of_event(self, shown: Event, stored: bytes) -> Event:
+        """The event of ``shown`` and ``event``."""
+        ...
+
 
 class Plain:
     """As it is."""
 
     sealed = False
+    single_size = RECORD.itemsize
 
     def name(self, user: int) -> int:
         """See Codec."""
@@ -186,6 +214,10 @@ class Plain:
     def event_name(self, event_id: str) -> str:
         """See Codec."""
         return event_id
+
+    def user(self, name: int, stored: bytes) -> int:
+        """See Codec."""
+        return name
 
     def past(self, user: int, records: NDArray[np.void]) -> bytes:
         """See Codec."""
@@ -199,6 +231,20 @@ class Plain:
         """See Codec."""
         return size // RECORD.itemsize
 
+    single, single_records = past, records
+
+    def shown(self, event: Event) -> Event:
+        """See Codec."""
+        return event
+
+    def event(self, event: Event) -> bytes:
+        """See Codec."""
+        return b""
+
+    def of_event(self, shown: Event, stored: bytes) -> Event:
+        """See Codec."""
+        return shown
+
 
 class Sealed:
     """Sealed with the newest data key; opened with whichever it was sealed with.
@@ -209,6 +255,7 @@ class Sealed:
     """
 
     sealed = True
+    single_size = _OVERHEAD + _USER + RECORD.itemsize
 
     def __init__(self, masters: MasterKeys, load: Callable[[], Mapping[int, bytes]]) -> None:
         self._masters, self._load = masters, load
@@ -241,33 +288,38 @@ class Sealed:
         return (size - _OVERHEAD - _USER) // RECORD.itemsize
 
     def user(self, name: int, stored: bytes) -> int:
-        """The id of a user's ``past``, or of the first of ``single_records``."""
+        """See Codec."""
         return int.from_bytes(self._open(stored, _about(name))[:_USER], "little", signed=True)
 
     def single(self, user: int, records: NDArray[np.void]) -> bytes:
-        """RECORDs, each sealed by itself, so that more can be added behind them."""
+        """See Codec. Each with the user's id, and sealed by itself."""
         name, who = self.name(user), _id(user)
         raw, size = records.tobytes(), RECORD.itemsize
         parts = (raw[at : at + size] for at in range(0, len(raw), size))
         return b"".join(self._seal(who + part, _about(name)) for part in parts)
 
     def single_records(self, name: int, stored: bytes) -> NDArray[np.void]:
-        """RECORDs of ``single``."""
-        if len(stored) % SEALED_RECORD:
+        """See Codec."""
+        if len(stored) % self.single_size:
             raise StoreFailed(
                 f"a user's past of {len(stored)} bytes is no number of sealed events; is the store damaged?"
             )
         about = _about(name)
-        parts = (stored[at : at + SEALED_RECORD] for at in range(0, len(stored), SEALED_RECORD))
+        size = self.single_size
+        parts = (stored[at : at + size] for at in range(0, len(stored), size))
         return np.frombuffer(b"".join(self._open(part, about)[_USER:] for part in parts), RECORD)
 
+    def shown(self, event: Event) -> Event:
+        """See Codec. Names, and nothing of what was done."""
+        return Event(self.event_name(event.event_id), self.name(event.user_id), 0, 0, 0)
+
     def event(self, event: Event) -> bytes:
-        """All of an event."""
+        """See Codec."""
         return self._seal(json.dumps(event).encode(), self.event_name(event.event_id).encode())
 
-    def of_event(self, name: str, stored: bytes) -> Event:
-        """The event of ``event``, whose name it is stored under."""
-        return Event(*json.loads(self._open(stored, name.encode())))
+    def of_event(self, shown: Event, stored: bytes) -> Event:
+        """See Codec."""
+        return Event(*json.loads(self._open(stored, shown.event_id.encode())))
 
     def _seal(self, plain: bytes, about: bytes) -> bytes:
         if time.monotonic() > self._look_again:  # so that a rotation is taken up by who only writes, too

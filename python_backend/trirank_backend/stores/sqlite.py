@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past,
 from trirank_backend.stores.sealing import (
     IS_SEALED,
     NOT_SEALED,
+    Codec,
     MasterKeys,
     Plain,
     Sealed,
@@ -44,6 +45,7 @@ ALTER TABLE events ADD COLUMN sealed BLOB;
 CREATE TABLE keys (number INTEGER PRIMARY KEY, envelope BLOB NOT NULL);
 """
 """Besides, of a sealed store, whose users and events have names in the place of ids and nothing else in the clear."""
+_COLUMNS = ", ".join(Event._fields)
 _PLAIN_VERSION, _SEALED_VERSION = 1, 2
 _CHECKPOINTS = 30
 _OPENING_S = 5.0
@@ -92,7 +94,7 @@ class SqliteStore:
                     version = wanted
             if version != wanted:
                 raise InvalidStore(f"{path} is {NOT_SEALED if masters else IS_SEALED}")
-            self._codec = Plain() if masters is None else Sealed(masters, self._envelopes)
+            self._codec: Codec = Plain() if masters is None else Sealed(masters, self._envelopes)
             self._connection.execute(f"PRAGMA busy_timeout = {int(timeout_s * 1_000)}")
         except (OSError, sqlite3.Error, StoreFailed) as error:
             raise InvalidStore(
@@ -171,9 +173,7 @@ class SqliteStore:
 
     def users(self) -> Iterator[int]:
         """See store.Store."""
-        if isinstance(self._codec, Plain):
-            return (user for (user,) in self._rows("SELECT user_id FROM users ORDER BY user_id"))
-        found = self._rows("SELECT user_id, records FROM users")
+        found = self._rows(f"SELECT user_id, {'records' if self._codec.sealed else 'NULL'} FROM users")
         return iter(sorted(self._codec.user(name, records) for name, records in found))
 
     def erase(self, user: int) -> int:
@@ -198,14 +198,12 @@ class SqliteStore:
 
     def log(self, after: str = "", limit: int = 10_000) -> list[Stored]:
         """See store.Store."""
-        columns = "user_id, item_id, kind, timestamp, request_id, position" if not self._codec.sealed else "sealed"
         rows = self._rows(
-            f"SELECT place, event_id, {columns} FROM events WHERE place > ? ORDER BY place LIMIT ?",
+            f"SELECT place, {_COLUMNS}, {'sealed' if self._codec.sealed else 'NULL'} FROM events"
+            " WHERE place > ? ORDER BY place LIMIT ?",
             (int(after or 0), limit),
         )
-        if isinstance(self._codec, Plain):
-            return [Stored(str(place), Event(*event)) for place, *event in rows]
-        return [Stored(str(place), self._codec.of_event(name, sealed)) for place, name, sealed in rows]
+        return [Stored(str(place), self._codec.of_event(Event(*shown), sealed)) for place, *shown, sealed in rows]
 
     def unread(self, group: str, limit: int = 10_000) -> list[Stored]:
         """See store.Store."""
@@ -238,12 +236,9 @@ class SqliteStore:
 
     def _insert(self, event: Event) -> bool:
         """Add to the log; whether it was not there."""
-        columns = "event_id, user_id, item_id, kind, timestamp, request_id, position"
-        values: tuple[Any, ...] = event
-        if not isinstance(self._codec, Plain):
-            columns += ", sealed"
-            name, user = self._codec.event_name(event.event_id), self._codec.name(event.user_id)
-            values = (name, user, 0, 0, 0, "", 0, self._codec.event(event))
+        columns, values = _COLUMNS, cast(tuple[Any, ...], self._codec.shown(event))
+        if self._codec.sealed:  # a plain file has no such column
+            columns, values = f"{columns}, sealed", (*values, self._codec.event(event))
         marks = ", ".join("?" * len(values))
         done = self._connection.execute(
             f"INSERT INTO events ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING", values
