@@ -125,9 +125,9 @@ def test_a_server_that_stalls_is_asked_all_the_same(world):
     assert time.monotonic() - started_at < 5 + 2 * 5.0  # ends with its load, though requests had five seconds to end
     assert found.errors == {}
     assert found.offered == pytest.approx(100, rel=0.25)
-    assert found.percentile(50.0) < 200
     assert found.percentile(90.0) > 300  # a fifth of the requests waited up to a second, half of that on average
-    assert 700 < found.percentile(99.0) < 1500
+    assert found.percentile(99.0) > 700
+    assert found.percentile(50.0) < found.percentile(99.0) / 3  # and the others did not
     stalled = max(found.timeline, key=lambda row: row["p50_ms"])
     assert stalled["due"] > 60
 
