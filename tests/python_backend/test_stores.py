@@ -551,6 +551,26 @@ def test_what_is_plain_is_not_taken_for_sealed(address, tmp_path, monkeypatch):
         open_store(address).get([1])
 
 
+def test_two_that_seal_a_new_store_at_once(tmp_path, monkeypatch, redis_address):
+    """What one has sealed while the other was looking is not taken for plain."""
+    client = redis.Redis.from_url(redis_address)
+    client.flushall()
+    add_master_key(tmp_path / "keys", "first")
+    monkeypatch.setenv(KEYS_VARIABLE, str(tmp_path / "keys"))
+    slow, ask = open_store(redis_address), redis.Redis.exists
+
+    def exists(self, *names):
+        found = ask(self, *names)
+        monkeypatch.undo()
+        open_store(redis_address, keys=str(tmp_path / "keys")).add([event(1)])
+        return found
+
+    monkeypatch.setattr(redis.Redis, "exists", exists)
+    assert slow.add([event(2)]) == [True]
+    assert len(slow.get([1])[1].events.item_ids) == 2
+    client.close()
+
+
 def test_a_server_without_keys_writes_nothing_in_the_clear(tmp_path, monkeypatch, redis_address):
     """It met an empty store, which another one has sealed since."""
     client = redis.Redis.from_url(redis_address)

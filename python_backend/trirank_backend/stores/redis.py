@@ -80,8 +80,13 @@ return {{added, long}}
 """
 _LOCK, _DIRTY = f"{PREFIX}events.lock", f"{PREFIX}events.dirty"
 _MAKE_KEYS = """
-if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
+if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+if ARGV[1] == '1' or redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4]) > 0 then return 0 end
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+return 1
 """
+"""Whether the store is a sealed one now. Who comes first makes the keys; of a plain one (the log, counts, or, as
+ARGV[1] says, users were there before it had keys) nobody does."""
 _REPLACE = """
 if redis.call('GET', KEYS[3]) ~= ARGV[2] then
   return redis.error_reply('another one has begun to write the log anew')
@@ -338,11 +343,11 @@ class RedisStore:
                 self._codec = Plain()
             else:
                 if not there:
-                    plain = self._redis.exists(f"{PREFIX}events", f"{PREFIX}shown", f"{PREFIX}clicked")
-                    if plain or next(self._redis.scan_iter(f"{PREFIX}user:*", count=1_000), None) is not None:
-                        raise StoreFailed(f"user store {self._place} is {NOT_SEALED}")
+                    users = next(self._redis.scan_iter(f"{PREFIX}user:*", count=1_000), None) is not None
+                    names = [f"{PREFIX}{name}" for name in ("keys", "events", "shown", "clicked")]
                     made = [each for pair in new_envelopes(self._masters).items() for each in pair]
-                    self._redis.eval(_MAKE_KEYS, 1, f"{PREFIX}keys", *made)  # who comes first has made them
+                    if not self._redis.eval(_MAKE_KEYS, len(names), *names, int(users), *made):
+                        raise StoreFailed(f"user store {self._place} is {NOT_SEALED}")
                 try:
                     self._codec = Sealed(self._masters, self._envelopes)
                 except InvalidStore as error:
