@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,8 @@ else:
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+LEAST_PRIVATE_BATCH = 32
+"""Expected users of a step with differential privacy; of so many one step in 10^13 has none, which cannot be taken."""
 RECIPES = Path(__file__).parent / "recipes"
 """Recipes that ship with the package, by name."""
 
@@ -117,6 +120,22 @@ class PretrainingRecipe(_Section):
     validation_users: PositiveInt = 10_000
 
 
+class PrivacyRecipe(_Section):
+    """Differential privacy of what training gives: weights and features hardly depend on whether any one user is in the
+    training split. See trirank_build.training.private."""
+
+    epsilon: Annotated[float, Field(gt=0, le=100)] = 8.0
+    """Of the whole run, counts of items included."""
+    delta: Annotated[float, Field(gt=0, lt=1e-3)] = 1e-6
+    """Choose it well below one in the number of users."""
+    max_norm: Positive = 1.0
+    """Of one user's gradient in a step; longer ones are cut to it."""
+    counts_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of epsilon: what counting how often items were chosen would use by itself."""
+    choices_per_user: PositiveInt = 8
+    """Different items of a user that are counted, drawn where there are more."""
+
+
 class TrainingRecipe(_Section):
     """How the ranker learns to rank requests."""
 
@@ -172,6 +191,34 @@ class TrainingRecipe(_Section):
     """bfloat16: mixed precision in both phases, where the device has it."""
     checkpoint_minutes: Positive = 5.0
     """At most so much work is lost when a run is killed, in either phase."""
+    privacy: PrivacyRecipe | None = None
+    """``[training.privacy]`` trains with differential privacy. ``batch_size`` is then the expected number of users in a
+    step, of each of whom one request is drawn, and an epoch is as many steps as there are users for; the last epoch is
+    kept, whatever validation says, and every run is another one."""
+
+    @model_validator(mode="after")
+    def _privacy_fits(self) -> TrainingRecipe:
+        if self.privacy is None:
+            return self
+        wanted = {
+            "requests": ("logged", "others are retrieved with what was learned of users"),
+            "start": ("nothing", "the linear order is fitted without noise"),
+            "negatives": ("uniform", "others are drawn from what all users chose"),
+            "precision": ("float32", "gradients are calculated request by request"),
+            "refit": (False, "it learns from validation besides"),
+        }
+        for key, (value, why) in wanted.items():
+            if getattr(self, key) != value:
+                raise ValueError(
+                    f"training.privacy goes with {key} = {json.dumps(value)}, not "
+                    f"{json.dumps(getattr(self, key))}: {why}"
+                )
+        if not self.epochs or self.batch_size < LEAST_PRIVATE_BATCH:
+            raise ValueError(
+                f"training.privacy goes with epochs of 1 and more and a batch_size of {LEAST_PRIVATE_BATCH} and more, "
+                f"not {self.epochs} and {self.batch_size}"
+            )
+        return self
 
 
 class TuningRange(_Section):
@@ -226,6 +273,21 @@ class Recipe(_Section):
                     f"{key} cannot be tuned: validation has the same bias and cannot judge it; show some pages in "
                     "random order, and see how clicks fall with the position"
                 )
+        if self.training.privacy is not None:
+            if self.pretraining.objective != "none" or self.features.transitions:
+                raise ValueError(
+                    'training.privacy goes with pretraining.objective = "none" and features.transitions = false: both '
+                    "learn from sequences of users without noise"
+                )
+            if self.model.embedding_updates == "rows":
+                raise ValueError(
+                    'training.privacy goes with model.embedding_updates = "all": which rows move tells who was there'
+                )
+            if self.tuning.space:
+                raise ValueError(
+                    "training.privacy cannot be tuned: each trial would use up as much privacy as the run. Tune on "
+                    "data that may be seen, and leave [tuning.space] out"
+                )
         if not self.training.epochs and self.pretraining.objective == "none" and self.training.start == "nothing":
             raise ValueError(
                 'training.epochs = 0, training.start = "nothing" and no pre-training leave nothing to learn'
@@ -255,9 +317,11 @@ class Recipe(_Section):
         """
         raw = self.model_dump()
         for key, value in changes.items():
-            section, _, name = key.rpartition(".")
-            place = raw.get(section, {}) if section else raw
-            if name not in place or not isinstance(place, dict):
+            *sections, name = key.split(".")
+            place: Any = raw
+            for section in sections:
+                place = place.get(section) if isinstance(place, dict) else None
+            if not isinstance(place, dict) or name not in place:
                 known = [f"{s}.{n}" for s in ("features", "model", "pretraining", "training") for n in raw[s]]
                 raise BadRecipe(f"{key} is no key of a recipe; known: seed, {', '.join(known)}")
             place[name] = value

@@ -99,6 +99,8 @@ def check_chain(recipe: CompressionRecipe, dense: TrainedRun) -> tuple[nn.Module
         BadRecipe: a step does not fit the ranker that it would find.
         BadCheckpoint, BadData: a step names a run or a dataset that does not fit.
     """
+    if dense.recipe.training.privacy is not None:
+        _check_private(recipe, dense)
     model: nn.Module = dense.model()
     features = dense.features
     for number, step in enumerate(recipe.steps, 1):
@@ -107,6 +109,17 @@ def check_chain(recipe: CompressionRecipe, dense: TrainedRun) -> tuple[nn.Module
         except BadRecipe as error:  # noqa: PERF203  # a handful of steps
             raise BadRecipe(f"{recipe.name}: step {number} ({step.kind}): {error}") from None
     return model.eval(), features
+
+
+def _check_private(recipe: CompressionRecipe, dense: TrainedRun) -> None:
+    for number, step in enumerate(recipe.steps, 1):
+        if step.reads:
+            raise BadRecipe(
+                f"{recipe.name}: step {number} ({step.kind}): {dense.directory} was trained with differential privacy, "
+                f"and {step.reads} would learn from users without; take steps that read no requests: fold, factorise "
+                'or share with training = { epochs = 0 }, prune with that and importance = "magnitude", quantise with '
+                'precision = "float16" or with calibration_data that may be seen'
+            )
 
 
 def _identities(recipe: CompressionRecipe, dense: TrainedRun, dataset: Dataset) -> list[str]:
@@ -203,8 +216,8 @@ class _Chain:
         shutil.copytree(dense.directory / FEATURES, folder / FEATURES, dirs_exist_ok=True)
         work.features.spec.save(folder / FEATURES / "features.json")
         shutil.copyfile(dense.directory / RECIPE, folder / RECIPE)
-        facts = {
-            **{key: dense.facts[key] for key in ("recipe", "dataset", "curve")},
+        facts: dict[str, Any] = {
+            **{key: dense.facts[key] for key in ("recipe", "dataset", "curve", "privacy") if key in dense.facts},
             "dense": os.path.relpath(dense.directory.resolve(), folder.resolve()),  # so that both can be moved together
             "parameters": sum(parameter.numel() for parameter in work.model.parameters()),
             "compression": self._taken,

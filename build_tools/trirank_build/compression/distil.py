@@ -33,6 +33,11 @@ class Settings(StepSettings):
     student: ModelRecipe | None = None
     """Sizes of a fresh student; None: the ranker as it is, of an ensemble its first member."""
 
+    @property
+    def reads(self) -> str:
+        """See StepSettings."""
+        return "the student"
+
 
 def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""

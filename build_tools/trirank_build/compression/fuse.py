@@ -49,6 +49,11 @@ class Settings(StepSettings):
             raise ValueError("members differ by their fine-tuning; say training.epochs = 1 or more")
         return self
 
+    @property
+    def reads(self) -> str:
+        """See StepSettings."""
+        return "members and their weights"
+
 
 def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""

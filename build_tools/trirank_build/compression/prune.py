@@ -54,6 +54,11 @@ class Settings(StepSettings):
     """Times to identify, remove and retrain; each removes its part."""
     sparsity: Literal["none", "2:4"] = "none"
 
+    @property
+    def reads(self) -> str:
+        """See StepSettings."""
+        return super().reads or ("" if self.importance == "magnitude" else f'importance = "{self.importance}"')
+
 
 def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""

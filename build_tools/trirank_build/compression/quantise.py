@@ -73,6 +73,15 @@ class Settings(StepSettings):
             raise ValueError(f'precision = "{self.precision}" needs no training; say mode = "post_training"')
         return self
 
+    @property
+    def reads(self) -> str:
+        """See StepSettings."""
+        if self.precision != "int8":
+            return ""
+        if self.mode != "post_training":
+            return f'mode = "{self.mode}"'
+        return "" if self.calibration_data is not None else "calibration"
+
 
 def check(model: nn.Module, settings: Settings, features: Features) -> tuple[nn.Module, Features]:
     """See step.Step."""

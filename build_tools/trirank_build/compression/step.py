@@ -62,6 +62,11 @@ class StepSettings(BaseModel):
     kind: str
     training: FineTuning = FineTuning()
 
+    @property
+    def reads(self) -> str:
+        """What of the training data the step learns from; empty: nothing, so that differential privacy is kept."""
+        return "fine-tuning" if self.training.epochs else ""
+
 
 @dataclass
 class Work:

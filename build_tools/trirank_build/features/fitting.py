@@ -27,7 +27,8 @@ from trirank_build.data.dataset import Dataset
 from trirank_build.errors import BadData
 from trirank_build.features.transitions import count_transitions, training_sequences
 from trirank_build.features.vocabulary import Vocabulary
-from trirank_build.recipe import FeatureRecipe
+from trirank_build.privacy.budget import private_counts
+from trirank_build.recipe import FeatureRecipe, PrivacyRecipe
 
 TITLES = 1_000_000
 """Titles that the tokeniser learns from: the words of more are the same ones."""
@@ -68,18 +69,29 @@ class Features:
         )
 
 
-def fit_features(dataset: Dataset, recipe: FeatureRecipe, directory: Path, known: Path | None = None) -> Features:
+def fit_features(
+    dataset: Dataset,
+    recipe: FeatureRecipe,
+    directory: Path,
+    known: Path | None = None,
+    privacy: PrivacyRecipe | None = None,
+) -> Features:
     """Fit on the training split and write to ``directory``, which must exist.
 
     Args:
         known: the ``features`` folder of an earlier run, whose words and values keep their meaning and are added to.
+        privacy: counts of items with noise, and words of titles alone.
     """
-    items = dataset.items
-    counts = popularity(dataset.training_choices(), items["item_id"].to_numpy())
+    items, ids = dataset.items, dataset.items["item_id"].to_numpy()
+    if privacy is None:
+        counts = popularity(dataset.training_choices(), ids)
+    else:
+        counts = private_counts(dataset.training_events(), ids, privacy)
     has_text = bool((items["title"] != "").any())
     titles = recipe.title_length if has_text else 0
     if known is None:
-        tokenizer = _tokenizer(dataset, recipe.vocabulary if has_text else 2)
+        texts = _texts(dataset, queries=privacy is None)
+        tokenizer = _tokenizer(texts, recipe.vocabulary if has_text else 2)
         vocabulary = Vocabulary.fit(items, counts, recipe.attribute_slots)
     else:
         tokenizer = Tokenizer.from_file(str(known / "tokenizer.json"))
@@ -229,8 +241,8 @@ def _transitions(dataset: Dataset, catalogue: Catalogue, spec: FeatureSpec) -> T
     return count_transitions(*training_sequences(dataset, catalogue), len(catalogue))
 
 
-def _tokenizer(dataset: Dataset, vocabulary: int) -> Tokenizer:
-    """Subwords (BPE) of titles and training queries. Id 0 is padding."""
+def _tokenizer(texts: Iterator[str], vocabulary: int) -> Tokenizer:
+    """Subwords (BPE). Id 0 is padding."""
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -239,16 +251,16 @@ def _tokenizer(dataset: Dataset, vocabulary: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=["[PAD]", "[UNK]"], min_frequency=2, show_progress=False
     )
-    tokenizer.train_from_iterator(_texts(dataset), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def _texts(dataset: Dataset) -> Iterator[str]:
-    """Titles and training queries as they are read; of more than TITLES titles as many that lie evenly among them."""
+def _texts(dataset: Dataset, queries: bool) -> Iterator[str]:
+    """Titles as they are read, of more than TITLES as many that lie evenly among them; and training queries."""
     titles = dataset.items["title"]
     for part in _parts(titles.gather_every(max(1, -(-titles.len() // TITLES)))):
         yield from filter(None, part)
-    for chunk in dataset.chunks("train", _CHUNK, ("query",)):
+    for chunk in dataset.chunks("train", _CHUNK, ("query",)) if queries else ():
         yield from filter(None, chunk["query"])
 
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from trirank import contract
 from trirank.contract import ANONYMOUS_USER, stable_id
@@ -57,8 +58,8 @@ from trirank_build.training.run import TrainedRun
 _RECORDED = 8
 _COMPARED = 500
 """Validation requests on which a ranker is compared with retrieval."""
-_ASKED_BY, _DAY_S = 5, 86_400
-"""A query that so many users have asked tells of none of them."""
+_ASKED_BY, _INVENTED, _DAY_S = 5, 50, 86_400
+"""A query that so many users have asked tells of none of them. Candidates of a request that nobody made."""
 _PACKAGES = ("trirank", "torch", "onnx", "onnxruntime", "openvino", "numpy", "tokenizers")
 
 
@@ -153,8 +154,9 @@ def assemble(
             (scratch / RETRIEVAL).mkdir()
             served = Features.load(scratch / FEATURES) if refreshed else run.features
             indexed = build_index(run.model(), served, dataset, scratch / RETRIEVAL)
+        recorded = _recorded(dataset) if run.recipe.training.privacy is None else _invented(dataset)
         dataset.items.select("item_id", "key", "title", "brand", "category", "price").write_parquet(scratch / ITEMS)
-        (scratch / REQUESTS).write_text(json.dumps(_recorded(dataset), indent=1) + "\n")
+        (scratch / REQUESTS).write_text(json.dumps(recorded, indent=1) + "\n")
 
         files = tree_digests(scratch)
         release = release_name(files)
@@ -171,6 +173,7 @@ def assemble(
             "index": indexed,
             "failing_gate_allowed": allow_failing_gate,
             "compression": run.facts.get("compression"),
+            "privacy": run.facts.get("privacy"),
             "engines": [manifest.to_json() for _, manifest in plan_files],
             "recipe": run.recipe.model_dump(mode="json"),
             "curve": run.facts["curve"],
@@ -240,27 +243,53 @@ def _recorded(dataset: Dataset) -> list[dict[str, Any]]:
     test = test.sort("known", descending=True, maintain_order=True)
     picked = test.group_by("scenario", maintain_order=True).head(_RECORDED)
     titles = dict(dataset.items.select("item_id", "title").iter_rows())
-
-    def named_anew(user: int, number: int) -> int:
-        if user == ANONYMOUS_USER or dataset.description.ids["user"] == "numbers":
-            return user if user == ANONYMOUS_USER else number
-        return stable_id(f"recorded request {number}")
-
-    keys: dict[int, Any] = {}
-    if dataset.description.ids["item"] == "strings":
-        keys = dict(dataset.items.select("item_id", "key").iter_rows())
     return [
-        {
-            "user_id": named_anew(row["user_id"], number),
-            "timestamp": row["timestamp"] // _DAY_S * _DAY_S if dataset.description.timed else row["timestamp"],
-            "query": row["query"] if row["known"] else " ".join(titles[row["item_ids"][0]].split()[:3]),
-            "scenario": row["scenario"],
-            "item_ids": [keys.get(item, item) for item in row["item_ids"]],
-            "retrieval_scores": row["retrieval_scores"] if row["known"] else None,
-            "top_k": 10,
-        }
+        _request(
+            dataset, number if row["user_id"] != ANONYMOUS_USER else None, row["timestamp"], row["scenario"],
+            row["query"] if row["known"] else _words_of(titles[row["item_ids"][0]]), row["item_ids"],
+            row["retrieval_scores"] if row["known"] else None,
+        )
         for number, row in enumerate(picked.iter_rows(named=True), 1)
-    ]
+    ]  # fmt: skip
+
+
+def _invented(dataset: Dataset) -> list[dict[str, Any]]:
+    """The same of a ranker with differential privacy, of nobody's requests: candidates are drawn from all items, words
+    of a title are the query in scenarios that have queries, and there are no scores."""
+    rng = np.random.default_rng(len(dataset.items))
+    asked = (pl.col("query") != "").any().alias("asked")
+    scenarios = dataset.split("test").group_by("scenario", maintain_order=True).agg(asked, pl.col("timestamp").max())
+    found = []
+    for scenario, with_query, moment in scenarios.iter_rows():
+        for number in range(_RECORDED):
+            drawn = dataset.items[rng.permutation(dataset.items.height)[:_INVENTED]]
+            query = _words_of(drawn["title"][0]) if with_query else ""
+            found.append(_request(dataset, number or None, moment, scenario, query, drawn["item_id"].to_list(), None))
+    return found
+
+
+def _request(
+    dataset: Dataset, user: int | None, moment: int, scenario: str, query: str, items: list[int],
+    scores: list[float] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """As a caller sends it. ``user``: a number for one who is nobody in particular; None: anonymous."""
+    ids, keys = dataset.description.ids, {}
+    if ids["item"] == "strings":
+        keys = dict(dataset.items.filter(pl.col("item_id").is_in(items)).select("item_id", "key").iter_rows())
+    named = user if ids["user"] == "numbers" else stable_id(f"recorded request {user}")
+    return {
+        "user_id": ANONYMOUS_USER if user is None else named,
+        "timestamp": moment // _DAY_S * _DAY_S if dataset.description.timed else moment,
+        "query": query,
+        "scenario": scenario,
+        "item_ids": [keys.get(item, item) for item in items],
+        "retrieval_scores": scores,
+        "top_k": 10,
+    }
+
+
+def _words_of(title: str) -> str:
+    return " ".join(title.split()[:3])
 
 
 def _check_above_retrieval(run: TrainedRun, dataset: Dataset) -> None:

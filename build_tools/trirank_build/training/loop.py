@@ -1,7 +1,8 @@
 """Runs the phases of a training one after the other: deterministic with its seed, resumed at the very batch.
 
 All chance of a batch comes from (seed, phase, epoch, batch, rank), and the state that is saved holds weights,
-optimiser and place, so a run that was killed goes on as if it had not been.
+optimiser and place, so a run that was killed goes on as if it had not been. With differential privacy
+(training.private) chance is nobody's to know.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_
 from trirank_build.progress import console, progress
 from trirank_build.training.distributed import Ranks
 from trirank_build.training.optimiser import Optimiser
+from trirank_build.training.private import Private, PrivateOptimiser
 from trirank_build.training.shards import Shards
 
 LAST = "last.safetensors"
@@ -73,6 +74,12 @@ class Phase(Protocol):
     @property
     def judges_start(self) -> bool:
         """Whether what the phase begins with is validated, too, and kept where no epoch is better."""
+        ...
+
+    @property
+    def private(self) -> Private | None:
+        """How it trains with differential privacy, if it does; the last epoch is kept then, whatever validation
+        says."""
         ...
 
     def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
@@ -151,7 +158,10 @@ class Loop:
         settings = phase.settings
         self._shards = Shards(phase.step, self.ranks.rank, self.ranks.world)
         step = self.ranks.parallel(phase.step, self._shards.parameters)
-        optimiser = Optimiser(phase.step, settings.learning_rate, settings.weight_decay, self.ranks)
+        if phase.private is None:
+            optimiser = Optimiser(phase.step, settings.learning_rate, settings.weight_decay, self.ranks)
+        else:
+            optimiser = PrivateOptimiser(phase.step, settings.learning_rate, settings.weight_decay, phase.private)
         if state is not None:
             optimiser.load(state)
         per_epoch = len(phase.plan(np.random.default_rng(self.seed)))
@@ -181,7 +191,8 @@ class Loop:
         point = {"phase": phase.name, "epoch": self._epoch, "loss": None if loss is None else round(loss, 6),
                  "valid_ndcg10": round(ndcg, 6)}  # fmt: skip
         self.curve.append(point)
-        if self.ranks.leads and max(self._own(phase), key=lambda p: p["valid_ndcg10"]) is point:
+        best = phase.private is not None or max(self._own(phase), key=lambda p: p["valid_ndcg10"]) is point
+        if self.ranks.leads and best:
             place = {"phase": phase.name, "epoch": self._epoch}
             save_checkpoint(self.best(phase.name), self.model.state_dict(), place)
         return ndcg
@@ -191,7 +202,7 @@ class Loop:
 
     def _stalled(self, phase: Phase) -> bool:
         own = self._own(phase)
-        if not own:
+        if not own or phase.private is not None:
             return False
         best = max(range(len(own)), key=lambda at: own[at]["valid_ndcg10"])
         return len(own) - 1 - best >= phase.settings.patience
@@ -214,19 +225,17 @@ class Loop:
                 for name, tensor in phase.batch(np.sort(which), np.random.default_rng(place)).items()
             }
             self._shards.fetch(tensors)
-            with torch.autocast(ranks.device.type, torch.bfloat16) if self.half else nullcontext():
-                loss = step(**tensors)
+            loss = optimiser.backward(step, tensors, self.half)
             if not torch.isfinite(loss):
                 raise Diverged(
                     f"{phase.name}: the loss is {loss.item()} at epoch {self._epoch + 1}, batch {self._at + 1}, "
                     f"learning rate {rate:.2g}; lower learning_rate. The last good checkpoint is kept."
                 )
-            loss.backward()
             self._shards.push()
             optimiser.step(rate, CLIP)
             self._step += 1
             self._at += 1
-            self._total += float(loss.detach())
+            self._total += float(loss)
             done()
             # Shards are gathered by all processes, whose clocks differ: they are saved after an epoch alone.
             if ranks.leads and not self._shards.tables and time.monotonic() - saved > self.checkpoint_minutes * 60:

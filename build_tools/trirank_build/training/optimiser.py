@@ -7,6 +7,7 @@ that move only where there is one (torch.optim.SparseAdam, "lazy Adam"); weight 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ class Optimiser:
             self._parts.append(whole)
         if self._rows:
             self._parts.append(torch.optim.SparseAdam(self._rows, lr=learning_rate))
+
+    def backward(self, step: nn.Module, tensors: dict[str, Tensor], half: bool = False) -> Tensor:
+        """Gradients of the loss that ``step`` makes of a batch; gives the loss. ``half``: mixed precision, bfloat16."""
+        device = next(iter(tensors.values())).device.type
+        with torch.autocast(device, torch.bfloat16) if half else nullcontext():
+            loss: Tensor = step(**tensors)
+        torch.autograd.backward(loss)
+        return loss.detach()
 
     def step(self, rate: float, most: float) -> None:
         """One step at a learning rate, the norm of all gradients cut to ``most``; then they are gone."""

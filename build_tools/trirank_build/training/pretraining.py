@@ -94,7 +94,7 @@ class Pretraining:
         since: int | None = None,
     ) -> None:
         self.name: str = name or recipe.objective
-        self.settings, self.decays, self.judges_start = recipe, recipe.decay, False
+        self.settings, self.decays, self.judges_start, self.private = recipe, recipe.decay, False, None
         self.step = PretrainingStep(model, recipe.log_q, recipe.negatives == "all")
         self._model, self._features = model, features
         self._sequences = Sequences(dataset, features, since)

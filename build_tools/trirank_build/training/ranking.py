@@ -27,6 +27,7 @@ from trirank_build.recipe import TrainingRecipe
 from trirank_build.retrieval.cascade import retrieve, sample
 from trirank_build.retrieval.tasks import CatalogueTasks
 from trirank_build.training.losses import RANKING_LOSSES, TaskWeights, targets_of
+from trirank_build.training.private import Private, Users
 from trirank_build.training.start import Start, fit_start
 
 _FROZEN = {"nothing": (), "embeddings": ("embedding",), "encoder": ("embedding", "encoder", "position", "norm_memory",
@@ -99,8 +100,13 @@ class Ranking:
         self._teaching = np.flatnonzero((train.labels > 0).any(1))
         if not len(self._teaching):
             raise BadData("no training request has anything chosen among its candidates, so there is nothing to learn")
+        self.private: Private | None = None
+        if recipe.privacy is not None:
+            users = Users.of(train, self._teaching)
+            self.private = Private(recipe.privacy, users, recipe.batch_size, recipe.epochs)
         self._sampler = None
         if recipe.random_negatives:
+            # With differential privacy negatives are uniform, whatever the counts.
             counts = popularity(dataset.training_choices(), train.ids)
             self._sampler = NegativeSampler(recipe.negatives, counts, recipe.random_negatives)
 
@@ -122,7 +128,9 @@ class Ranking:
         )
 
     def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-        """Requests with something chosen, in a new order."""
+        """Requests with something chosen, in a new order; with differential privacy, users of each step by chance."""
+        if self.private is not None:
+            return self.private.plan()
         order, size = rng.permutation(self._teaching), self.settings.batch_size
         return [order[at : at + size] for at in range(0, len(order), size)]
 

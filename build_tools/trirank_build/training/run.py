@@ -81,8 +81,14 @@ class TrainedRun:
         """Hold a newer dataset of the same shop against the one the run was trained on.
 
         Raises:
-            BadData: it is of another kind, or the ranker holds the catalogue that it was trained on.
+            BadData: it is of another kind, or the ranker holds the catalogue that it was trained on or was trained with
+                differential privacy.
         """
+        if self.recipe.training.privacy is not None:
+            raise BadData(
+                f"{self.directory} was trained with differential privacy, and counts of {dataset.description.source} "
+                "would come without; give the dataset it was trained on, or train anew on this one"
+            )
         own, given = self.facts["dataset"], dataset.description
         ids = own.get("ids", given.ids)
         for what, before, now in (

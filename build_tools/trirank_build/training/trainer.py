@@ -65,6 +65,11 @@ def train(
         Diverged: the loss is not a number.
     """
     earlier = update or start_from
+    if earlier is not None and recipe.training.privacy is not None:
+        raise BadRecipe(
+            f"training.privacy starts from nothing: what {earlier} learned of users is in no account. Leave "
+            f"{'--update' if update is not None else '--start-from'} or [training.privacy] out"
+        )
     first = None if earlier is None else TrainedRun.load(earlier)
     if update is not None:
         assert first is not None
@@ -76,6 +81,10 @@ def train(
         )
     identity = _identity(recipe, dataset, first, update is not None)
     with ranks() as group:
+        if group.world > 1 and recipe.training.privacy is not None:
+            raise BadRecipe(
+                f"training.privacy goes with one process, not {group.world}: the noise is added once to one sum"
+            )
         if group.leads:
             _prepare(out, recipe, dataset, identity, fresh, None if update is None else update / FEATURES)
         group.wait()
@@ -131,7 +140,7 @@ def _prepare(out: Path, recipe: Recipe, dataset: Dataset, identity: str, fresh: 
     with atomic_directory(out) as scratch:
         (scratch / FEATURES).mkdir()
         with working("fitting features"):
-            fit_features(dataset, recipe.features, scratch / FEATURES, known)
+            fit_features(dataset, recipe.features, scratch / FEATURES, known, recipe.training.privacy)
         (scratch / RECIPE).write_text(tomli_w.dumps(recipe.model_dump(exclude_none=True)))
         (scratch / "identity").write_text(identity)
 
@@ -176,6 +185,8 @@ def _run(
             with working("unpacking requests"):
                 requests = logged(dataset, features, settings, seed, unpacked, since)
         phase = Ranking(model, settings, dataset, *requests)
+        if phase.private is not None:
+            begun["privacy"] = phase.private.facts()
         begun["valid_retrieval_ndcg10"] = round(phase.retrieved(), 6)
         if settings.start == "linear" and first is None:
             with working("fitting the order to start from"):
@@ -231,7 +242,9 @@ def _run(
             "trained_until": _newest(dataset),
             **({"update_of": first.facts["dataset"]["digest"]} if update and first is not None else {}),
             **(json.loads((out / _BEGUN).read_text()) if (out / _BEGUN).is_file() else {}),
-            "valid_ndcg10": _best(loop.curve, RANKING if RANKING in phases else list(phases)[-1])["valid_ndcg10"],
+            "valid_ndcg10": _kept(loop.curve, RANKING if RANKING in phases else list(phases)[-1], recipe)[
+                "valid_ndcg10"
+            ],
         }
         os.replace(loop.best(list(phases)[-1]), out / BEST)
         with atomic_file(out / RUN) as scratch:
@@ -249,6 +262,11 @@ def _newest(dataset: Dataset) -> int:
         requests = dataset.requests.filter(pl.col("split") == "train")
         found = requests.select(pl.col("timestamp").max()).collect().item()
     return int(found or 0)
+
+
+def _kept(curve: list[dict[str, Any]], phase: str, recipe: Recipe) -> dict[str, Any]:
+    """The point of the phase whose weights are kept."""
+    return curve[-1] if recipe.training.privacy is not None else _best(curve, phase)
 
 
 def _best(curve: list[dict[str, Any]], phase: str) -> dict[str, Any]:
