@@ -20,6 +20,8 @@ from trirank_build.errors import BadRecipe
 from trirank_build.recipe import PrivacyRecipe
 
 _MOST_NOISE = 1e4
+_HIGHER = (64, 80, 96, 128, 192, 256, 384, 512)
+"""Orders of the Rényi divergence beside those that opacus tries; small epsilons have their best bound there."""
 Step = tuple[float, float, int]
 """Of an account: noise multiplier, sampling rate, how often."""
 
@@ -42,13 +44,15 @@ def steps_noise(privacy: PrivacyRecipe, rate: float, steps: int) -> float:
 
 def spent(account: list[Step], delta: float) -> float:
     """Epsilon of an account."""
-    from opacus.accountants import RDPAccountant  # seconds, which only such runs are to take
-
+    try:
+        from opacus.accountants import RDPAccountant  # seconds, which only such runs are to take
+    except ImportError as error:
+        raise BadRecipe(f"training.privacy needs opacus ({error}); pip install 'trirank[privacy]'") from error
     accountant = RDPAccountant()
     accountant.history = list(account)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the best order is at an end of those tried: the bound holds
-        return float(accountant.get_epsilon(delta))
+        return float(accountant.get_epsilon(delta, alphas=[*RDPAccountant.DEFAULT_ALPHAS, *_HIGHER]))
 
 
 def _least_noise(epsilon: float, delta: float, account: Callable[[float], list[Step]]) -> float:

@@ -5,7 +5,8 @@ user with the same probability (Poisson sampling), one request of each, cuts its
 noise to the sum; so whatever a user did moves a step by that norm at most, as in the user-level sampling of Charles et
 al., "Fine-tuning large language models with user-level differential privacy" (2024), with one example a user. The
 gradients of single requests come from torch.func, which takes all layers as they are; cutting and noise are those of
-`opacus` (Yousefpour et al. 2021).
+`opacus` (Yousefpour et al. 2021). Each request's loss is its own, so a task of which few requests know anything counts
+as much less; usually it is a mean over those that do, whose number nobody may know here.
 
 What else is fitted on users are counts of items, which have noise, too, and are in the same account (privacy.budget).
 Words, brands and prices are the catalogue's own. See docs/privacy.md for what is not covered.
