@@ -39,7 +39,7 @@ from scipy.stats import mannwhitneyu  # noqa: E402
 from stores import running_redis  # noqa: E402
 from trirank.contract import ANONYMOUS_USER  # noqa: E402
 from trirank_backend.histories import Events  # noqa: E402
-from trirank_backend.stores.sealing import add_master_key  # noqa: E402
+from trirank_backend.master_keys import add_master_key  # noqa: E402
 from trirank_backend.stores.store import open_store  # noqa: E402
 from trirank_build.compression.step import packed  # noqa: E402
 from trirank_build.data.dataset import Dataset  # noqa: E402

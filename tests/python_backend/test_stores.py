@@ -19,9 +19,10 @@ from trirank import contract
 from trirank.contract import EventKind
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
+from trirank_backend.master_keys import MasterKeys, add_master_key
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.guarded import GuardedUsers
-from trirank_backend.stores.sealing import MasterKeys, Sealed, add_master_key, new_envelopes
+from trirank_backend.stores.sealing import Sealed, new_envelopes
 from trirank_backend.stores.store import hide_password, open_store
 from trirank_backend.surroundings import KEYS_VARIABLE
 

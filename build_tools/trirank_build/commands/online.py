@@ -178,7 +178,7 @@ def add_key(
     """Add a master key for sealed stores: what is sealed from then on is sealed with it."""
     from datetime import date
 
-    from trirank_backend.stores.sealing import add_master_key
+    from trirank_backend.master_keys import add_master_key
 
     add_master_key(file, name or date.today().isoformat())
     out.print(

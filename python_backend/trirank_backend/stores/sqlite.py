@@ -17,12 +17,12 @@ from trirank.contract import EventKind
 
 from trirank_backend.errors import InvalidStore, StoreFailed
 from trirank_backend.histories import Events
+from trirank_backend.master_keys import MasterKeys
 from trirank_backend.stores.events import KEPT_KINDS, MOST, RECORD, Event, Past, Stored, merged, newest, records_of
 from trirank_backend.stores.sealing import (
     IS_SEALED,
     NOT_SEALED,
     Codec,
-    MasterKeys,
     Plain,
     Sealed,
     new_envelopes,

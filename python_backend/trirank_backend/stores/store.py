@@ -93,7 +93,7 @@ def open_store(address: str, timeout_s: float = WRITE_TIMEOUT_S, keys: str | Non
 
     Args:
         timeout_s: of each call.
-        keys: master keys (sealing.MasterKeys), empty for none; None: what the environment says (KEYS_VARIABLE). With
+        keys: of master_keys.MasterKeys, empty for none; None: what the environment says (KEYS_VARIABLE). With
             keys a new store is sealed, and one that is not is refused.
 
     Raises:
@@ -104,7 +104,7 @@ def open_store(address: str, timeout_s: float = WRITE_TIMEOUT_S, keys: str | Non
     said = os.environ.get(KEYS_VARIABLE) if keys is None else keys
     masters = None
     if said:
-        from trirank_backend.stores.sealing import MasterKeys
+        from trirank_backend.master_keys import MasterKeys
 
         masters = MasterKeys(said)
     if kind == "sqlite" and colon and rest:
