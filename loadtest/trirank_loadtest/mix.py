@@ -76,6 +76,9 @@ def load_requests(path: Path) -> list[RankRequest]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * path.is_file()
     if not files:
         raise BadLoad(f"{path} holds no recorded requests; name a release's requests.json, or a folder of logged ones")
+    sealed = [file for file in files if file.with_name(file.name + ".key").exists()]
+    if sealed:
+        raise BadLoad(f"{sealed[0]} is sealed (TRIRANK_KEYS); name a release's requests.json, or a log in the clear")
     try:
         raw: list[Mapping[str, Any]] = []
         for file in files:

@@ -2,7 +2,8 @@
 
 A line of JSON a request: what was asked, the history that was known at that moment, which release answered, and, where
 it is asked for, the tensors that the ranker was given. Lines are written by a thread; what comes faster than the disk
-takes it is left out and counted, since nobody waits for a log. Files are for their owner alone.
+takes it is left out and counted, since nobody waits for a log. Files are for their owner alone, and sealed
+(sealed_files) where there are master keys.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trirank_backend.errors import InvalidStore
+from trirank_backend.master_keys import MasterKeys
+from trirank_backend.sealed_files import SealedFile, keys_for
 
 _WAITING = 1_000
 """Requests that wait to be written, at most."""
@@ -79,9 +82,12 @@ class RequestLog:
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_WAITING)
         self._random = random.Random()
         self._stream: IO[bytes] | None = None
-        self._lost = 0
+        self._lost = self._number = 0
+        self._masters: MasterKeys | None = None
+        self._key: SealedFile | None = None
         try:
             settings.folder.mkdir(parents=True, exist_ok=True)
+            self._masters = keys_for(settings.folder)
             self._open()
         except OSError as error:
             raise InvalidStore(f"request log {settings.folder} cannot be written ({error.strerror})") from error
@@ -109,7 +115,10 @@ class RequestLog:
 
     def _open(self) -> None:
         name = f"requests-{time.time_ns()}-{os.getpid()}.jsonl"
-        file = os.open(self.settings.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        path = self.settings.folder / name
+        self._key = None if self._masters is None else SealedFile.create(path, self._masters)
+        self._number = 0
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         before, self._stream = self._stream, os.fdopen(file, "wb")
         if before is not None:
             before.close()
@@ -118,7 +127,9 @@ class RequestLog:
         while (line := self._queue.get()) is not None:
             try:
                 assert self._stream is not None
-                self._stream.write(json.dumps(line | {"release": self._release}, default=_plain).encode() + b"\n")
+                text = json.dumps(line | {"release": self._release}, default=_plain).encode()
+                self._number += 1
+                self._stream.write((text if self._key is None else self._key.line(self._number, text)) + b"\n")
                 if self._queue.empty():
                     self._stream.flush()
                 if self._stream.tell() > _LARGEST:

@@ -16,7 +16,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -58,7 +58,9 @@ class SealedFile:
             return None
         masters = named_keys()
         if masters is None:
-            raise InvalidStore(f"{path} is sealed, and {KEYS_VARIABLE} names no keys; set it to the file of master keys")
+            raise InvalidStore(
+                f"{path} is sealed, and {KEYS_VARIABLE} names no keys; set it to the file of master keys"
+            )
         return cls(masters.unwrap(envelope, str(path)))
 
     def line(self, number: int, plain: bytes) -> bytes:
@@ -66,17 +68,13 @@ class SealedFile:
         nonce = os.urandom(_NONCE)
         return base64.b64encode(nonce + self._key.encrypt(nonce, plain, b"line %d" % number))
 
-    def plain(self, number: int, line: bytes) -> bytes:
-        """What was written as that line.
-
-        Raises:
-            ValueError: it is not whole, was changed, or stood elsewhere.
-        """
-        raw = base64.b64decode(line, validate=True)
+    def plain(self, number: int, line: bytes) -> bytes | None:
+        """What was written as that line; None: it is not whole, was changed, or stood elsewhere."""
         try:
+            raw = base64.b64decode(line, validate=True)
             return self._key.decrypt(raw[:_NONCE], raw[_NONCE:], b"line %d" % number)
-        except InvalidTag:
-            raise ValueError("it was changed, or is of another file") from None
+        except (InvalidTag, ValueError):
+            return None
 
     def chunks(self, source: IO[bytes]) -> Iterator[bytes]:
         """A table, sealed."""
@@ -112,28 +110,47 @@ def key_of(path: Path) -> Path:
     return path.with_name(path.name + SUFFIX)
 
 
-def sealed_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and text of each line of a log, sealed or not; lines of blanks, as erased ones are, are left out.
+class Line(NamedTuple):
+    """A line of a log.
+
+    Attributes:
+        number: from 1.
+        text: what was written; None: it is sealed, and was changed, is of another file, or is not whole.
+        whole: whether something comes behind it; a killed server leaves a last line that is not.
+    """
+
+    number: int
+    text: bytes | None
+    whole: bool
+
+
+def lines_of(path: Path) -> Iterator[Line]:
+    """The lines of a log, sealed or not; lines of blanks, as erased ones are, are left out.
 
     Raises:
         InvalidStore: it is sealed, and its master key is not there.
-        ValueError: a line is damaged; with two arguments, what it is and the line's number. A last line that is not
-            whole, as a killed server leaves it, is no damage.
     """
     key = SealedFile.open(path)
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if key is None:
-            yield number, line
-            continue
-        try:
-            yield number, key.plain(number, line)
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise ValueError(str(error), number) from None
+        text: bytes | None = line
+        if key is not None:
+            text = key.plain(number, line)
+        yield Line(number, text, number < len(lines))
+
+
+def keys_for(folder: Path) -> MasterKeys | None:
+    """Master keys to seal new files of a folder with; None: they are not sealed.
+
+    Raises:
+        InvalidStore: the environment names no keys, and files of the folder are sealed.
+    """
+    masters = named_keys()
+    if masters is None and next(folder.glob(f"*{SUFFIX}"), None) is not None:
+        raise InvalidStore(f"{folder} holds sealed files, and {KEYS_VARIABLE} names no keys; set it, or name another")
+    return masters
 
 
 def rewrap(folder: Path, masters: MasterKeys) -> int:

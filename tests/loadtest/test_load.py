@@ -139,6 +139,10 @@ def test_a_recording_that_is_none(tmp_path, content):
         load_requests(path)
     with pytest.raises(BadLoad, match="holds no recorded requests"):
         load_requests(tmp_path / "nothing.json")
+    (tmp_path / "requests-1.jsonl").write_text("c2VhbGVk\n")
+    (tmp_path / "requests-1.jsonl.key").write_text("{}")
+    with pytest.raises(BadLoad, match=r"requests-1\.jsonl is sealed \(TRIRANK_KEYS\); name a release's requests.json"):
+        load_requests(tmp_path)
 
 
 def samples(latencies_s, failed=(), kind=0):

@@ -4,10 +4,13 @@
 ``events.parquet``    one row an interaction, in time order: who did what with which item, and its split
 ``requests.parquet``  one row a ranking task: candidates as retrieval gave them, and what came of them
 ``dataset.json``      schema version, source, cleaning report, tasks, counts, digest
+
+Where there are master keys, events and requests are sealed (trirank_backend.sealed_files), and read into memory whole.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from trirank_backend.errors import InvalidStore
+from trirank_backend.master_keys import MasterKeys, named_keys
+from trirank_backend.sealed_files import SealedFile
 
 from trirank_build.artefacts import atomic_directory, combined_digest, file_digest
 from trirank_build.errors import BadData
@@ -196,7 +202,7 @@ class Dataset:
         """
         self.check_ids()
         with atomic_directory(directory) as scratch:
-            digests = {}
+            digests, sealed, masters = {}, {}, named_keys()
             for name, schema in (("items", ITEMS), ("events", EVENTS), ("requests", REQUESTS)):
                 frame: pl.LazyFrame = getattr(self, name).lazy()
                 extra = [name for name in _EXTRA if name in frame.collect_schema().names()]
@@ -204,7 +210,10 @@ class Dataset:
                 columns = [*(pl.col(c).cast(t) for c, t in schema.items()), *extra]
                 frame.select(columns).sink_parquet(path, row_group_size=ROW_GROUP)
                 digests[path.name] = file_digest(path)
-            description = asdict(self.description) | {"digest": combined_digest(digests), "files": digests}
+                if masters is not None and name != "items":  # known by what it holds, whatever the key
+                    _seal(path, masters)
+                    sealed[path.name] = file_digest(path)
+            description = asdict(self.description) | {"digest": combined_digest(digests), "files": digests | sealed}
             (scratch / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
         return directory
 
@@ -235,9 +244,34 @@ class Dataset:
             if not (directory / name).is_file() or file_digest(directory / name) != digest:
                 raise BadData(f"{directory / name} is missing or differs from what was written; prepare it again")
             table = name.removesuffix(".parquet")
-            frames[table] = pl.scan_parquet(directory / name)
+            frames[table] = _scan(directory / name)
             if table == "events":
                 frames[table] = frames[table].with_columns(pl.col("split").cast(SPLIT))
             if table != "requests":
                 frames[table] = frames[table].collect()
         return cls(**frames, description=description)
+
+
+def _seal(path: Path, masters: MasterKeys) -> None:
+    """Put a sealed file in the place of a plain one."""
+    key, scratch = SealedFile.create(path, masters), path.with_name(path.name + ".sealing")
+    with path.open("rb") as source, scratch.open("wb") as target:
+        scratch.chmod(0o600)
+        target.writelines(key.chunks(source))
+    scratch.replace(path)
+
+
+def _scan(path: Path) -> pl.LazyFrame:
+    """A table; a sealed one is in memory then.
+
+    Raises:
+        BadData: it is sealed, and its master key is not there.
+    """
+    try:
+        key = SealedFile.open(path)
+        if key is None:
+            return pl.scan_parquet(path)
+        with path.open("rb") as source:
+            return pl.read_parquet(io.BytesIO(key.table(source))).lazy()
+    except (InvalidStore, ValueError) as error:
+        raise BadData(str(error) if isinstance(error, InvalidStore) else f"{path}: {error}; prepare it again") from None

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from trirank_backend.sealed_files import SealedFile, keys_for, lines_of
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.store import Store
 
@@ -32,12 +33,16 @@ def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
         StoreFailed: the store does not answer; what is written stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    count = 0
+    masters, count = keys_for(folder), 0
     while part := store.unread(group):
-        with atomic_file(folder / f"events-{_sortable(part[0].place)}.jsonl") as scratch:
-            text = "".join(json.dumps(stored.event) + "\n" for stored in part)
-            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-                stream.write(text)
+        file = folder / f"events-{_sortable(part[0].place)}.jsonl"
+        lines = [json.dumps(stored.event).encode() for stored in part]
+        if masters is not None:  # where a part comes again, its file is not acknowledged, and may lose its key
+            key = SealedFile.create(file, masters)
+            lines = [key.line(number, line) for number, line in enumerate(lines, 1)]
+        with atomic_file(file) as scratch:
+            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+                stream.write(b"".join(line + b"\n" for line in lines))
                 stream.flush()
                 os.fsync(stream.fileno())
         _keep_names(folder)
@@ -71,11 +76,11 @@ def events_of(folder: Path) -> Iterator[Event]:
         raise BadData(f"{folder} holds no events-*.jsonl; write some with `trirank users log --out {folder}`")
     seen: set[str] = set()
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            if not line.strip():  # a user's, who was erased
-                continue
+        for number, text, _ in lines_of(file):
+            if text is None:
+                raise BadData(f"{file}, line {number} was changed, or is of another file; take it out again")
             try:
-                event = Event(*json.loads(line))
+                event = Event(*json.loads(text))
             except (ValueError, TypeError) as error:
                 raise BadData(f"{file}, line {number} is no event ({error}); take it out again") from error
             if event.event_id not in seen:

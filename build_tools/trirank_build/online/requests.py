@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trirank_backend.sealed_files import lines_of
+
 from trirank_build.errors import BadData
 
 NEEDED = ("request_id", "moment", "user_id", "query", "scenario", "item_ids", "retrieval_scores")
@@ -24,14 +26,13 @@ def logged_requests(folder: Path) -> Iterator[dict[str, Any]]:
     if not files:
         raise BadData(f"{folder} holds no requests-*.jsonl; serve with --log-requests {folder}")
     for file in files:
-        lines = file.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():  # a user's, who was erased
-                continue
+        for number, text, whole in lines_of(file):
+            if text is None and whole:
+                raise BadData(f"{file}, line {number} was changed, or is of another file; leave the file out")
             try:
-                found = json.loads(line)
+                found = json.loads(text or b"")
             except ValueError as error:
-                if number == len(lines):
+                if not whole:
                     break
                 raise BadData(f"{file}, line {number} is no JSON ({error}); leave the file out") from error
             if not isinstance(found, dict) or (lacking := [name for name in NEEDED if name not in found]):

@@ -13,6 +13,7 @@ import numpy as np
 from trirank import contract
 from trirank.contract import EventKind
 from trirank_backend.histories import Events
+from trirank_backend.sealed_files import SealedFile
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.store import Store
 
@@ -136,6 +137,7 @@ def erase_from_files(folder: Path, users: set[int], wait_s: float = 5.0) -> int:
 
     Raises:
         BadData: there is no such file.
+        InvalidStore: one is sealed, and its master key is not there.
     """
     count, until = 0, time.monotonic() + wait_s
     while True:
@@ -151,11 +153,12 @@ def erase_from_files(folder: Path, users: set[int], wait_s: float = 5.0) -> int:
 
 def _erase_from(file: Path, users: set[int]) -> tuple[int, bool]:
     """How many lines were overwritten, and whether the last line is whole."""
-    count, place, line = 0, 0, b"\n"
+    count, place, line, key = 0, 0, b"\n", SealedFile.open(file)
     with file.open("r+b") as stream:
-        for line in stream.read().splitlines(keepends=True):
+        for number, line in enumerate(stream.read().splitlines(keepends=True), 1):
+            text = line if key is None else key.plain(number, line.rstrip(b"\n"))
             # A line that begins with a blank and is none was begun to be overwritten once.
-            if _user_of(line) in users or (line.startswith(b" ") and line.strip()):
+            if _user_of(text) in users or (line.startswith(b" ") and line.strip()):
                 stream.seek(place)
                 stream.write(b" " * len(line.rstrip(b"\n")))
                 count += 1
@@ -165,7 +168,9 @@ def _erase_from(file: Path, users: set[int]) -> tuple[int, bool]:
     return count, line.endswith(b"\n")
 
 
-def _user_of(line: bytes) -> int | None:
+def _user_of(line: bytes | None) -> int | None:
+    if line is None:
+        return None
     try:
         found = json.loads(line)
         return int(found["user_id"]) if isinstance(found, dict) else Event(*found).user_id
