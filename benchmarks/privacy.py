@@ -53,7 +53,7 @@ from trirank_build.training.run import TrainedRun  # noqa: E402
 from trirank_build.training.trainer import train  # noqa: E402
 
 SHOP = ShopSize(products=1_500, users=10_000, requests=40_000)
-EPSILONS = (1.0, 3.0, 8.0)
+EPSILONS = (1.0, 8.0)
 USERS, READS, SIZES = 200, 400, (50, 1_000)
 SHOPS = 3
 

@@ -154,7 +154,7 @@ class Stage:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order. What comes, or would be answered, too late for its caller is refused, not
         worked on."""
-        started = time.time()
+        started, began = time.time(), time.monotonic()  # moments are compared with the one, and the other is not set
         answers: list[Any] = [None] * len(requests)
         told = [_moments(request, started) for request in requests]
         moments, waits = [moment for moment, _ in told], [wait for _, wait in told]
@@ -190,7 +190,7 @@ class Stage:
         responses = [self._response(late if answer is None else answer) for answer in answers]
         worked_on = sum(not isinstance(answer, BackendError) and answer is not None for answer in answers)
         if worked_on:
-            self._admission.took(time.time() - started, worked_on)
+            self._admission.took(time.monotonic() - began, worked_on)
         if self._queue is not None:
             self._queue.idle(time.monotonic())
         return responses

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,10 +113,19 @@ class Served:
 
 
 @contextmanager
-def served(release: Path, folder: Path, *arguments: str, shm_mib: int = 0) -> Iterator[Served]:
+def served(
+    release: Path,
+    folder: Path,
+    *arguments: str,
+    shm_mib: int = 0,
+    environment: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> Iterator[Served]:
     """`trirank serve` on a release, until the block ends.
 
     Args:
+        environment: added to this process's own.
+        prefix: words before the command.
         shm_mib: size of a /dev/shm of its own, as a container has; 0: this machine's.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +135,13 @@ def served(release: Path, folder: Path, *arguments: str, shm_mib: int = 0) -> It
         mount = f'mount -t tmpfs -o size={shm_mib}m none /dev/shm && exec "$@"'
         command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*prefix, *command],
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+        )
     try:
         wait_until(file.is_file, process, log)
         yield Served(release, process, file, log)
@@ -149,6 +164,79 @@ def wait_until(
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
+
+
+class Clock:
+    """A wall clock that can be set, for processes that are started with its ``environment`` (clock.c).
+
+    Raises:
+        OSError, subprocess.CalledProcessError: there is no C compiler.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file, library = folder / "clock", folder / "clock.so"
+        source = Path(__file__).with_name("clock.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl", "-lpthread"], check=True)
+        self._file.write_bytes(bytes(8))
+        self.environment = {"LD_PRELOAD": str(library), "TRIRANK_CLOCK": str(self._file)}
+
+    def set(self, seconds: int) -> None:
+        """So many seconds from the true time."""
+        with self._file.open("r+b") as stream:
+            stream.write(seconds.to_bytes(8, "little", signed=True))
+
+    def now(self) -> float:
+        """What its processes take the time to be."""
+        command = [sys.executable, "-c", "import time; print(time.time())"]
+        environment = {**os.environ, **self.environment}
+        return float(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
+
+
+class MemoryLimit:
+    """A control group, as a container has, whose memory comes to an end when ``reach`` is called: the kernel then kills
+    the largest of its processes."""
+
+    def __init__(self) -> None:
+        self._group = Path("/sys/fs/cgroup/memory") / f"trirank-{os.getpid()}-{time.monotonic_ns()}"
+
+    def __enter__(self) -> MemoryLimit:
+        """Raises OSError where no group can be made."""
+        self._group.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._group.rmdir()
+
+    @property
+    def prefix(self) -> list[str]:
+        """Words before a command that is to run in the group."""
+        return ["sh", "-c", f'echo $$ > {self._group}/cgroup.procs && exec "$@"', "sh"]
+
+    def reach(self) -> None:
+        """Set the limit a little above what is used, and have another process, which is not killed for it, use up the
+        rest; it goes when something was."""
+        used = int((self._group / "memory.usage_in_bytes").read_text())
+        limit = self._group / "memory.limit_in_bytes"
+        limit.write_text(str(used + (32 << 20)))
+        before = self.kills()
+        hog = (
+            "import os, time\nopen('/proc/self/oom_score_adj', 'w').write('-1000')\nkept = []\n"
+            "while True:\n    kept.append(b'x' * (4 << 20))\n    time.sleep(0.01)\n"
+        )
+        process = subprocess.Popen([*self.prefix, sys.executable, "-c", hog])
+        try:
+            deadline = time.monotonic() + 20
+            while self.kills() == before and time.monotonic() < deadline:
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
+
+    def kills(self) -> int:
+        """How often the kernel has killed for it."""
+        told = dict(line.split() for line in (self._group / "memory.oom_control").read_text().splitlines())
+        return int(told["oom_kill"])
 
 
 @contextmanager

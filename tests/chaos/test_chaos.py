@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 import redis
-from faults import load, served, wait_until, watch
+from faults import Clock, MemoryLimit, load, served, wait_until, watch
 from stores import SERVER, free_port, start_redis
 from trirank import FeedbackEvent, RankClient, RankError
 from trirank_build.repository.release import recorded_requests
@@ -51,6 +53,45 @@ def test_a_stub_that_hangs(running):
     assert "3 recorded requests in a row were not answered" in seen.log
     assert seen.recovered_s < 40
     assert answered(running)
+
+
+def test_a_memory_limit_that_is_reached(release, tmp_path):
+    """The kernel kills a process of the container, whichever is the largest."""
+    with ExitStack() as stack:
+        try:
+            limit = stack.enter_context(MemoryLimit())
+        except OSError as error:
+            pytest.skip(f"no control group can be made here ({error})")
+        with served(release, tmp_path, "--users", "none", prefix=limit.prefix) as running:
+            before = answered(running)
+            seen = watch(running, limit.reach)
+            assert limit.kills()
+            assert re.search("had died; started anew in|Triton was killed by signal 9", seen.log)
+            assert seen.recovered_s < 20
+            assert answered(running) == before
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_a_clock_that_jumps(release, tmp_path):
+    """An hour on, a day back: nobody waits longer, nothing is taken for hung, and feedback is stored once."""
+    clock, users = Clock(tmp_path), f"sqlite:{tmp_path / 'users.sqlite'}"
+    with served(release, tmp_path / "served", "--users", users, environment=clock.environment) as running:
+        before = answered(running)
+        with RankClient(running.told("grpc"), deadline_s=10, retry=None) as caller:
+            event = FeedbackEvent(user_id=3, item_id=1, kind="click", timestamp=1_772_000_000, event_id="once")
+            assert caller.feedback([event]).stored == 1
+            for seconds in (3_600, -86_400, 0):
+                seen = watch(running, partial(clock.set, seconds))
+                assert clock.now() == pytest.approx(time.time() + seconds, abs=5)
+                assert seen.failed == 0
+                assert seen.answered > 100
+                assert running.told("state") == "ready"
+                assert caller.feedback([event]).stored == 0
+        # A stage that dies while the clock is set back comes back, too.
+        clock.set(-86_400)
+        assert watch(running, lambda: running.stub("rerank").kill()).recovered_s < 10
+        assert {each.environ().get("LD_PRELOAD") for each in running.stubs()} == {clock.environment["LD_PRELOAD"]}
+        assert answered(running) == before
 
 
 def test_a_killed_server(running):

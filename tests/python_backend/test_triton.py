@@ -116,6 +116,25 @@ def test_what_would_be_answered_too_late_is_told_at_once(stage):
     assert seen == [[3]]
 
 
+def test_a_clock_that_is_set_while_a_batch_is_run_costs_nobody(stage, monkeypatch):
+    """An hour on was taken for a batch that took an hour: those after it were refused."""
+    stage, _ = stage
+    run, jump = stage._run, [0.0]
+    now = time.time
+    monkeypatch.setattr(triton.time, "time", lambda: now() + jump[0])
+
+    def set_meanwhile(requests, deadlines):
+        jump[0] = 3_600.0
+        return run(requests, deadlines)
+
+    stage._run = set_meanwhile
+    stage.execute([request(1)])
+    stage._run = run
+    assert stage._admission._cost_s < 1
+    answers = stage.execute([request(at, seconds=5.0) for at in (1, 2, 3)])
+    assert answers == [{"X": [1]}, {"X": [2]}, {"X": [3]}]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_stage_refuses_who_waited_long_in_a_queue_that_stands(monkeypatch, first):
     stage, _ = made_stage(monkeypatch, "X", *([contract.PACKED_REQUEST.name] if first else []))
