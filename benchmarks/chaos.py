@@ -31,7 +31,7 @@ import numpy as np
 from results import ROOT, WORK, Figure, write
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "chaos")]
-from faults import Seen, Served, served, watch  # noqa: E402
+from faults import Clock, MemoryLimit, Seen, Served, served, watch  # noqa: E402
 from stores import free_port, start_redis  # noqa: E402
 from trirank import FeedbackEvent, RankClient, RankError  # noqa: E402
 from trirank_backend.stores.events import Event  # noqa: E402
@@ -174,6 +174,29 @@ def full_memory(rounds: int) -> list[Figure]:
         with served(releases()["ensemble"], scratch(), "--users", "none", shm_mib=256) as running:
             seen.append(watch(running, running.fill_shm))
     return figures_of("full_shm", seen, "/dev/shm of 256 MiB filled up")
+
+
+def memory_limit(rounds: int) -> list[Figure]:
+    """A control group whose limit is reached, as a container's: the kernel kills its largest process."""
+    seen, kills = [], 0
+    for _ in range(rounds):
+        with (
+            MemoryLimit() as limit,
+            served(releases()["ensemble"], scratch(), "--users", "none", prefix=limit.prefix) as running,
+        ):
+            seen.append(watch(running, limit.reach))
+            kills += limit.kills()
+    return figures_of("memory_limit", seen, f"32 MiB more than it used, taken by a neighbour; {kills} processes killed")
+
+
+def clock(rounds: int) -> list[Figure]:
+    """The wall clock of all of the server's processes set an hour on, and a day back."""
+    seen = []
+    for _ in range(rounds):
+        wall = Clock(scratch())
+        with served(releases()["ensemble"], scratch(), "--users", "none", environment=wall.environment) as running:
+            seen += [watch(running, partial(wall.set, seconds)) for seconds in (3_600, -86_400)]
+    return figures_of("clock", seen, "an hour on, a day back")
 
 
 def full_disk(rounds: int) -> list[Figure]:
@@ -355,7 +378,8 @@ def scratch() -> Path:
 PARTS = {
     part.__name__: part
     for part in (
-        stub_kill, stub_hang, server_kill, store_down, crowd, full_memory, full_disk, damaged_release, sigterm, hostile,
+        stub_kill, stub_hang, server_kill, store_down, crowd, full_memory, memory_limit, clock, full_disk,
+        damaged_release, sigterm, hostile,
         erase, overload,
     )
 }  # fmt: skip

@@ -421,11 +421,11 @@ def shared_memory() -> str:
 
 def recipe_keys() -> str:
     """Every key of a recipe, as the code says it."""
-    from trirank_build.recipe import Recipe
+    from trirank_build.recipe import PrivacyRecipe, Recipe
 
     sections = {
         name: field.default for name, field in Recipe.model_fields.items() if hasattr(field.default, "model_dump")
-    }
+    } | {"training.privacy": PrivacyRecipe()}
     lines = ["| key | default | |", "|---|---|---|", "| `seed` | 7 | of all that is drawn |"]
     for section, default in sections.items():
         for name, field in type(default).model_fields.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from results import read
+from results import Figure, read
 
 
 def vulnerabilities() -> str:
@@ -40,6 +40,37 @@ def sealed() -> str:
     )
 
 
+def differential() -> str:
+    """What differential privacy costs, and keeps an attacker from."""
+    found = read("privacy")
+    lines = ["| training | NDCG@10 of the usual | told members from others (AUC) |", "|---|---|---|"]
+    for name, words in (
+        ("eps_1", "ε = 1"), ("eps_8", "ε = 8"), ("plain", "as usual"), ("retrieval", "none: retrieval's order"),
+    ):  # fmt: skip
+        share, area = found.get(f"ndcg_at_{name}_share"), found.get(f"attack_auc_{name}")
+        told = "1" if name == "plain" else _spread(share, 2)
+        lines.append(f"| {words} | {told} | {_spread(area, 3)} |")
+    return "\n".join(
+        [*lines, "", f"{_sentence(found['ndcg_at_eps_8_share'])} {_sentence(found['attack_auc_plain_loss'])}"]
+    )
+
+
+def anonymised() -> str:
+    """What anonymised datasets cost."""
+    share = read("privacy")["anonymised_ndcg_share"]
+    return f"NDCG@10 of a ranker that was trained on one, over that without: {_spread(share, 2)} ({share.note})."
+
+
+def _spread(figure: Figure | None, digits: int) -> str:
+    if figure is None:
+        return "–"
+    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
+
+
+def _sentence(figure: Figure) -> str:
+    return f"{figure.note[0].upper()}{figure.note[1:]}."
+
+
 CHAOS = {
     "stub_kill": "a stage's process killed",
     "stub_kill_ensemble": "… of `ensemble`",
@@ -51,6 +82,8 @@ CHAOS = {
     "store_readonly": "Redis takes no writes",
     "thousand_connections": "1,000 connections, half-open and slow ones",
     "full_shm": "/dev/shm full",
+    "memory_limit": "the memory limit reached",
+    "clock": "the clock set",
     "full_disk": "the user store's disk full",
     "damaged_release": "files of the served release deleted",
 }
@@ -81,4 +114,5 @@ def chaos() -> str:
     return "\n".join([*lines, "", *(f"- {line}" for line in more)])
 
 
-TRUST = {"vulnerabilities": vulnerabilities, "personal_data": personal_data, "sealed": sealed, "chaos": chaos}
+TRUST = {"vulnerabilities": vulnerabilities, "personal_data": personal_data, "sealed": sealed, "chaos": chaos,
+         "differential": differential, "anonymised": anonymised}  # fmt: skip
