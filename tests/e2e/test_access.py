@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import trustme
 from trirank import FeedbackEvent, NotAllowed, RankClient, RankRequest, Tls, Unavailable
+from trirank_build.doctor.live import Caller, ask
 from trirank_build.errors import ServeError
 from trirank_build.serving.access import Access, Certificates, add_token, remove_token
 from trirank_build.serving.server import TritonServer
@@ -99,6 +100,20 @@ def empty_request(config):
         request.inputs.append(own._get_tensor())
         request.raw_input_contents.append(own._get_content())
     return request
+
+
+def test_the_doctor_asks_as_a_caller(guarded, pem):
+    """Without certificate and token it could say nothing of such a server."""
+    server, _, token = guarded
+    tls = Tls(pem / "ca.pem", pem / "caller.pem", pem / "caller.key", server_name="rank.shop.example")
+    found = ask(server.grpc, [REQUEST], caller=Caller(tls, token))
+    assert found.ready
+    assert found.probes["rank"] is None
+    assert {"shared-memory", "trace", "logging", "statistics"} <= found.closed
+    refused = ask(server.grpc, [REQUEST], caller=Caller(tls))
+    assert "not allowed" in refused.probes["rank"][1]
+    with pytest.raises(ServeError, match=r"no Triton answers at .* and --tls-ca if it speaks TLS"):
+        ask(server.grpc, [REQUEST])
 
 
 def test_a_token_is_replaced_without_a_stop(guarded, pem):

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from trirank_build.commands.options import Json
+from trirank_build.commands.options import Json, TlsCa, TlsCert, TlsKey, Token, tls_of
 from trirank_build.errors import BadUsage
 from trirank_build.progress import out
 
@@ -33,11 +33,16 @@ def doctor(
     fail_on: Annotated[
         Literal["info", "warning", "error"], typer.Option(help="From where on the exit status is 1.")
     ] = "warning",
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
     as_json: Json = False,
 ) -> None:
     """Say what is wrong with any Triton repository or server, why, and how to mend it."""
     from trirank_build.doctor.examine import OF_THIS_MACHINE, examine, examine_server
     from trirank_build.doctor.finding import Severity
+    from trirank_build.doctor.live import Caller
     from trirank_build.doctor.repository import Surroundings
     from trirank_build.repository.release import recorded_requests
 
@@ -46,7 +51,8 @@ def doctor(
     if not place and Path(target).exists():
         findings = examine(Path(target), around)
     elif ":" in url and url.rpartition(":")[2].isdigit():
-        findings = examine_server(url, recorded_requests(release) if release else [], around, probe)
+        caller = Caller(tls_of(tls_ca, tls_cert, tls_key), token)
+        findings = examine_server(url, recorded_requests(release) if release else [], around, probe, caller)
     else:
         raise BadUsage(f"{target} is neither a folder nor host:port of a server")
     if elsewhere:

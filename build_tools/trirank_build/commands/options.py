@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from trirank import Tls
 from trirank_backend.stores.store import Store, open_store
 
 from trirank_build.errors import BadUsage
@@ -21,6 +22,21 @@ Engine = Literal["onnxruntime", "onnxruntime-tensorrt-rtx", "onnxruntime-cuda", 
 
 
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+TlsCa = Annotated[Path | None, typer.Option(help="PEM of who signed the server's certificate: TLS is spoken.")]
+TlsCert = Annotated[Path | None, typer.Option(help="PEM of the caller's own certificate.")]
+TlsKey = Annotated[Path | None, typer.Option(help="PEM of its key.")]
+Token = Annotated[str | None, typer.Option(envvar="TRIRANK_TOKEN", help="The caller's token.")]
+
+
+def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+    """How a server is spoken to; None: without TLS.
+
+    Raises:
+        BadUsage: the caller has a certificate of their own, and it is not said whom they trust.
+    """
+    if ca is None and (cert or key):
+        raise BadUsage("--tls-cert and --tls-key are the caller's own; say --tls-ca, too")
+    return None if ca is None else Tls(ca, cert, key)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from trirank import RankClient, RankRequest, Tls, contract
+from trirank import RankClient, RankRequest, contract
 from trirank_backend.surroundings import CATALOGUE_VARIABLE, REQUESTS_VARIABLE, TOKENS_VARIABLE, USERS_VARIABLE
 
-from trirank_build.commands.options import Engine, Json
+from trirank_build.commands.options import Engine, Json, TlsCa, TlsCert, TlsKey, Token, tls_of
 from trirank_build.errors import BadUsage
 from trirank_build.progress import out, warn
 
@@ -141,18 +141,14 @@ def rank(
     ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Tell which rule moved which item.")] = False,
     deadline_s: Annotated[float, typer.Option(help="Seconds.")] = 1.0,
-    tls_ca: Annotated[
-        Path | None, typer.Option(help="PEM of who signed the server's certificate: TLS is spoken.")
-    ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="PEM of the caller's own certificate.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM of its key.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="TRIRANK_TOKEN", help="The caller's token.")] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
     as_json: Json = False,
 ) -> None:
     """Rank candidates on a running server."""
-    if tls_ca is None and (tls_cert or tls_key):
-        raise BadUsage("--tls-cert and --tls-key are the caller's own; say --tls-ca, too")
-    tls = None if tls_ca is None else Tls(tls_ca, tls_cert, tls_key)
+    tls = tls_of(tls_ca, tls_cert, tls_key)
     said: dict[str, Any] = {"query": query, "scenario": scenario, "top_k": top_k}
     said = {name: value for name, value in said.items() if value is not None}
     said |= {"trace": trace, "filters": _filters(filters or [])}

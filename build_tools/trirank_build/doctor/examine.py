@@ -26,17 +26,21 @@ def examine(place: Path, around: Surroundings | None = None) -> list[Finding]:
 
 
 def examine_server(
-    address: str, requests: list[RankRequest], around: Surroundings | None = None, probe: bool = True
+    address: str,
+    requests: list[RankRequest],
+    around: Surroundings | None = None,
+    probe: bool = True,
+    caller: live.Caller = live.ANYBODY,
 ) -> list[Finding]:
     """What is wrong with a running server and with the configurations that it has loaded, the worst first.
 
     Args:
-        requests: recorded requests of the release that it serves; see ``live.ask``.
+        requests, caller: see ``live.ask``.
 
     Raises:
         ServeError: nothing answers there.
     """
     around = around or Surroundings.here()
-    server = live.ask(address, requests, probe)
+    server = live.ask(address, requests, probe, caller)
     found = run_checks("live", server, around) + run_checks("static", server.repository, around)
     return sorted(found, key=lambda finding: (-finding.rule.severity, finding.rule.id, finding.where))

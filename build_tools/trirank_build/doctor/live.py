@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
-from trirank import RankClient, RankError, RankRequest, contract
+from trirank import RankClient, RankError, RankRequest, Tls, contract
+from trirank._channels import Target
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -62,7 +63,26 @@ class Server:
     closed: set[str] = field(default_factory=set)
 
 
-def ask(address: str, requests: list[RankRequest], probe: bool = True) -> Server:
+class Caller(NamedTuple):
+    """As whom a server is asked."""
+
+    tls: Tls | None = None
+    token: str | None = None
+
+
+ANYBODY = Caller()
+
+
+class _WithToken(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    def __init__(self, metadata: list[tuple[str, str]]) -> None:
+        self._metadata = metadata
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        """Send it along."""
+        return continuation(details._replace(metadata=[*(details.metadata or []), *self._metadata]), request)
+
+
+def ask(address: str, requests: list[RankRequest], probe: bool = True, caller: Caller = ANYBODY) -> Server:
     """Ask a server all that the rules want to know: health, configurations, statistics, and with ``probe`` one
     inference of each model that takes single requests, and one that has to fail.
 
@@ -71,16 +91,20 @@ def ask(address: str, requests: list[RankRequest], probe: bool = True) -> Server
         requests: recorded requests of the release that it serves; without them the ensemble is asked for one item.
 
     Raises:
+        InvalidRequest: a file of ``caller`` cannot be read, or a token would go out unencrypted.
         ServeError: nothing answers there.
     """
     server = Server(address)
-    with grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    target = Target(address, caller.tls, caller.token)
+    with target.channel(address, grpc) as channel:
+        own = grpc.intercept_channel(channel, _WithToken(target.credentials_metadata()))
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(own)
         try:
             server.ready = stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=TIMEOUT_S).ready
         except grpc.RpcError as error:
             raise ServeError(
-                f"no Triton answers at {address} ({error.details()}); give host:port of its gRPC endpoint"
+                f"no Triton answers at {address} ({error.details()}); give host:port of its gRPC endpoint, and "
+                "--tls-ca if it speaks TLS"
             ) from None
         # Where the index is behind a word that this caller does not know, the statistics name the models too; where
         # those are as well, the ensemble does.
@@ -102,7 +126,7 @@ def ask(address: str, requests: list[RankRequest], probe: bool = True) -> Server
         with suppress(grpc.RpcError):
             server.version = stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=TIMEOUT_S).version
         if probe:
-            _probe(stub, server, requests)
+            _probe(stub, server, requests, caller)
     return server
 
 
@@ -243,7 +267,7 @@ def _control(stub: Any) -> str:
     return "open"
 
 
-def _probe(stub: Any, server: Server, requests: list[RankRequest]) -> None:
+def _probe(stub: Any, server: Server, requests: list[RankRequest], caller: Caller) -> None:
     steps = server.repository.steps()
     for name, model in server.repository.models.items():
         if (
@@ -253,7 +277,7 @@ def _probe(stub: Any, server: Server, requests: list[RankRequest]) -> None:
         ):
             continue
         if _is_rank(model):
-            with RankClient(server.address, deadline_s=TIMEOUT_S, retry=None, model=name) as client:
+            with RankClient(server.address, deadline_s=TIMEOUT_S, retry=None, model=name, **caller._asdict()) as client:
                 _probe_rank(client, server, name, requests)
         else:
             server.probes[name] = _outcome(stub, _zeros(model))
