@@ -339,6 +339,13 @@ def overload(rounds: int, seconds: float) -> list[Figure]:
             found.note("goodput_at_3x_overload_ratio", run.offered * float(in_time.mean()) / at.rate)
             found.note("overload_refused_p99_ms", float(np.percentile(run.refused_ms, 99)))
             found.note("overload_never_answered_ratio", run.unanswered)
+            # What stands in the way of all of the capacity: the cores are shared, and to say no costs, too.
+            answered, held_ms = float(in_time.mean()), at.run.server_cpu_ms if at.run else float("nan")
+            refusal_ms = (run.server_cpu_ms - answered * held_ms) / (1 - answered)
+            found.note("overload_refusal_cpu_ms", refusal_ms)
+            found.note("overload_answer_cpu_ms", held_ms)
+            found.note("overload_refusals_cores", run.offered * (1 - answered) * refusal_ms / 1e3)
+            found.note("overload_load_cores", run.offered * run.load_cpu_ms / 1e3)
             again = load.open_loop(
                 running.target, 0.7 * at.rate, seconds, [running.pid], 2700 + number, deadline_s=DEADLINE_S
             )

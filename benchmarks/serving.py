@@ -122,7 +122,15 @@ class Rounds:
 
 
 def _unit(name: str) -> str:
-    units = {"_rps_vs_": "", "_over_": "", "_ratio": "", "_rps": "requests/s", "_us": "µs", "_batch_mean": "requests"}
+    units = {
+        "_cores": "cores",
+        "_rps_vs_": "",
+        "_over_": "",
+        "_ratio": "",
+        "_rps": "requests/s",
+        "_us": "µs",
+        "_batch_mean": "requests",
+    }
     return next((unit for part, unit in units.items() if part in name), "ms")
 
 
