@@ -143,6 +143,8 @@ class Ranking:
 
     def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         """Packed requests."""
+        if self.private is not None:
+            rng = self.private.chance()
         batch, with_scores = self.draw(which, rng)
         tensors = {name: torch.from_numpy(array) for name, array in batch.packed.tensors().items()}
         if self.settings.item_dropout:
