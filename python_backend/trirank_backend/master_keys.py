@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -46,7 +47,9 @@ class MasterKeys:
         self._keys = self._read()
 
     def wrap(self, key: bytes) -> bytes:
-        """A data key in its envelope."""
+        """A data key in its envelope, of the newest master key that the file has now."""
+        with suppress(InvalidStore):  # half written: the one that was known then
+            self._keys = self._read()
         name = list(self._keys)[-1]
         nonce = os.urandom(_NONCE)
         sealed = AESGCM(self._keys[name]).encrypt(nonce, key, name.encode())

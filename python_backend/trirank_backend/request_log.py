@@ -30,6 +30,8 @@ from trirank_backend.sealed_files import SealedFile, keys_for
 
 _WAITING = 1_000
 """Requests that wait to be written, at most."""
+_AGAIN_S = 1.0
+"""After a failure, before a file is begun again."""
 _LARGEST = 256 << 20
 """Bytes after which a file is followed by another."""
 TENSORS = ("history", "query", "candidates", "dense", "context")
@@ -83,6 +85,7 @@ class RequestLog:
         self._random = random.Random()
         self._stream: IO[bytes] | None = None
         self._lost = self._number = 0
+        self._again = 0.0
         self._masters: MasterKeys | None = None
         self._key: SealedFile | None = None
         try:
@@ -103,9 +106,7 @@ class RequestLog:
         try:
             self._queue.put_nowait(line)
         except queue.Full:
-            self._lost += 1
-            if self._lost in (1, 10, 100) or self._lost % 1_000 == 0:
-                _log.warning("%d requests were not logged, for there were too many", self._lost)
+            self._lose()
 
     def close(self) -> None:
         """Write what waits, and end."""
@@ -116,16 +117,21 @@ class RequestLog:
     def _open(self) -> None:
         name = f"requests-{time.time_ns()}-{os.getpid()}.jsonl"
         path = self.settings.folder / name
-        self._key = None if self._masters is None else SealedFile.create(path, self._masters)
-        self._number = 0
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        before, self._stream = self._stream, os.fdopen(file, "wb")
+        key = None if self._masters is None else SealedFile.create(path, self._masters)
+        stream = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+        before, self._stream, self._key, self._number = self._stream, stream, key, 0
         if before is not None:
             before.close()
 
     def _work(self) -> None:
         while (line := self._queue.get()) is not None:
             try:
+                if self._stream is None:
+                    if time.monotonic() < self._again:
+                        self._lose()
+                        continue
+                    self._again = time.monotonic() + _AGAIN_S
+                    self._open()
                 assert self._stream is not None
                 text = json.dumps(line | {"release": self._release}, default=_plain).encode()
                 self._number += 1
@@ -134,10 +140,22 @@ class RequestLog:
                     self._stream.flush()
                 if self._stream.tell() > _LARGEST:
                     self._open()
-            except (OSError, ValueError) as error:  # noqa: PERF203  # a full disk harms the log alone
+            except (OSError, ValueError) as error:  # a full disk harms the log alone
                 _log.warning("a request was not logged (%s)", error)
-        if self._stream is not None:
-            self._stream.close()
+                if isinstance(error, OSError):  # half a line may stand there: what comes next begins a file
+                    self._leave()
+        self._leave()
+
+    def _leave(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with suppress(OSError):
+                stream.close()
+
+    def _lose(self) -> None:
+        self._lost += 1
+        if self._lost in (1, 10, 100) or self._lost % 1_000 == 0:
+            _log.warning("%d requests were not logged, for there were too many, or no room", self._lost)
 
 
 def packed_text(array: NDArray[Any]) -> dict[str, Any]:

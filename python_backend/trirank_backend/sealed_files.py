@@ -15,6 +15,7 @@ import base64
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -26,6 +27,8 @@ from trirank_backend.master_keys import KEY_BYTES, MasterKeys, named_keys
 from trirank_backend.surroundings import KEYS_VARIABLE
 
 SUFFIX = ".key"
+_KINDS = (".jsonl", ".parquet")
+"""Of files that are sealed; other keys may lie beside them."""
 CHUNK = 1 << 20
 """Bytes that are sealed together."""
 _NONCE, _TAG = 12, 16
@@ -37,6 +40,15 @@ class SealedFile:
 
     def __init__(self, key: bytes) -> None:
         self._key = AESGCM(key)
+
+    @classmethod
+    def again(cls, path: Path, masters: MasterKeys) -> SealedFile:
+        """For a file that is replaced: its key, so that the old one is readable until the new one is there."""
+        with suppress(InvalidStore):
+            found = cls.open(path) if path.exists() else None
+            if found is not None:
+                return found
+        return cls.create(path, masters)
 
     @classmethod
     def create(cls, path: Path, masters: MasterKeys) -> SealedFile:
@@ -148,7 +160,7 @@ def keys_for(folder: Path) -> MasterKeys | None:
         InvalidStore: the environment names no keys, and files of the folder are sealed.
     """
     masters = named_keys()
-    if masters is None and next(folder.glob(f"*{SUFFIX}"), None) is not None:
+    if masters is None and any(path.with_name(path.name.removesuffix(SUFFIX)).exists() for path in _keys(folder)):
         raise InvalidStore(f"{folder} holds sealed files, and {KEYS_VARIABLE} names no keys; set it, or name another")
     return masters
 
@@ -159,14 +171,15 @@ def rewrap(folder: Path, masters: MasterKeys) -> int:
     Raises:
         InvalidStore: one is of a master key that is not there; those before it are done.
     """
-    count = 0
-    for path in sorted(folder.rglob(f"*{SUFFIX}")):
-        whose = str(path.with_name(path.name.removesuffix(SUFFIX)))
-        if not Path(whose).exists():
-            continue
-        _write(path, masters.wrap(masters.unwrap(path.read_bytes(), whose)))
-        count += 1
-    return count
+    paths = sorted(_keys(folder))
+    for path in paths:  # also of a file that a server is about to make
+        _write(path, masters.wrap(masters.unwrap(path.read_bytes(), path.name.removesuffix(SUFFIX))))
+    return len(paths)
+
+
+def _keys(folder: Path) -> list[Path]:
+    """Envelopes below a folder."""
+    return [path for kind in _KINDS for path in folder.rglob(f"*{kind}{SUFFIX}")]
 
 
 def _about(number: int, last: bool) -> bytes:
@@ -180,3 +193,8 @@ def _write(path: Path, envelope: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     scratch.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or an envelope of before may be back after a power failure, whose master key is gone
+    finally:
+        os.close(folder)

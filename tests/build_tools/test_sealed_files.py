@@ -57,7 +57,7 @@ def test_logs_of_requests_are_read_with_the_key_alone(keys, tmp_path, monkeypatc
     assert [each["query"] for each in logged_requests(folder)] == ["my own words", "others"]
     on_disk = bytes_below(folder)
     assert b"words" not in on_disk
-    assert base64.b64encode(b"my own words")[:12] not in on_disk
+    assert not any(b"words" in base64.b64decode(line) for path in folder.glob("*.jsonl") for line in path.open("rb"))
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
     monkeypatch.delenv(KEYS_VARIABLE)
     with pytest.raises(InvalidStore, match=r"requests-.*\.jsonl is sealed, and TRIRANK_KEYS names no keys; set it to"):
@@ -90,15 +90,17 @@ def test_logs_of_events_are_read_with_the_key_alone(keys, tmp_path, monkeypatch)
     store.close()
 
 
-def test_a_part_that_comes_again_replaces_file_and_key(keys, tmp_path):
+def test_a_part_that_comes_again_replaces_its_file(keys, tmp_path):
     store = store_of(tmp_path)
     folder, acknowledge = tmp_path / "events", store.acknowledge
     store.acknowledge = lambda *_: (_ for _ in ()).throw(InterruptedError)  # a failure between the two
     with pytest.raises(InterruptedError):
         take_out(store, folder)
+    (envelope,) = (path.read_bytes() for path in folder.glob("*.key"))
     store.acknowledge = acknowledge
     assert take_out(store, folder) == 5
     assert len(list(events_of(folder))) == 5
+    assert [path.read_bytes() for path in folder.glob("*.key")] == [envelope]  # no moment at which it fits no file
     store.close()
 
 
@@ -143,6 +145,64 @@ def test_a_killed_server_leaves_a_line_that_is_not_whole(keys, tmp_path):
     assert [each["query"] for each in logged_requests(folder)] == ["q0", "q1"]
 
 
+def test_a_disk_that_was_full_costs_the_lines_of_that_time_alone(keys, tmp_path, monkeypatch):
+    """Lines after a failure had other numbers than they were sealed with, and half a line stood between others."""
+    monkeypatch.setattr("trirank_backend.request_log._AGAIN_S", 0.0)
+    log = RequestLog(Settings.read(str(tmp_path / "r")), "release")
+
+    class Full:
+        def __init__(self, stream):
+            self._stream = stream
+
+        def write(self, line):
+            self._stream.write(line[: len(line) // 2])
+            self._stream.flush()
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self._stream, name)
+
+    def written(query):
+        log.add(LINE | {"user_id": 1, "query": query})
+        deadline = time.monotonic() + 10
+        while not log._queue.empty():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(0.05)
+
+    written("one")
+    log._stream = Full(log._stream)
+    written("lost")
+    written("two")
+    written("three")
+    log.close()
+    assert [each["query"] for each in logged_requests(tmp_path / "r")] == ["one", "two", "three"]
+
+
+def test_erasing_says_what_it_could_not_read(keys, tmp_path):
+    folder = tmp_path / "r"
+    log_requests(folder, {"user_id": 7, "query": "a"}, {"user_id": 8, "query": "b"}, {"user_id": 7, "query": "c"})
+    (file,) = folder.glob("*.jsonl")
+    lines = file.read_bytes().split(b"\n")
+    lines[1] = lines[0]
+    file.write_bytes(b"\n".join(lines))
+    with pytest.raises(
+        BadData, match=r"2 lines are erased, but 1 in 1 files cannot be read .*put the file's \.key back"
+    ):
+        erase_from_files(folder, {7}, wait_s=0.0)
+    key_of(file).unlink()
+    with pytest.raises(BadData, match=r"0 lines are erased, but 1 in 1 files cannot be read"):
+        erase_from_files(folder, {8}, wait_s=0.0)
+
+
+def test_other_keys_may_lie_beside_logs(tmp_path, monkeypatch):
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    (tmp_path / "pseudonyms.key").write_text("a key of something else")
+    (tmp_path / "requests-1.jsonl.key").write_text("of a log that was deleted")
+    log_requests(tmp_path, {"user_id": 7, "query": "a"})
+    assert len(list(logged_requests(tmp_path))) == 1
+
+
 @pytest.fixture
 def sealed_data(world, keys, tmp_path):
     folder = tmp_path / "sealed"
@@ -162,8 +222,12 @@ def test_a_dataset_is_read_with_the_key_alone(world, sealed_data, monkeypatch):
             pl.read_parquet(sealed_data / f"{name}.parquet")
     assert not list(sealed_data.glob("*.sealing"))
     assert {path.stat().st_mode & 0o077 for path in sealed_data.glob("events*")} == {0}
-    monkeypatch.delenv(KEYS_VARIABLE)
-    with pytest.raises(BadData, match=r"events\.parquet is sealed, and TRIRANK_KEYS names no keys"):
+    with monkeypatch.context() as patch:
+        patch.delenv(KEYS_VARIABLE)
+        with pytest.raises(BadData, match=r"events\.parquet is sealed, and TRIRANK_KEYS names no keys"):
+            Dataset.load(sealed_data)
+    key_of(sealed_data / "events.parquet").unlink()
+    with pytest.raises(BadData, match=r"events\.parquet is sealed, and events\.parquet\.key is not beside it; copy it"):
         Dataset.load(sealed_data)
 
 
@@ -198,18 +262,21 @@ def test_tables_of_every_length(monkeypatch, size):
             pytest.fail(f"{what}: {key.table(io.BytesIO(b''.join(changed)))!r}")
 
 
-def test_master_keys_are_changed_while_a_server_writes(keys, sealed_data, tmp_path, world):
+def test_master_keys_are_changed_while_a_server_writes(keys, sealed_data, tmp_path, world, monkeypatch):
+    """The server's files of afterwards are of the new one: it had kept the one that it started with."""
     folder = tmp_path / "requests"
     log = RequestLog(Settings.read(str(folder)), "release")
     log.add(LINE | {"user_id": 1, "query": "before"})
     add_master_key(keys, "second")
+    monkeypatch.setattr("trirank_backend.request_log._LARGEST", 1)  # so that what comes now is in other files
     assert "1 sealed files of" in trirank("privacy", "rotate", folder).stdout
     assert "2 sealed files of" in trirank("privacy", "rotate", sealed_data).stdout
-    log.add(LINE | {"user_id": 1, "query": "after"})
+    for query in ("after", "later", "last"):
+        log.add(LINE | {"user_id": 1, "query": query})
     log.close()
     lines = keys.read_text().splitlines()
     keys.write_text("\n".join(line for line in lines if "first" not in line) + "\n")
-    assert [each["query"] for each in logged_requests(folder)] == ["before", "after"]
+    assert [each["query"] for each in logged_requests(folder)] == ["before", "after", "later", "last"]
     assert Dataset.load(sealed_data).events.equals(Dataset.load(world.data).events)
     with pytest.raises(InvalidStore, match="wants the master key"):
         rewrap(folder, MasterKeys(f"third:{base64.b64encode(bytes(32)).decode()}"))

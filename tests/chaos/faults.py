@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,16 +206,21 @@ class MemoryLimit:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._group.rmdir()
+        for _ in range(50):  # its processes are ending
+            with suppress(OSError):
+                return self._group.rmdir()
+            time.sleep(0.1)
+        return self._group.rmdir()
 
     @property
     def prefix(self) -> list[str]:
         """Words before a command that is to run in the group."""
         return ["sh", "-c", f'echo $$ > {self._group}/cgroup.procs && exec "$@"', "sh"]
 
-    def reach(self) -> None:
-        """Set the limit a little above what is used, and have another process, which is not killed for it, use up the
-        rest; it goes when something was."""
+    def reach(self, spared: int) -> None:
+        """Spare a process, as the first one of a container is hardly its largest; set the limit a little above what is
+        used, and have another process, which is not killed for it, use up the rest: it goes when something was."""
+        Path(f"/proc/{spared}/oom_score_adj").write_text("-1000")
         used = int((self._group / "memory.usage_in_bytes").read_text())
         limit = self._group / "memory.limit_in_bytes"
         limit.write_text(str(used + (32 << 20)))

@@ -89,6 +89,11 @@ def search(
     """
     if target == Target():
         raise BadRecipe("--search needs a target: --latency-ms, --size-mb or --min-ndcg-ratio")
+    if dense.recipe.training.privacy is not None:
+        raise BadRecipe(
+            f"{dense.directory} was trained with differential privacy, and a search chooses by its users; compress "
+            "with a recipe of steps that read none"
+        )
     dense.check_data(dataset)
     check_chain(start, dense)
     out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import polars as pl
 from numpy.typing import NDArray
 from trirank_backend.errors import InvalidStore
 from trirank_backend.master_keys import MasterKeys, named_keys
-from trirank_backend.sealed_files import SealedFile
+from trirank_backend.sealed_files import SealedFile, key_of
 
 from trirank_build.artefacts import atomic_directory, combined_digest, file_digest
 from trirank_build.errors import BadData
@@ -203,6 +203,8 @@ class Dataset:
         self.check_ids()
         with atomic_directory(directory) as scratch:
             digests, sealed, masters = {}, {}, named_keys()
+            if masters is not None:
+                scratch.chmod(0o700)  # tables lie there in the clear until they are whole
             for name, schema in (("items", ITEMS), ("events", EVENTS), ("requests", REQUESTS)):
                 frame: pl.LazyFrame = getattr(self, name).lazy()
                 extra = [name for name in _EXTRA if name in frame.collect_schema().names()]
@@ -214,6 +216,7 @@ class Dataset:
                     _seal(path, masters)
                     sealed[path.name] = file_digest(path)
             description = asdict(self.description) | {"digest": combined_digest(digests), "files": digests | sealed}
+            description |= {"sealed": sorted(sealed)} if sealed else {}
             (scratch / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
         return directory
 
@@ -227,7 +230,7 @@ class Dataset:
         path = directory / "dataset.json"
         try:
             raw = json.loads(path.read_text())
-            files = raw.pop("files")
+            files, sealed = raw.pop("files"), raw.pop("sealed", [])
             raw["cleaning"] = [tuple(row) for row in raw["cleaning"]]
             description = Description(**raw)
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -244,7 +247,7 @@ class Dataset:
             if not (directory / name).is_file() or file_digest(directory / name) != digest:
                 raise BadData(f"{directory / name} is missing or differs from what was written; prepare it again")
             table = name.removesuffix(".parquet")
-            frames[table] = _scan(directory / name)
+            frames[table] = _scan(directory / name, name in sealed)
             if table == "events":
                 frames[table] = frames[table].with_columns(pl.col("split").cast(SPLIT))
             if table != "requests":
@@ -261,16 +264,18 @@ def _seal(path: Path, masters: MasterKeys) -> None:
     scratch.replace(path)
 
 
-def _scan(path: Path) -> pl.LazyFrame:
+def _scan(path: Path, sealed: bool) -> pl.LazyFrame:
     """A table; a sealed one is in memory then.
 
     Raises:
-        BadData: it is sealed, and its master key is not there.
+        BadData: it is sealed, and its own key or its master key is not there.
     """
+    if not sealed:
+        return pl.scan_parquet(path)
     try:
         key = SealedFile.open(path)
         if key is None:
-            return pl.scan_parquet(path)
+            raise BadData(f"{path} is sealed, and {key_of(path).name} is not beside it; copy it, too")
         with path.open("rb") as source:
             return pl.read_parquet(io.BytesIO(key.table(source))).lazy()
     except (InvalidStore, ValueError) as error:

@@ -37,8 +37,8 @@ def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
     while part := store.unread(group):
         file = folder / f"events-{_sortable(part[0].place)}.jsonl"
         lines = [json.dumps(stored.event).encode() for stored in part]
-        if masters is not None:  # where a part comes again, its file is not acknowledged, and may lose its key
-            key = SealedFile.create(file, masters)
+        if masters is not None:
+            key = SealedFile.again(file, masters)
             lines = [key.line(number, line) for number, line in enumerate(lines, 1)]
         with atomic_file(file) as scratch:
             with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from trirank import contract
@@ -136,7 +136,8 @@ def erase_from_files(folder: Path, users: set[int], wait_s: float = 5.0) -> int:
     writing is waited for.
 
     Raises:
-        BadData: there is no such file.
+        BadData: there is no such file, or one has lines that nobody can read: whose they are cannot be told. All others
+            are done then.
         InvalidStore: one is sealed, and its master key is not there.
     """
     count, until = 0, time.monotonic() + wait_s
@@ -144,28 +145,46 @@ def erase_from_files(folder: Path, users: set[int], wait_s: float = 5.0) -> int:
         files = sorted([*folder.glob("events-*.jsonl"), *folder.glob("requests-*.jsonl")])
         if not files:
             raise BadData(f"{folder} holds no events-*.jsonl and no requests-*.jsonl; name a folder of logs")
-        found = [_erase_from(file, users) for file in files]
-        count += sum(lines for lines, _ in found)
-        if all(is_whole for _, is_whole in found) or time.monotonic() > until:
-            return count
+        found = {file: _erase_from(file, users) for file in files}
+        count += sum(done.lines for done in found.values())
+        if all(done.is_whole for done in found.values()) or time.monotonic() > until:
+            break
         time.sleep(0.1)
+    if unread := {file: done.unread for file, done in found.items() if done.unread}:
+        file, lines = next(iter(unread.items()))
+        raise BadData(
+            f"{count} lines are erased, but {sum(unread.values())} in {len(unread)} files cannot be read ({lines} in "
+            f"{file}), and may be theirs: put the file's .key back, or delete the file"
+        )
+    return count
 
 
-def _erase_from(file: Path, users: set[int]) -> tuple[int, bool]:
-    """How many lines were overwritten, and whether the last line is whole."""
-    count, place, line, key = 0, 0, b"\n", SealedFile.open(file)
+class _Done(NamedTuple):
+    """Of a file: lines that were overwritten, lines that cannot be read, and whether the last line is whole."""
+
+    lines: int
+    unread: int
+    is_whole: bool
+
+
+def _erase_from(file: Path, users: set[int]) -> _Done:
+    count, unread, place, line, key = 0, 0, 0, b"\n", SealedFile.open(file)
     with file.open("r+b") as stream:
         for number, line in enumerate(stream.read().splitlines(keepends=True), 1):
             text = line if key is None else key.plain(number, line.rstrip(b"\n"))
             # A line that begins with a blank and is none was begun to be overwritten once.
-            if _user_of(text) in users or (line.startswith(b" ") and line.strip()):
+            begun = line.startswith(b" ") and bool(line.strip())
+            user = _user_of(text)
+            if begun or user in users:
                 stream.seek(place)
                 stream.write(b" " * len(line.rstrip(b"\n")))
                 count += 1
+            elif user is None and line.strip() and line.endswith(b"\n"):
+                unread += 1
             place += len(line)
         stream.flush()
         os.fsync(stream.fileno())
-    return count, line.endswith(b"\n")
+    return _Done(count, unread, line.endswith(b"\n"))
 
 
 def _user_of(line: bytes | None) -> int | None:

@@ -188,8 +188,8 @@ class Loop:
 
     def _judge_whole(self, phase: Phase, loss: float | None) -> float:
         ndcg = self.ranks.agree(phase.validate() if self.ranks.leads else 0.0)
-        point = {"phase": phase.name, "epoch": self._epoch, "loss": None if loss is None else round(loss, 6),
-                 "valid_ndcg10": round(ndcg, 6)}  # fmt: skip
+        told = None if loss is None or phase.private is not None else round(loss, 6)  # it is of users without noise
+        point = {"phase": phase.name, "epoch": self._epoch, "loss": told, "valid_ndcg10": round(ndcg, 6)}
         self.curve.append(point)
         best = phase.private is not None or max(self._own(phase), key=lambda p: p["valid_ndcg10"]) is point
         if self.ranks.leads and best:

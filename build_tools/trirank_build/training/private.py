@@ -9,7 +9,7 @@ gradients of single requests come from torch.func, which takes all layers as the
 as much less; usually it is a mean over those that do, whose number nobody may know here.
 
 What else is fitted on users are counts of items, which have noise, too, and are in the same account (privacy.budget).
-Words, brands and prices are the catalogue's own. See docs/privacy.md for what is not covered.
+Words, brands, prices and which items there are are the catalogue's own. See docs/privacy.md for what is not covered.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Private:
         noise: multiplier of the largest norm.
 
     Raises:
-        BadData: there are fewer users than a step takes.
+        BadData: there are fewer users than a step takes, or too many for delta.
     """
 
     def __init__(self, privacy: PrivacyRecipe, users: Users, batch_size: int, epochs: int) -> None:
@@ -86,6 +86,11 @@ class Private:
                 f"{len(users):,} users have something to teach, and training with differential privacy takes "
                 f"{batch_size:,} of them in a step, which is to be half at most; lower training.batch_size, or bring a "
                 "longer log"
+            )
+        if privacy.delta * len(users) >= 1:
+            raise BadData(
+                f"training.privacy.delta = {privacy.delta:g} says nothing of {len(users):,} users: with that chance "
+                f"one of them may be given away; take one well below {1 / len(users):.1g}"
             )
         self.settings, self.batch_size, self._users = privacy, batch_size, users
         self.per_epoch = round(len(users) / batch_size)

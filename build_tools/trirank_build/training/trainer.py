@@ -119,7 +119,8 @@ def _check_update(recipe: Recipe, dataset: Dataset, first: TrainedRun) -> None:
 
 def _identity(recipe: Recipe, dataset: Dataset, first: TrainedRun | None, update: bool) -> str:
     # What tuning would try, and how often a place is saved, change nothing of the weights.
-    settings = recipe.model_dump_json(exclude={"tuning": True, "training": {"checkpoint_minutes"}})
+    without = {"checkpoint_minutes"} | ({"privacy"} if recipe.training.privacy is None else set())
+    settings = recipe.model_dump_json(exclude={"tuning": True, "training": without})
     weights = "" if first is None else f"{'update of ' * update}{file_digest(first.directory / BEST)}"
     return hashlib.sha256(f"{settings}\0{dataset.description.digest}\0{weights}".encode()).hexdigest()
 
