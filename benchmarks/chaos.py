@@ -184,7 +184,7 @@ def memory_limit(rounds: int) -> list[Figure]:
             MemoryLimit() as limit,
             served(releases()["ensemble"], scratch(), "--users", "none", prefix=limit.prefix) as running,
         ):
-            seen.append(watch(running, partial(limit.reach, running.process.pid)))
+            seen.append(watch(running, partial(limit.reach, running)))
             kills += limit.kills()
     return figures_of("memory_limit", seen, f"32 MiB more than it used, taken by a neighbour; {kills} processes killed")
 

@@ -43,13 +43,16 @@ def sealed() -> str:
 def differential() -> str:
     """What differential privacy costs, and keeps an attacker from."""
     found = read("privacy")
-    lines = ["| training | NDCG@10 of the usual | told members from others (AUC) |", "|---|---|---|"]
+    head = "NDCG@10 of the usual | AUC of the attack | members found at 1 % false alarms, %"
+    lines = [f"| training | {head} |", "|---|---|---|---|"]
     for name, words in (
         ("eps_1", "ε = 1"), ("eps_8", "ε = 8"), ("plain", "as usual"), ("retrieval", "none: retrieval's order"),
     ):  # fmt: skip
-        share, area = found.get(f"ndcg_at_{name}_share"), found.get(f"attack_auc_{name}")
+        share, area, few = (
+            found.get(which) for which in (f"ndcg_at_{name}_share", f"attack_auc_{name}", f"attack_found_{name}")
+        )
         told = "1" if name == "plain" else _spread(share, 2)
-        lines.append(f"| {words} | {told} | {_spread(area, 3)} |")
+        lines.append(f"| {words} | {told} | {_spread(area, 3)} | {_spread(few, 1, 100)} |")
     return "\n".join(
         [*lines, "", f"{_sentence(found['ndcg_at_eps_8_share'])} {_sentence(found['attack_auc_plain_loss'])}"]
     )
@@ -61,10 +64,11 @@ def anonymised() -> str:
     return f"NDCG@10 of a ranker that was trained on one, over that without: {_spread(share, 2)} ({share.note})."
 
 
-def _spread(figure: Figure | None, digits: int) -> str:
+def _spread(figure: Figure | None, digits: int, times: float = 1.0) -> str:
     if figure is None:
         return "–"
-    return f"{figure.value:.{digits}f} ({figure.low:.{digits}f} to {figure.high:.{digits}f})"
+    value, low, high = (f"{times * each:.{digits}f}" for each in (figure.value, figure.low, figure.high))
+    return f"{value} ({low} to {high})"
 
 
 def _sentence(figure: Figure) -> str:

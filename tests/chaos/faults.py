@@ -217,18 +217,16 @@ class MemoryLimit:
         """Words before a command that is to run in the group."""
         return ["sh", "-c", f'echo $$ > {self._group}/cgroup.procs && exec "$@"', "sh"]
 
-    def reach(self, spared: int) -> None:
-        """Spare a process, as the first one of a container is hardly its largest; set the limit a little above what is
-        used, and have another process, which is not killed for it, use up the rest: it goes when something was."""
-        Path(f"/proc/{spared}/oom_score_adj").write_text("-1000")
+    def reach(self, running: Served) -> None:
+        """Set the limit a little above what is used, and have a neighbour use up the rest, until the kernel has killed
+        something: of the server and its stages, which are marked for it, as the largest of a container would be."""
+        for process in (running.server(), *running.stubs()):
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("500")
         used = int((self._group / "memory.usage_in_bytes").read_text())
         limit = self._group / "memory.limit_in_bytes"
         limit.write_text(str(used + (32 << 20)))
         before = self.kills()
-        hog = (
-            "import os, time\nopen('/proc/self/oom_score_adj', 'w').write('-1000')\nkept = []\n"
-            "while True:\n    kept.append(b'x' * (4 << 20))\n    time.sleep(0.01)\n"
-        )
+        hog = "import time\nkept = []\nwhile True:\n    kept.append(b'x' * (4 << 20))\n    time.sleep(0.01)\n"
         process = subprocess.Popen([*self.prefix, sys.executable, "-c", hog])
         try:
             deadline = time.monotonic() + 20

@@ -64,7 +64,7 @@ def test_a_memory_limit_that_is_reached(release, tmp_path):
             pytest.skip(f"no control group can be made here ({error})")
         with served(release, tmp_path, "--users", "none", prefix=limit.prefix) as running:
             before = answered(running)
-            seen = watch(running, lambda: limit.reach(running.process.pid))
+            seen = watch(running, lambda: limit.reach(running))
             assert limit.kills()
             assert re.search("had died; started anew in|Triton was killed by signal 9", seen.log)
             assert seen.recovered_s < 20
