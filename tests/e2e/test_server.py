@@ -157,10 +157,16 @@ def test_a_server_that_cannot_start_again_is_given_up(world, tmp_path, monkeypat
     monkeypatch.setattr(following, "GIVE_UP_S", 4.0)
     monkeypatch.setattr(following.TritonServer, "wait_ready", first_time_only(following.TritonServer.wait_ready))
     script = f"test -e {tmp_path}/once && exit 1; touch {tmp_path}/once; exec sleep 60"
-    monkeypatch.setattr(
-        following, "_watch", lambda server, *_: os.kill(server.pid, signal.SIGKILL) or server.check_alive()
-    )
-    with pytest.raises(ServeError, match="Triton ended with"):
+
+    def die(server, *_):
+        while not (tmp_path / "once").exists():  # killed before, the next one would be the first, too, and sleep
+            time.sleep(0.01)
+        os.kill(server.pid, signal.SIGKILL)
+        while True:
+            server.check_alive()
+
+    monkeypatch.setattr(following, "_watch", die)
+    with pytest.raises(ServeError, match="Triton ended with 1"):
         serve_until_stopped(
             world.release, Ports(), follow=False, addresses=None, tritonserver=fake(tmp_path, script), host="127.0.0.1"
         )

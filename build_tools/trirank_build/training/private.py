@@ -161,6 +161,7 @@ class PrivateOptimiser(Optimiser):
             wrong = ~torch.stack(sums).isfinite().all(0)
             for name, parameter in zip(self._names, self._whole, strict=True):
                 if wrong.any():
+                    gradients[name] = gradients[name].clone()  # one number may stand for all of a batch
                     gradients[name][wrong] = 0
                 parameter.grad_sample = gradients[name]  # type: ignore[attr-defined]
             self._blur.signal_skip_step(start + self._together < size)
