@@ -20,6 +20,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from trirank_backend.errors import InvalidStore
+from trirank_backend.files import PRIVATE, whole_file
 from trirank_backend.surroundings import KEYS_VARIABLE
 
 if sys.version_info >= (3, 11):
@@ -112,12 +113,8 @@ def add_master_key(file: Path, name: str) -> None:
         if name in tomllib.loads(before):
             raise InvalidStore(f"{file} has a key {name!r} already; name another")
     line = f'"{name}" = "{base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}"\n'
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.write(before + "\n" * (bool(before) and not before.endswith("\n")) + line)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(file)
+    with whole_file(file, PRIVATE) as stream:
+        stream.write((before + "\n" * (bool(before) and not before.endswith("\n")) + line).encode())
 
 
 def named_keys() -> MasterKeys | None:

@@ -23,6 +23,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from trirank_backend.errors import InvalidStore
+from trirank_backend.files import PRIVATE, whole_file
 from trirank_backend.master_keys import KEY_BYTES, MasterKeys, named_keys
 from trirank_backend.surroundings import KEYS_VARIABLE
 
@@ -54,7 +55,8 @@ class SealedFile:
     def create(cls, path: Path, masters: MasterKeys) -> SealedFile:
         """A new data key for a file that is to be written; its envelope is on the disk then."""
         key = secrets.token_bytes(KEY_BYTES)
-        _write(key_of(path), masters.wrap(key))
+        with whole_file(key_of(path), PRIVATE) as stream:
+            stream.write(masters.wrap(key))
         return cls(key)
 
     @classmethod
@@ -173,7 +175,9 @@ def rewrap(folder: Path, masters: MasterKeys) -> int:
     """
     paths = sorted(_keys(folder))
     for path in paths:  # also of a file that a server is about to make
-        _write(path, masters.wrap(masters.unwrap(path.read_bytes(), path.name.removesuffix(SUFFIX))))
+        envelope = masters.wrap(masters.unwrap(path.read_bytes(), path.name.removesuffix(SUFFIX)))
+        with whole_file(path, PRIVATE) as stream:
+            stream.write(envelope)
     return len(paths)
 
 
@@ -184,17 +188,3 @@ def _keys(folder: Path) -> list[Path]:
 
 def _about(number: int, last: bool) -> bytes:
     return b"chunk %d%s" % (number, b", the last" if last else b"")
-
-
-def _write(path: Path, envelope: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-        stream.write(envelope)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or an envelope of before may be back after a power failure, whose master key is gone
-    finally:
-        os.close(folder)

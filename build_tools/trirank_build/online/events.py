@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from trirank_backend.files import PRIVATE, whole_file
 from trirank_backend.sealed_files import SealedFile, keys_for, lines_of
 from trirank_backend.stores.events import Event
 from trirank_backend.stores.store import Store
 
-from trirank_build.artefacts import atomic_file
+from trirank_build.artefacts import fits
 from trirank_build.errors import BadData
 
 GROUP = "trirank"
@@ -40,12 +40,8 @@ def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
         if masters is not None:
             key = SealedFile.again(file, masters)
             lines = [key.line(number, line) for number, line in enumerate(lines, 1)]
-        with atomic_file(file) as scratch:
-            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-                stream.write(b"".join(line + b"\n" for line in lines))
-                stream.flush()
-                os.fsync(stream.fileno())
-        _keep_names(folder)
+        with fits(file), whole_file(file, PRIVATE) as stream:
+            stream.writelines(line + b"\n" for line in lines)
         store.acknowledge(group, part)
         count += len(part)
     return count
@@ -54,15 +50,6 @@ def take_out(store: Store, folder: Path, group: str = GROUP) -> int:
 def _sortable(place: str) -> str:
     """A place so that its text sorts as it does; Redis' places have two numbers."""
     return "_".join(f"{int(part):020}" for part in place.split("-"))
-
-
-def _keep_names(folder: Path) -> None:
-    """Have the folder's own list of names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def events_of(folder: Path) -> Iterator[Event]:

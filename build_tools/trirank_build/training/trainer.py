@@ -233,6 +233,7 @@ def _run(
     )  # fmt: skip
     loop.run(report)
     if group.leads:
+        judged = RANKING if RANKING in phases else list(phases)[-1]
         facts: dict[str, Any] = {
             "recipe": recipe.name,
             "dataset": asdict(dataset.description),
@@ -243,9 +244,7 @@ def _run(
             "trained_until": _newest(dataset),
             **({"update_of": first.facts["dataset"]["digest"]} if update and first is not None else {}),
             **(json.loads((out / _BEGUN).read_text()) if (out / _BEGUN).is_file() else {}),
-            "valid_ndcg10": _kept(loop.curve, RANKING if RANKING in phases else list(phases)[-1], recipe)[
-                "valid_ndcg10"
-            ],
+            "valid_ndcg10": _kept(loop.curve, judged, recipe)["valid_ndcg10"],
         }
         os.replace(loop.best(list(phases)[-1]), out / BEST)
         with atomic_file(out / RUN) as scratch:

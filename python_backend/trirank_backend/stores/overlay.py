@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trirank_backend.catalogue import read_only
 from trirank_backend.errors import InvalidStore
+from trirank_backend.files import whole_file
 from trirank_backend.lookup_kernels import ascending, look_up_counts, look_up_state
 
 PADDING = "padding"
@@ -60,15 +61,8 @@ def write_overlay(path: Path, records: NDArray[Any]) -> None:
         records: of one of the types above, ascending by id.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as stream:
-            np.save(stream, records)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as stream:
+        np.save(stream, records)
 
 
 class Overlay:
