@@ -223,16 +223,25 @@ def test_restarted_in_the_middle(world, server):
         client.close()
 
 
-def test_overload(server):
-    """Far more than can be done in time: every call ends in time, with an answer or one of two errors."""
-    with RankClient(server.grpc, deadline_s=0.03, retry=None) as client:
-        wide = RankRequest(item_ids=list(range(1, 1001)), top_k=10)
-        with ThreadPoolExecutor(64) as pool:
-            found = list(pool.map(lambda _: timed(lambda: client.rank(wide), 0.03), range(100)))
-        errors = [each for each in found if isinstance(each, trirank.RankError)]
-        assert errors
-        assert {type(each) for each in errors} <= {trirank.DeadlineExceeded, trirank.Overloaded}
-        assert len(client.rank(REQUEST, deadline_s=5)) == RIGHT
+def test_overload(world):
+    """Far more than can be done in time: every call ends in time, with an answer or one of two errors. On a server of
+    its own: where deadlines pass as Triton 2.51 answers it may abort (docs/serving.md), and took a hundred other tests
+    along once."""
+    with TritonServer(world.release) as server:
+        server.wait_ready()
+        with RankClient(server.grpc, deadline_s=0.03, retry=None) as client:
+            wide = RankRequest(item_ids=list(range(1, 1001)), top_k=10)
+            client.rank(wide, deadline_s=5)
+            with ThreadPoolExecutor(64) as pool:
+                found = list(pool.map(lambda _: timed(lambda: client.rank(wide), 0.03), range(100)))
+            after = timed(lambda: client.rank(REQUEST, deadline_s=5), 5)
+        said = server.log.read_text(errors="replace")
+    if "ASSERTION FAILED: prior > 0" in said or "Signal (11) received" in said:
+        pytest.skip("Triton aborted where a deadline passed as it answered: triton-inference-server/server #7368")
+    errors = [each for each in found if isinstance(each, trirank.RankError)]
+    assert errors
+    assert {type(each) for each in errors} <= {trirank.DeadlineExceeded, trirank.Overloaded}
+    assert len(after) == RIGHT
 
 
 def test_what_is_too_late_is_not_worked_on(server):
