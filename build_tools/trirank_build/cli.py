@@ -29,6 +29,7 @@ from trirank_build.commands.release import promote_checked
 from trirank_build.commands.serving import health, rank, serve, token
 from trirank_build.commands.simulate import simulate
 from trirank_build.commands.skew import skew
+from trirank_build.commands.text import app as text_app
 from trirank_build.errors import BadUsage, TrirankBuildError
 from trirank_build.progress import console as errors
 from trirank_build.progress import out, warn, working
@@ -51,6 +52,7 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(catalogue_app, name="catalogue")
 app.add_typer(users_app, name="users")
 app.add_typer(privacy_app, name="privacy")
+app.add_typer(text_app, name="text")
 app.command()(doctor)
 app.command()(serve)
 app.command()(rank)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from trirank_backend.features import INPUTS
+from trirank_backend.words.analysis import ANY, LANGUAGES
 
 from trirank_build.errors import BadRecipe
 
@@ -44,6 +45,13 @@ class FeatureRecipe(_Section):
     """Attributes of an item that are kept."""
     vocabulary: Annotated[int, Field(ge=100, le=100_000)] = 8_000
     """Subwords of the tokeniser."""
+    words: str = ""
+    """The language in which words are understood (stems, spelling, what is near by meaning or letters, what training
+    requests teach), or ``any`` for no language in particular; empty: they are not. Off unless asked for: preprocess
+    takes longer with it."""
+    encoder: str = ""
+    """Folder of a team's own text encoder: ``model.onnx`` and ``tokenizer.json`` as sentence-transformers exports them.
+    Titles are encoded when features are fitted, queries as they come. Goes with ``words``; empty: none."""
     transitions: bool = False
     """Whether it is counted which item follows which, for a column of its own and to find candidates by. For recipes
     that learn from held-out choices: of a choice that was counted the count says too much."""
@@ -54,6 +62,10 @@ class FeatureRecipe(_Section):
     def _inputs_exist(self) -> FeatureRecipe:
         if unknown := set(self.without) - set(INPUTS):
             raise ValueError(f"without {sorted(unknown)}; inputs are {list(INPUTS)}")
+        if self.words not in ("", ANY, *LANGUAGES):
+            raise ValueError(f"words = {self.words!r} is no language; they are {ANY}, {', '.join(LANGUAGES)}")
+        if self.encoder and not self.words:
+            raise ValueError('encoder goes with words; say words = "any", or the language')
         return self
 
 
@@ -279,6 +291,8 @@ class Recipe(_Section):
                     'training.privacy goes with pretraining.objective = "none" and features.transitions = false: both '
                     "learn from sequences of users without noise"
                 )
+            if self.features.words:
+                raise ValueError('training.privacy goes with features.words = "": lessons on words have no noise')
             if self.model.embedding_updates == "rows":
                 raise ValueError(
                     'training.privacy goes with model.embedding_updates = "all": which rows move tells who was there'

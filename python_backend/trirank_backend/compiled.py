@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 VARIABLE = "TRIRANK_CACHE"
 _HERE = Path(__file__).parent
-_BESIDE = ("compiled.py", "attributes.py", "features/table.py", "features/batch.py")
+_BESIDE = ("compiled.py", "attributes.py", "features/table.py", "features/batch.py", "words/lexicon.py")
 """What kernels take constants and types from, beside the contract."""
 _COMPLETE = "complete"
 _OWN = "trirank-kernels-"

@@ -164,6 +164,7 @@ class Preprocess:
                 history_rows=self._packer.catalogue.rows(history.item_ids),
                 history_behaviours=history.behaviours,
                 history_timestamps=history.timestamps,
+                understood=self._text.understood(queries),
             )
         )
         for line, past in enumerate(pasts):

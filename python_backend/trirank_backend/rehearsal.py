@@ -19,6 +19,7 @@ from trirank_backend.policies import Items, Policy, Release
 from trirank_backend.rerank import Rerank
 from trirank_backend.stores.overlay import COUNTS, STATE, Overlay, write_overlay
 from trirank_backend.text import query_trigrams, title_trigrams
+from trirank_backend.words.lexicon import QueryWords
 
 _TITLES = ["red shoe", "blue shoe", "green lamp"]
 _TOKENS = np.array([[20, 21], [22, 21], [23, 24], [0, 0]], np.int32)
@@ -90,6 +91,7 @@ def _lines(catalogue: Catalogue, count: int) -> Lines:
         history_rows=np.array([[-1, 0]] * count, np.int32),
         history_behaviours=np.full((count, 2), Behaviour.PURCHASE, np.int32),
         history_timestamps=np.full((count, 2), _NOW - 60),
+        understood=QueryWords.none(count),
     )
 
 

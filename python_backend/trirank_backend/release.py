@@ -12,6 +12,8 @@ from trirank_backend.catalogue import Catalogue
 from trirank_backend.errors import InvalidRelease
 from trirank_backend.features import FeatureSpec, Packer, Transitions
 from trirank_backend.text import TextEncoder
+from trirank_backend.words.lexicon import FOLDER, load_lessons, load_lexicon
+from trirank_backend.words.queries import QueryReader
 
 POLICIES = "policies"
 FEATURES = "features"
@@ -40,9 +42,14 @@ def load_packer(directory: Path) -> tuple[Packer, TextEncoder]:
             f"{spec.vocabulary_size} ids; assemble again"
         )
     transitions = Transitions.load(directory, len(catalogue))
-    return Packer(spec, catalogue, idf, transitions), TextEncoder.load(
-        directory / "tokenizer.json", spec.tables["token"][0]
-    )
+    lexicon = lessons = reader = None
+    if spec.words:
+        folder = directory / FOLDER
+        lexicon = load_lexicon(folder, len(catalogue))
+        lessons = load_lessons(folder, len(lexicon.rarity) - 1)
+        reader = QueryReader.load(folder, spec.words, lexicon, lessons)
+    text = TextEncoder.load(directory / "tokenizer.json", spec.tables["token"][0], reader)
+    return Packer(spec, catalogue, idf, transitions, lexicon, lessons), text
 
 
 def check_contract(release: Path) -> None:

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 
 from trirank_backend.attributes import SKETCH
 from trirank_backend.errors import InvalidRelease
+from trirank_backend.words.lexicon import QueryWords
+from trirank_backend.words.queries import QueryReader
 
 TRIGRAM_BYTES = 64
 """Bytes of a Bloom filter of letter trigrams: about 60 trigrams of a title in 512 bits."""
@@ -95,25 +97,31 @@ class TextEncoder:
     Args:
         tokenizer: its id 0 is padding.
         offset: where the tokens start in the joint vocabulary: token ``t`` is ``offset + t``.
+        reader: of queries whose words are understood; None: they are not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, offset: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, offset: int, reader: QueryReader | None = None) -> None:
         self._tokenizer = tokenizer
+        self.reader = reader
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._offset = offset
 
     @classmethod
-    def load(cls, path: Path, offset: int) -> TextEncoder:
+    def load(cls, path: Path, offset: int, reader: QueryReader | None = None) -> TextEncoder:
         """Read a ``tokenizer.json``.
 
         Raises:
             InvalidRelease: it is missing or damaged.
         """
         try:
-            return cls(Tokenizer.from_file(str(path)), offset)
+            return cls(Tokenizer.from_file(str(path)), offset, reader)
         except Exception as error:  # the library raises bare Exception
             raise InvalidRelease(f"tokeniser {path} cannot be read ({error}); assemble again") from error
+
+    def with_reader(self, reader: QueryReader) -> TextEncoder:
+        """The same tokens, and another reader."""
+        return TextEncoder(self._tokenizer, self._offset, reader)
 
     def encode(self, texts: list[str], length: int) -> NDArray[np.int32]:
         """[B, length] int32."""
@@ -125,3 +133,7 @@ class TextEncoder:
                 ids[row, : len(tokens)] = tokens
         ids[ids > 0] += self._offset
         return ids
+
+    def understood(self, queries: list[str]) -> QueryWords:
+        """What kernels read of the queries' words."""
+        return QueryWords.none(len(queries)) if self.reader is None else self.reader.read(queries)

@@ -22,6 +22,7 @@ from trirank_backend.features.kernels import fill
 from trirank_backend.features.table import CONTEXT_TABLE, DENSE_TABLE, left_out
 from trirank_backend.histories import UNKNOWN_TIME
 from trirank_backend.text import query_trigrams, title_trigrams
+from trirank_backend.words.lexicon import QueryWords
 
 NOW = 1_770_000_000
 D = {name: at for at, name in enumerate(DENSE)}
@@ -86,6 +87,7 @@ def request(
         history_rows=past,
         history_behaviours=kinds,
         history_timestamps=times,
+        understood=QueryWords.none(1),
     )
 
 

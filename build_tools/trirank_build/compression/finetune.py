@@ -90,7 +90,7 @@ def _scores_and_expectations(model: nn.Module, inputs: dict[str, Tensor]) -> tup
 class Finetuning:
     """The phase."""
 
-    decays, judges_start, private = True, False, None
+    decays, judges_start, private, measure = True, False, None, "NDCG@10"
 
     def __init__(
         self,

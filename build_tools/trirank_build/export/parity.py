@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from trirank import contract
 from trirank_backend.features import FeatureSpec
-from trirank_backend.features.table import DENSE_TABLE, left_out
+from trirank_backend.features.table import left_out, table_of
 from trirank_backend.scoring import exact_engines, rankers_of
 
 from trirank_build.errors import BadModel
@@ -58,7 +58,7 @@ def sample_inputs(spec: FeatureSpec, batch: int, candidates: int, rng: np.random
                 tensors[tensor.name][..., 0] = rng.integers(0, spec.folded, size[:-1])
         else:
             tensors[tensor.name] = rng.normal(size=size).astype(np.float32)
-    tensors["dense"][..., left_out(DENSE_TABLE, spec.without)] = 0  # as serving packs them
+    tensors["dense"][..., left_out(table_of(spec.dense), spec.without)] = 0  # as serving packs them
     events = rng.integers(0, shape.history_length + 1, batch)
     tensors["history"] *= np.arange(shape.history_length)[None, :, None] >= shape.history_length - events[:, None, None]
     first, codes = spec.tables["behaviour"]

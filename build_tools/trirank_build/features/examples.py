@@ -14,12 +14,14 @@ from trirank import History, RankRequest
 from trirank.contract import ANONYMOUS_USER
 from trirank_backend.features import Lines, Packed, even_starts
 from trirank_backend.text import query_trigrams
+from trirank_backend.words.lexicon import QueryWords
 
 from trirank_build.data.dataset import OPTIMUM, POSITIONS, Dataset
 from trirank_build.errors import BadData
 from trirank_build.features.fitting import Features
 from trirank_build.features.negatives import NegativeSampler
 from trirank_build.features.runs import run_begins
+from trirank_build.words.lessons import fold_of
 
 _CHUNK = 20_000
 """Requests that are unpacked at a time."""
@@ -130,6 +132,7 @@ class Examples:
         missed: int = 0,
         optimum: bool = False,
         directory: Path | None = None,
+        split: str = "",
     ) -> None:
         """Room for ``count`` requests of at most ``width`` candidates and ``missed`` further gains."""
         spec = features.spec
@@ -158,6 +161,16 @@ class Examples:
         self.queries: list[str] = []
         self._query = array("query", (spec.query_length,), np.int32, 0)
         self._words = array("words", query_trigrams([""]).shape[1:], np.uint64, 0)
+        self._split = split
+        self._fold = array("fold", (), np.int8, -1)
+        empty = QueryWords.none(0, features.packer.lexicon.encoded.shape[1])
+        if spec.words:
+            columns = {
+                name: array(f"understood_{name}", c.shape[1:], c.dtype, 0) for name, c in empty._asdict().items()
+            }
+            self._understood = QueryWords(**columns)
+        else:  # one row of nothing for all
+            self._understood = QueryWords(*(np.broadcast_to(c[0], (count, *c.shape[1:])) for c in QueryWords.none(1)))
 
     @classmethod
     def read(
@@ -188,7 +201,9 @@ class Examples:
             if not kept.any():
                 raise BadData(f"the dataset has no {split} requests since {since}, when the run to update had learned "
                               "from what there was; add a newer log")  # fmt: skip
-        examples = cls(dataset, features, int(kept.sum()), sizes.candidates, sizes.missed, sizes.has_optimum, directory)
+        examples = cls(
+            dataset, features, int(kept.sum()), sizes.candidates, sizes.missed, sizes.has_optimum, directory, split
+        )
         read = filled = 0
         for chunk in dataset.chunks(split, _CHUNK):
             part = chunk.filter(pl.Series(kept[read : read + chunk.height]))
@@ -207,8 +222,11 @@ class Examples:
             width = max(one.shape[1], two.shape[1])
             parts = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=fill) for a in (one, two)]
             setattr(both, name, np.concatenate(parts))
-        for name in ("users", "times", "_query", "_words"):
+        for name in ("users", "times", "_query", "_words", "_fold"):
             setattr(both, name, np.concatenate([getattr(self, name), getattr(other, name)]))
+        both._understood = QueryWords._make(
+            np.concatenate(columns) for columns in zip(self._understood, other._understood, strict=True)
+        )
         both.queries = self.queries + other.queries
         both.optimum = None
         return both
@@ -237,6 +255,18 @@ class Examples:
         queries = part["query"].to_list()
         self._query[at] = self._features.text.encode(queries, self._features.spec.query_length)
         self._words[at] = query_trigrams(queries)
+        if self._features.spec.words:
+            self._understand(at, queries)
+
+    def _understand(self, at: slice, queries: list[str]) -> None:
+        folds = self._features.folds if self._split == "train" else ()
+        read = self._features.text.understood(queries)
+        self._fold[at] = [fold_of(query) if folds and query else -1 for query in queries]
+        for fold, features in enumerate(folds):  # of which the words are the same, and their neighbours others
+            own = np.flatnonzero(self._fold[at] == fold)
+            read.vectors[own] = features.text.understood([queries[each] for each in own]).vectors
+        for column, values in zip(self._understood, read, strict=True):
+            column[at] = values
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -273,9 +303,28 @@ class Examples:
             history_rows=past[0],
             history_behaviours=past[1],
             history_timestamps=past[2],
+            understood=QueryWords._make(column[which] for column in self._understood),
         )
-        packed = self._features.packer.pack(lines).by_line()
+        packed = self._pack(which, lines, rows.shape[1])
         return Batch(packed, labels, rows >= 0, rows, scores, listed, positions)
+
+    def _pack(self, which: NDArray[np.int64], lines: Lines, width: int) -> Packed:
+        """Tensors of lines of one width, each with the lessons on words that its query has no part in."""
+        folds = self._fold[which]
+        if not self._features.folds or (folds < 0).all():
+            return self._features.packer.pack(lines).by_line()
+        whole: Packed | None = None
+        for fold in np.unique(folds):
+            features = self._features if fold < 0 else self._features.folds[fold]
+            own = np.flatnonzero(folds == fold)
+            places = (own[:, None] * width + np.arange(width)).reshape(-1)
+            part = features.packer.pack(_some(lines, own, places, width)).by_line()
+            if whole is None:
+                whole = Packed(*(np.zeros((len(which), *column.shape[1:]), column.dtype) for column in part))
+            for column, values in zip(whole, part, strict=True):
+                column[own] = values
+        assert whole is not None
+        return whole
 
     def request(self, at: int, scenario: str) -> RankRequest:
         """A request of those in memory as a client would send it, for all its candidates back, with its history."""
@@ -341,3 +390,13 @@ class Examples:
                 scores = np.full(rows.shape, np.nan, np.float32)
                 positions = np.concatenate([positions, np.zeros(drawn.shape, np.int32)], 1)
         return self.batch(which, rows, scores, labels, listed, positions)
+
+
+def _some(lines: Lines, which: NDArray[np.int64], places: NDArray[np.int64], width: int) -> Lines:
+    """Some lines of those that have ``width`` places each."""
+    parts: dict[str, Any] = {
+        name: QueryWords._make(column[which] for column in value) if name == "understood" else value[which]
+        for name, value in lines._asdict().items()
+        if name not in ("starts", "rows", "scores")
+    }
+    return Lines(starts=even_starts(len(which), width), rows=lines.rows[places], scores=lines.scores[places], **parts)

@@ -18,9 +18,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from trirank.contract import Behaviour, Signal
 from trirank_backend.catalogue import Catalogue
-from trirank_backend.features import TIME_GAPS, FeatureSpec, Packer, Transitions
+from trirank_backend.features import DENSE, TIME_GAPS, FeatureSpec, Packer, Transitions
+from trirank_backend.features import WORDS as WORD_COLUMNS
 from trirank_backend.release import load_packer
 from trirank_backend.text import TextEncoder, title_trigrams
+from trirank_backend.words.lexicon import FOLDER as WORDS
+from trirank_backend.words.lexicon import Lessons, load_words
+from trirank_backend.words.queries import QueryReader
+from trirank_backend.words.spelling import Speller
 
 from trirank_build.baselines.popularity import popularity
 from trirank_build.data.dataset import Dataset
@@ -29,6 +34,8 @@ from trirank_build.features.transitions import count_transitions, training_seque
 from trirank_build.features.vocabulary import Vocabulary
 from trirank_build.privacy.budget import private_counts
 from trirank_build.recipe import FeatureRecipe, PrivacyRecipe
+from trirank_build.words.lessons import REQUESTS, Judged, fit_lessons, load_folds
+from trirank_build.words.lexicon import fit_lexicon, refreshed_lexicon
 
 TITLES = 1_000_000
 """Titles that the tokeniser learns from: the words of more are the same ones."""
@@ -45,6 +52,9 @@ class Features:
 
     packer: Packer
     text: TextEncoder
+    folds: tuple[Features, ...] = ()
+    """The same with lessons on words that were learned without a part of the training requests' queries, by
+    lessons.fold_of; empty where words are not understood, or taught nothing."""
 
     @property
     def spec(self) -> FeatureSpec:
@@ -59,13 +69,26 @@ class Features:
     @classmethod
     def load(cls, directory: Path) -> Features:
         """Read a ``features`` folder."""
-        return cls(*load_packer(directory))
+        packer, text = load_packer(directory)
+        found = cls(packer, text)
+        if not packer.spec.words:
+            return found
+        lessons = load_folds(directory / WORDS, len(packer.lexicon.rarity) - 1)
+        return replace(found, folds=tuple(found._with(packer.spec, each) for each in lessons))
 
     def changed(self, **changes: Any) -> Features:
         """The same catalogue and tokeniser under a specification with other values."""
-        packer = self.packer
+        spec = replace(self.spec, **changes)
+        folds = tuple(fold._with(spec, fold.packer.lessons) for fold in self.folds)
+        return replace(self._with(spec, self.packer.lessons), folds=folds)
+
+    def _with(self, spec: FeatureSpec, lessons: Lessons) -> Features:
+        """The same catalogue and tokeniser under another specification, and with other lessons on words."""
+        packer, text = self.packer, self.text
+        if text.reader is not None and lessons is not packer.lessons:
+            text = text.with_reader(text.reader.of(lessons))
         return Features(
-            Packer(replace(self.spec, **changes), self.catalogue, packer.token_idf, packer.transitions), self.text
+            Packer(spec, self.catalogue, packer.token_idf, packer.transitions, packer.lexicon, lessons), text
         )
 
 
@@ -121,6 +144,8 @@ def fit_features(
         timed=dataset.description.timed,
         embed_text=recipe.embed_text,
         without=tuple(sorted({*recipe.without, *(() if recipe.transitions else ("transitions",))})),
+        dense=DENSE + WORD_COLUMNS if recipe.words and has_text else DENSE,
+        words=recipe.words if has_text else "",
     )
     text = TextEncoder(tokenizer, tables["token"][0])
     catalogue = _catalogue(items, counts, vocabulary, spec, text, titles)
@@ -135,7 +160,34 @@ def fit_features(
     words = np.concatenate([catalogue.titles, catalogue.fields[:, attributes]], 1)[:-1]
     np.save(directory / "token_idf.npy", _idf(words, spec.vocabulary_size))
     _transitions(dataset, catalogue, spec).save(directory)
+    if spec.words:
+        encoder = Path(recipe.encoder) if recipe.encoder else None
+        _fit_words(dataset, catalogue, spec.words, directory / WORDS, encoder)
     return Features.load(directory)
+
+
+def _fit_words(dataset: Dataset, catalogue: Catalogue, language: str, directory: Path, encoder: Path | None) -> None:
+    """What titles and training requests teach of words."""
+    lexicon = fit_lexicon(dataset.items["title"], language, directory, encoder)
+    words = len(lexicon.rarity) - 1
+    reader = QueryReader(load_words(directory), language, Speller.load(directory), lexicon, Lessons.none(words))
+    parts: list[pl.DataFrame] = []
+    for chunk in dataset.chunks("train", _CHUNK, ("query", "item_ids", "labels")):
+        parts.append(chunk.filter(pl.col("query") != ""))
+        if sum(part.height for part in parts) >= REQUESTS:
+            break
+    requests = pl.concat(parts).head(REQUESTS) if parts else pl.DataFrame()
+    queries = requests["query"].to_list() if parts else []
+    candidates = requests.explode("item_ids", "labels") if queries else None
+    sizes = requests["item_ids"].list.len().to_numpy() if queries else np.zeros(0, np.int64)
+    judged = Judged(
+        queries=queries,
+        request=np.repeat(np.arange(len(queries)), sizes),
+        rows=catalogue.rows(candidates["item_ids"].to_numpy()).astype(np.int64)
+        if candidates is not None else np.zeros(0, np.int64),
+        labels=candidates["labels"].to_numpy() if candidates is not None else np.zeros(0, np.float32),
+    )  # fmt: skip
+    fit_lessons(judged, reader, directory)
 
 
 def refresh_features(trained: Path, dataset: Dataset, directory: Path) -> Features:
@@ -159,6 +211,8 @@ def refresh_features(trained: Path, dataset: Dataset, directory: Path) -> Featur
     _check_same_shop(old.catalogue, catalogue, dataset.description.source)
     catalogue.save(directory / "catalogue")
     _transitions(dataset, catalogue, old.spec).save(directory)
+    if old.spec.words:
+        refreshed_lexicon(trained / WORDS, items["title"], old.spec.words, directory / WORDS)
     return Features.load(directory)
 
 

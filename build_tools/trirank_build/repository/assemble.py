@@ -146,8 +146,12 @@ def assemble(
             (scratch / FEATURES).mkdir()
             refresh_features(run.directory / FEATURES, dataset, scratch / FEATURES)
             (scratch / FEATURES / VOCABULARY).unlink()
+            for folds in (scratch / FEATURES).glob("*/fold-*"):  # which training alone reads
+                shutil.rmtree(folds)
         else:
-            shutil.copytree(run.directory / FEATURES, scratch / FEATURES, ignore=shutil.ignore_patterns(VOCABULARY))
+            shutil.copytree(
+                run.directory / FEATURES, scratch / FEATURES, ignore=shutil.ignore_patterns(VOCABULARY, "fold-*")
+            )
         _write_rules(scratch / FEATURES, dataset.items, load_policies(SHIPPED) | dict(policies or {}))
         indexed = None
         if index:

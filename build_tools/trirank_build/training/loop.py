@@ -82,6 +82,11 @@ class Phase(Protocol):
         says."""
         ...
 
+    @property
+    def measure(self) -> str:
+        """What ``validate`` gives, by name; the curve has it as ``valid_ndcg10`` and the like."""
+        ...
+
     def plan(self, rng: np.random.Generator) -> list[NDArray[np.int64]]:
         """One epoch's batches, as numbers of examples; always as many."""
         ...
@@ -91,8 +96,13 @@ class Phase(Protocol):
         ...
 
     def validate(self) -> float:
-        """NDCG@10 on the validation split."""
+        """How good it is on the validation split; more is better."""
         ...
+
+
+def key_of(measure: str) -> str:
+    """A measure's name in the curve."""
+    return "valid_" + measure.lower().replace("@", "")
 
 
 class Loop:
@@ -130,7 +140,7 @@ class Loop:
         self._shards = Shards(model, 0, 1)
 
     def run(self, report: Any = None) -> None:
-        """All phases; each ends with its best weights in the model. ``report(phase, epoch, ndcg)`` is called after
+        """All phases; each ends with its best weights in the model. ``report(phase, epoch, measure)`` is called after
         every epoch and may raise to stop."""
         saved = self._find_place()
         for number in range(self._phase, len(self.phases)):
@@ -173,11 +183,11 @@ class Loop:
             while self._epoch < settings.epochs and not self._stalled(phase):
                 loss = self._run_epoch(phase, step, optimiser, total, lambda: bar.advance(task))
                 self._epoch, self._at, self._total = self._epoch + 1, 0, 0.0
-                ndcg = self._judge(phase, loss)
+                found = self._judge(phase, loss)
                 self._save(phase, optimiser)
-                bar.update(task, description=f"{phase.name}, epoch {self._epoch}: NDCG@10 {ndcg:.4f}")
+                bar.update(task, description=f"{phase.name}, epoch {self._epoch}: {phase.measure} {found:.4f}")
                 if report is not None:
-                    report(phase.name, self._epoch, ndcg)
+                    report(phase.name, self._epoch, found)
             bar.update(task, total=self._step, completed=self._step)
         self._shards.leave()
 
@@ -187,15 +197,15 @@ class Loop:
             return self._judge_whole(phase, loss)
 
     def _judge_whole(self, phase: Phase, loss: float | None) -> float:
-        ndcg = self.ranks.agree(phase.validate() if self.ranks.leads else 0.0)
+        found = self.ranks.agree(phase.validate() if self.ranks.leads else 0.0)
         told = None if loss is None or phase.private is not None else round(loss, 6)  # it is of users without noise
-        point = {"phase": phase.name, "epoch": self._epoch, "loss": told, "valid_ndcg10": round(ndcg, 6)}
+        point = {"phase": phase.name, "epoch": self._epoch, "loss": told, key_of(phase.measure): round(found, 6)}
         self.curve.append(point)
-        best = phase.private is not None or max(self._own(phase), key=lambda p: p["valid_ndcg10"]) is point
+        best = phase.private is not None or max(self._own(phase), key=lambda p: p[key_of(phase.measure)]) is point
         if self.ranks.leads and best:
             place = {"phase": phase.name, "epoch": self._epoch}
             save_checkpoint(self.best(phase.name), self.model.state_dict(), place)
-        return ndcg
+        return found
 
     def _own(self, phase: Phase) -> list[dict[str, Any]]:
         return [point for point in self.curve if point["phase"] == phase.name]
@@ -204,7 +214,7 @@ class Loop:
         own = self._own(phase)
         if not own or phase.private is not None:
             return False
-        best = max(range(len(own)), key=lambda at: own[at]["valid_ndcg10"])
+        best = max(range(len(own)), key=lambda at: own[at][key_of(phase.measure)])
         return len(own) - 1 - best >= phase.settings.patience
 
     def _run_epoch(self, phase: Phase, step: nn.Module, optimiser: Optimiser, total: int, done: Any) -> float:

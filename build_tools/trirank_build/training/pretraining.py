@@ -83,6 +83,8 @@ class PretrainingStep(nn.Module):
 class Pretraining:
     """The phase."""
 
+    measure = "NDCG@10"
+
     def __init__(
         self,
         model: SequenceRanker,

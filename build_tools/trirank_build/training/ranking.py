@@ -86,6 +86,8 @@ def position_corrections(batch: Batch, settings: TrainingRecipe) -> dict[str, Te
 class Ranking:
     """The phase, on these requests."""
 
+    measure = "NDCG@10"
+
     def __init__(
         self, model: nn.Module, recipe: TrainingRecipe, dataset: Dataset, train: Examples, valid: Examples
     ) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from trirank_backend.features import DENSE
 
 from trirank_build.evaluation import metrics
 from trirank_build.features.examples import Batch, Examples
@@ -83,7 +82,7 @@ def fit_start(
     whole = [valid.whole(np.arange(at, min(at + _BATCH, len(valid)))) for at in range(0, len(valid), _BATCH)]
     judged = _joined([_lists(model, batch, {}) for batch in whole]).columns.numpy()
 
-    names = [*DENSE, AFFINITY]
+    names = [*model.spec.dense, AFFINITY]
     scale = _spread_within(lists)
     if not with_affinity:
         scale[-1] = 0

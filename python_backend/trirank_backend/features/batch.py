@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trirank_backend.words.lexicon import QueryWords
+
 
 class Items(NamedTuple):
     """The catalogue as kernels read it: M items and the row for "no item", see catalogue.Catalogue. All read-only.
@@ -57,6 +59,7 @@ class Lines(NamedTuple):
         anonymous: [B] bool.
         history_rows, history_behaviours: [B, H] int32, newest last; rows are -1 where there is no event.
         history_timestamps: [B, H] int64; histories.UNKNOWN_TIME where nobody knows.
+        understood: see words.lexicon.QueryWords.
     """
 
     starts: NDArray[np.int64]
@@ -69,6 +72,7 @@ class Lines(NamedTuple):
     history_rows: NDArray[np.int32]
     history_behaviours: NDArray[np.int32]
     history_timestamps: NDArray[np.int64]
+    understood: QueryWords
 
 
 class Packed(NamedTuple):

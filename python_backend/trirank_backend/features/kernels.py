@@ -21,6 +21,8 @@ from trirank_backend.features.batch import Items, Lines
 from trirank_backend.features.past_kernels import attribute_match, transition
 from trirank_backend.features.table import CONTEXT_AT, DENSE_AT
 from trirank_backend.features.text_kernels import letters, tokens
+from trirank_backend.features.word_kernels import Scratch, encoded, understood
+from trirank_backend.words.lexicon import Lessons, Lexicon
 
 TIME_GAPS = 16
 """Buckets of log2(minutes since the event)."""
@@ -206,6 +208,9 @@ def fill(
     dense: NDArray[np.float32],
     context: NDArray[np.float32],
     signals: NDArray[np.int32],
+    lexicon: Lexicon,
+    lessons: Lessons,
+    scratch: Scratch,
 ) -> None:
     """Fill zeros with all features of a batch. Those that need times are left 0 where timestamps are none."""
     profile = np.zeros(len(items.attribute_idf), np.float32)
@@ -223,4 +228,6 @@ def fill(
         letters(items, lines, line, first, end, dense)
         transition(items, lines, line, first, end, dense)
         attribute_match(items, lines, line, first, end, profile, dense)
+        understood(lexicon, lessons, lines, line, first, end, scratch, dense)
+        encoded(lexicon, lines, line, first, end, dense)
         session(lines, line, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,15 @@ from trirank_backend.features.spec import FeatureSpec
 from trirank_backend.features.table import (
     CONTEXT,
     CONTEXT_TABLE,
-    DENSE,
-    DENSE_TABLE,
     HISTORY_EXTRA,
     STATIC_DENSE,
     fields_left_out,
     left_out,
+    table_of,
 )
 from trirank_backend.features.transitions import Transitions
+from trirank_backend.features.word_kernels import Scratch
+from trirank_backend.words.lexicon import Lessons, Lexicon, no_lexicon
 
 
 class Packer:
@@ -30,6 +32,7 @@ class Packer:
     Args:
         token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles, or as an attribute.
         transitions: which item follows which; None: nothing was counted.
+        lexicon, lessons: of words, where the specification has them understood.
     """
 
     def __init__(
@@ -38,13 +41,24 @@ class Packer:
         catalogue: Catalogue,
         token_idf: NDArray[np.float32],
         transitions: Transitions | None = None,
+        lexicon: Lexicon | None = None,
+        lessons: Lessons | None = None,
     ) -> None:
         self.spec = spec
         self.catalogue = catalogue
         self.token_idf = token_idf
         self.transitions = Transitions.none(len(catalogue)) if transitions is None else transitions
+        self.lexicon = no_lexicon(len(catalogue)) if lexicon is None else lexicon
+        words = len(self.lexicon.rarity) - 1
+        self.lessons = Lessons.none(words) if lessons is None else lessons
         self.kernel_items = _items(spec, catalogue, token_idf, self.transitions)
-        self._hidden_dense = left_out(DENSE_TABLE, spec.without)
+        self._kernel_words = (
+            Lexicon(*(read_only(column) for column in self.lexicon)),
+            Lessons(*(read_only(column) for column in self.lessons)),
+        )
+        # Of each thread its own, and kept: fresh memory would cost more than what is calculated in it.
+        self._scratch = threading.local()
+        self._hidden_dense = left_out(table_of(spec.dense), spec.without)
         self._hidden_context = left_out(CONTEXT_TABLE, spec.without)
         names = ("row",) if spec.folded else spec.item_fields
         self._hidden_fields = fields_left_out(names, spec.without)
@@ -54,10 +68,12 @@ class Packer:
     def pack(self, lines: Lines) -> Packed:
         """All tensors of a batch. An item's features depend on nothing but the item and its line."""
         places = len(lines.rows)
-        dense = np.zeros((places, len(DENSE)), np.float32)
+        dense = np.zeros((places, len(self.spec.dense)), np.float32)
         context = np.zeros((len(lines.timestamps), len(CONTEXT)), np.float32)
         signals = np.empty(places, np.int32)
-        fill(self.kernel_items, lines, self.spec.timed, dense, context, signals)
+        if (scratch := getattr(self._scratch, "room", None)) is None:
+            scratch = self._scratch.room = Scratch.of(len(self.lexicon.rarity) - 1)
+        fill(self.kernel_items, lines, self.spec.timed, dense, context, signals, *self._kernel_words, scratch)
         # A policy's signals do not depend on what the ranker is allowed to see.
         if self._hidden_dense:
             dense[:, self._hidden_dense] = 0

@@ -10,7 +10,7 @@ from typing import Any
 from trirank.contract import PackedShape
 
 from trirank_backend.errors import InvalidRelease
-from trirank_backend.features.table import CONTEXT, DENSE, HISTORY_EXTRA
+from trirank_backend.features.table import CONTEXT, DENSE, HISTORY_EXTRA, WORDS
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class FeatureSpec:
             counts through how well query and title match.
         folded: rows of the catalogue, the one for "no item" included, where the ranker has one vector a row instead
             of summing those of its fields; the packed field of an item is then its row + 1. 0: not folded.
+        words: the language in which words are understood (words.analysis), whose columns ``dense`` then ends with;
+            empty: they are not.
     """
 
     history_length: int
@@ -43,6 +45,7 @@ class FeatureSpec:
     dense: tuple[str, ...] = field(default=DENSE)
     context: tuple[str, ...] = field(default=CONTEXT)
     folded: int = 0
+    words: str = ""
 
     @property
     def vocabulary_size(self) -> int:
@@ -81,9 +84,10 @@ class FeatureSpec:
             spec = cls(**fixed)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InvalidRelease(f"feature specification {path} cannot be read ({error}); train again") from error
-        if spec.dense != DENSE or spec.context != CONTEXT:
+        made = DENSE + WORDS if spec.words else DENSE
+        if spec.dense != made or spec.context != CONTEXT:
             raise InvalidRelease(
                 f"{path} was fitted for dense {spec.dense} and context {spec.context}, this version makes "
-                f"{DENSE} and {CONTEXT}; train again, or install the version that trained it"
+                f"{made} and {CONTEXT}; train again, or install the version that trained it"
             )
         return spec

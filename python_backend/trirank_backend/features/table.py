@@ -3,7 +3,7 @@
 To add one: an entry here, and the line in its kernel that fills ``DENSE_AT.name`` (or ``CONTEXT_AT.name``); a kernel
 of its own is called in ``kernels.fill``. The reference in tests/python_backend/reference.py is its test. Columns of
 the packed tensors are in the order of these tables, and a release remembers their names, so that it never meets other
-features than it was trained with.
+features than it was trained with. Those of WORDS_TABLE come last, and only where a recipe asks for them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,44 @@ DENSE_TABLE = (
     Feature("attribute_match", ("attributes", "dense"), "attribute_match"),  # cosine with those of the history
 )
 """Of a candidate."""
+_WORDS = ("words", "text", "dense")
+WORDS_TABLE = (
+    Feature("word_bm25", _WORDS, "understood"),  # of stems, Robertson and Zaragoza 2009
+    Feature("word_coverage", _WORDS, "understood"),  # share of the query's words in the title, by rarity
+    Feature("word_share", _WORDS, "understood"),  # the same, each alike
+    Feature("word_last", _WORDS, "understood"),  # whether the query's last word is there
+    Feature("word_numbers", _WORDS, "understood"),  # share of its numbers that are there; 0.5: it has none
+    Feature("word_measures", _WORDS, "understood"),  # share of its numbers that are there before what follows them
+    Feature("word_pairs", _WORDS, "understood"),  # share of its neighbours that are so in the title
+    Feature("word_span", _WORDS, "understood"),  # how close together the title has them
+    Feature("title_word_coverage", _WORDS, "understood"),  # share of the title's words in the query, by rarity
+    Feature("title_start", _WORDS, "understood"),  # whether the title's first word, often the brand, is in the query
+    Feature("head_coverage", _WORDS, "understood"),  # share of the query's words in the part that names the product
+    Feature("head_found", _WORDS, "understood"),  # whether that part's last word, the noun, is in the query
+    Feature("head_last", _WORDS, "understood"),  # whether it is the query's last word
+    # How near the nearest word of the title is to each of the query's: by letters, by meaning, by either.
+    Feature("letters_mean", _WORDS, "understood"),  # by rarity
+    Feature("letters_least", _WORDS, "understood"),
+    Feature("letters_last", _WORDS, "understood"),  # of the last word
+    Feature("meaning_mean", _WORDS, "understood"),
+    Feature("meaning_least", _WORDS, "understood"),
+    Feature("meaning_last", _WORDS, "understood"),
+    Feature("likeness_mean", _WORDS, "understood"),
+    Feature("likeness_least", _WORDS, "understood"),
+    Feature("head_meaning", _WORDS, "understood"),  # of any word of the query and the last two of that part
+    Feature("told_mean", _WORDS, "understood"),  # how much the title's words are asked for by the query's (translation)
+    Feature("told_least", _WORDS, "understood"),
+    Feature("vector_cosine", _WORDS, "understood"),  # of the sums of their words' vectors
+    Feature("trigram_bm25", _WORDS, "understood"),  # of letter trigrams
+    Feature("neighbours_lift", _WORDS, "understood"),  # like what was better than its list after queries like it
+    Feature("neighbours_mass", _WORDS, "understood"),  # like what was good after queries like it
+    Feature("lesson", _WORDS, "understood"),  # learned weights of words that are missing, of heads, of what is besides
+    Feature("query_words", _WORDS, "understood"),  # log of how many there are
+    Feature("query_rarity", _WORDS, "understood"),  # their mean rarity
+    Feature("query_unknown", _WORDS, "understood"),  # share that no title has
+    Feature("encoder_cosine", ("encoder", *_WORDS), "encoded"),  # of query and title, by a team's own text encoder
+)
+"""Of a candidate, where features.words is on: how well the query's words and the title's understand each other."""
 CONTEXT_TABLE = (
     Feature("anonymous", ("context",), "session"),
     Feature("history_length", ("context",), "session"),
@@ -66,8 +104,9 @@ CONTEXT_TABLE = (
 )
 """Of a request."""
 DENSE = tuple(feature.name for feature in DENSE_TABLE)
+WORDS = tuple(feature.name for feature in WORDS_TABLE)
 CONTEXT = tuple(feature.name for feature in CONTEXT_TABLE)
-DENSE_AT: Any = namedtuple("DENSE_AT", DENSE)(*range(len(DENSE)))
+DENSE_AT: Any = namedtuple("DENSE_AT", DENSE + WORDS)(*range(len(DENSE + WORDS)))
 CONTEXT_AT: Any = namedtuple("CONTEXT_AT", CONTEXT)(*range(len(CONTEXT)))
 """Name → column; numba takes both for constants."""
 STATIC_DENSE = tuple(feature.name for feature in DENSE_TABLE if feature.kernel == "static")
@@ -75,10 +114,15 @@ STATIC_DENSE = tuple(feature.name for feature in DENSE_TABLE if feature.kernel =
 HISTORY_EXTRA = ("behaviour", "time_gap")
 """Fields of an event after those of its item."""
 INPUTS = (
-    "item", "brand", "category", "price", "attributes", "text", "behaviour", "time_gap", "retrieval",
-    "transitions", "dense", "context",
+    "item", "brand", "category", "price", "attributes", "text", "words", "encoder", "behaviour", "time_gap",
+    "retrieval", "transitions", "dense", "context",
 )  # fmt: skip
 """Groups of inputs that a recipe can leave out."""
+
+
+def table_of(dense: tuple[str, ...]) -> tuple[Feature, ...]:
+    """The declarations of a release's dense columns."""
+    return DENSE_TABLE if len(dense) == len(DENSE) else DENSE_TABLE + WORDS_TABLE
 
 
 def left_out(table: tuple[Feature, ...], without: tuple[str, ...]) -> list[int]:
