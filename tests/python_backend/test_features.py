@@ -262,8 +262,10 @@ def test_an_event_of_unknown_time_has_a_missing_gap_and_not_the_oldest():
 
 
 def joined(batches):
-    columns = {name: np.concatenate([getattr(b, name) for b in batches]) for name in Lines._fields if name != "starts"}
-    return Lines(starts=np.cumsum([0, *(len(b.rows) for b in batches)]), **columns)
+    plain = [name for name in Lines._fields if name not in ("starts", "understood")]
+    columns = {name: np.concatenate([getattr(b, name) for b in batches]) for name in plain}
+    starts = np.cumsum([0, *(len(b.rows) for b in batches)])
+    return Lines(starts=starts, understood=QueryWords.none(len(batches)), **columns)
 
 
 def drawn(rng, width, count=None):

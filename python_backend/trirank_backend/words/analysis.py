@@ -88,7 +88,7 @@ class Analyser:
 
 def normalised(text: str) -> str:
     """One form of each letter, small, without the marks of web pages."""
-    return unicodedata.normalize("NFKC", html.unescape(text)).lower()
+    return unicodedata.normalize("NFKC", html.unescape(text)).replace("\u2044", "/").lower()
 
 
 def is_unit(word: str) -> bool:
