@@ -198,6 +198,8 @@ class Signal(IntFlag):
     UNAVAILABLE = 256
     """By the release; what changed since is known to rerank alone."""
     DISLIKED = 512
+    MATCHES_INTENT = 1024
+    """Its category is one that the query asks for, where words are understood (features.words of the recipe)."""
 
 
 class Reason(IntFlag):

@@ -174,6 +174,10 @@ def lessons(rng: np.random.Generator) -> Lessons:
         extra=rng.normal(size=words + 1).astype(np.float32),
         queries=unit(rng.normal(size=(3, DIM)).astype(np.float32)),
         lifts=rng.normal(size=(3, DIM)).astype(np.float32), masses=rng.normal(size=(3, DIM)).astype(np.float32),
+        intent_classes=np.array([31, 35], np.int32), intent_prior=np.log([0.25, 0.75]).astype(np.float32),
+        intent_sizes=np.log([14, 20]).astype(np.float32),
+        intent_starts=np.array([0, 0, 1, 1, 1, 3, 3, 3, 3], np.int64), intent_places=np.array([0, 0, 1], np.int32),
+        intent_weights=np.array([2.0, 1.0, 0.5], np.float32), intent_temperature=np.array([2.0], np.float32),
     )  # fmt: skip
 
 
@@ -265,7 +269,7 @@ def reference(lex: Lexicon, les: Lessons, read: QueryWords, row: int) -> dict[st
         "trigram_bm25": sum(lex.trigram_rarity[gram] for gram in grams if gram in wanted) / (1 + len(grams) / 64),
         "lesson": sum(lesson) / math.sqrt(max(len(lesson), 1)),
         "query_words": math.log1p(len(query)), "query_rarity": total / len(query), "query_unknown": read.unknown[0],
-        "encoder_cosine": 0.0,
+        "encoder_cosine": 0.0, "query_intent": 0.0,
     }  # fmt: skip
 
 

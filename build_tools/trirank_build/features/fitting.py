@@ -185,6 +185,7 @@ def _fit_words(dataset: Dataset, catalogue: Catalogue, language: str, directory:
         request=np.repeat(np.arange(len(queries)), sizes),
         rows=catalogue.rows(candidates["item_ids"].to_numpy()).astype(np.int64)
         if candidates is not None else np.zeros(0, np.int64),
+        categories=catalogue.fields[:, _FIELDS.index("category")],
         labels=candidates["labels"].to_numpy() if candidates is not None else np.zeros(0, np.float32),
     )  # fmt: skip
     fit_lessons(judged, reader, directory)

@@ -5,6 +5,7 @@
 - pair, missing, head, extra: a ridge regression of how much better than its list a title was, on the words that it
   lacks or has besides, and on the query's last word with the last words of what the title names
 - queries, lifts, masses: what answered each query, for queries like it
+- intent: which categories were chosen after which words
 
 A lesson on a training request itself would be trusted too much, so training reads each from lessons that were learned
 without its query (``FOLDS``; as item-to-item similarities are, docs/architecture.md).
@@ -34,6 +35,10 @@ LEAST_TOLD = 0.02
 QUERIES = 50_000
 """Of training whose answers are kept, the most frequent ones."""
 PENALTY = 30.0
+SMOOTHING = 10.0
+"""Words of each category's that are taken to be the whole shop's."""
+TEMPERATURES = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+_TEMPERED = 5_000
 _STEPS = 60
 
 
@@ -46,19 +51,21 @@ class Judged:
         request: [P] which request each is of, ascending.
         rows: [P] catalogue rows.
         labels: [P] float32.
+        categories: [M+1] int32 the items' ids in the joint vocabulary, 0: unknown.
     """
 
     queries: list[str]
     request: NDArray[np.int64]
     rows: NDArray[np.int64]
     labels: NDArray[np.float32]
+    categories: NDArray[np.int32]
 
     def of(self, kept: NDArray[np.bool_]) -> Judged:
         """Some requests [R] alone."""
         places = kept[self.request]
         number = np.cumsum(kept) - 1
         queries = [query for query, keep in zip(self.queries, kept, strict=True) if keep]
-        return Judged(queries, number[self.request[places]], self.rows[places], self.labels[places])
+        return Judged(queries, number[self.request[places]], self.rows[places], self.labels[places], self.categories)
 
 
 def fold_of(query: str) -> int:
@@ -69,9 +76,11 @@ def fold_of(query: str) -> int:
 def fit_lessons(judged: Judged, reader: QueryReader, directory: Path) -> None:
     """Learn from all requests, and from all but each fold's, and write to ``directory`` and its folders ``fold-N``."""
     folds = np.array([fold_of(query) for query in judged.queries], np.int64)
-    save_arrays(learn(judged, reader), directory)
-    for fold in range(FOLDS):
-        save_arrays(learn(judged.of(folds != fold), reader), fold_folder(directory, fold))
+    without = [learn(judged.of(folds != fold), reader) for fold in range(FOLDS)]
+    temperature = tempered(without[0], judged.of(folds == 0), reader)
+    save_arrays(learn(judged, reader)._replace(intent_temperature=temperature), directory)
+    for fold, lessons in enumerate(without):
+        save_arrays(lessons._replace(intent_temperature=temperature), fold_folder(directory, fold))
 
 
 def fold_folder(directory: Path, fold: int) -> Path:
@@ -97,7 +106,8 @@ def learn(judged: Judged, reader: QueryReader) -> Lessons:
     lift = (judged.labels - means[judged.request]).astype(np.float32)
     told = _told(judged, read.ids, lift, lexicon)
     ridge = _ridge(judged, read.ids, lift, lexicon)
-    return Lessons(**told, **ridge, **_answers(judged, read.vectors[:, 0], lift, lexicon))
+    answers = _answers(judged, read.vectors[:, 0], lift, lexicon)
+    return Lessons(**told, **ridge, **answers, **_intents(judged, read.ids, lift, words))
 
 
 def _told(
@@ -173,6 +183,53 @@ def _ridge(
         "missing": weights[: words + 1], "head": weights[words + 1 : 2 * (words + 1)],
         "extra": weights[2 * (words + 1) : 3 * (words + 1)],
     }  # fmt: skip
+
+
+def _intents(judged: Judged, ids: NDArray[np.int32], lift: NDArray[np.float32], words: int) -> dict[str, NDArray[Any]]:
+    """Naive Bayes of the categories of what was chosen, by the words of the query; the temperature is left at 1."""
+    own = judged.categories[judged.rows]
+    good = np.flatnonzero((lift >= 0) & (judged.labels > 0) & (own > 0))
+    classes, place = np.unique(own[good], return_inverse=True)
+    weight = judged.labels[good].astype(np.float64)
+    often = np.bincount(place, weight, len(classes))
+    asked = ids[judged.request[good]]
+    there = asked > 0
+    word = asked[there].astype(np.int64)
+    of_class, each = np.repeat(place, there.sum(1)), np.repeat(weight, there.sum(1))
+    keys, at = np.unique(word * max(len(classes), 1) + of_class, return_inverse=True)
+    counts = np.bincount(at, each, len(keys))
+    of_word, places = keys // max(len(classes), 1), keys % max(len(classes), 1)
+    total = np.bincount(word, each, words + 1)
+    share = total / max(total.sum(), 1e-12)
+    sizes = np.bincount(places, counts, len(classes))
+    return {
+        "intent_classes": classes.astype(np.int32),
+        "intent_prior": np.log(np.maximum(often, 1e-12) / max(often.sum(), 1e-12)).astype(np.float32),
+        "intent_sizes": np.log(sizes + SMOOTHING).astype(np.float32),
+        "intent_starts": np.searchsorted(of_word, np.arange(words + 2)).astype(np.int64),
+        "intent_places": places.astype(np.int32),
+        "intent_weights": np.log1p(counts / (SMOOTHING * share[of_word])).astype(np.float32),
+        "intent_temperature": np.ones(1, np.float32),
+    }
+
+
+def tempered(lessons: Lessons, judged: Judged, reader: QueryReader) -> NDArray[np.float32]:
+    """[1] the temperature under which requests that the lessons have not seen say most likely what was chosen."""
+    read = reader.of(lessons).read(judged.queries)
+    own = judged.categories[judged.rows]
+    good = np.flatnonzero((judged.labels > 0) & (own > 0))[:_TEMPERED]
+    if not len(good) or not len(lessons.intent_classes):
+        return np.ones(1, np.float32)
+    found = []
+    for temperature in TEMPERATURES:
+        warmed = reader.of(lessons._replace(intent_temperature=np.array([temperature], np.float32)))
+        total = 0.0
+        for request in np.unique(judged.request[good]):
+            intents, shares = warmed.intents(read.ids[request][read.ids[request] > 0])
+            for category in own[good[judged.request[good] == request]]:
+                total += np.log(max(float(shares[intents == category].sum()), 1e-3))
+        found.append(total)
+    return np.array([TEMPERATURES[int(np.argmax(found))]], np.float32)
 
 
 def _answers(

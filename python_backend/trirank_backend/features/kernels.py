@@ -21,7 +21,7 @@ from trirank_backend.features.batch import Items, Lines
 from trirank_backend.features.past_kernels import attribute_match, transition
 from trirank_backend.features.table import CONTEXT_AT, DENSE_AT
 from trirank_backend.features.text_kernels import letters, tokens
-from trirank_backend.features.word_kernels import Scratch, encoded, understood
+from trirank_backend.features.word_kernels import Scratch, encoded, intent, understood
 from trirank_backend.words.lexicon import Lessons, Lexicon
 
 TIME_GAPS = 16
@@ -229,5 +229,6 @@ def fill(
         transition(items, lines, line, first, end, dense)
         attribute_match(items, lines, line, first, end, profile, dense)
         understood(lexicon, lessons, lines, line, first, end, scratch, dense)
+        intent(items, lines, line, first, end, dense, signals)
         encoded(lexicon, lines, line, first, end, dense)
         session(lines, line, context)

@@ -89,6 +89,7 @@ WORDS_TABLE = (
     Feature("query_words", _WORDS, "understood"),  # log of how many there are
     Feature("query_rarity", _WORDS, "understood"),  # their mean rarity
     Feature("query_unknown", _WORDS, "understood"),  # share that no title has
+    Feature("query_intent", _WORDS, "intent"),  # P(category | query) of the item's category
     Feature("encoder_cosine", ("encoder", *_WORDS), "encoded"),  # of query and title, by a team's own text encoder
 )
 """Of a candidate, where features.words is on: how well the query's words and the title's understand each other."""

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from trirank.contract import Signal
 
 from trirank_backend.compiled import kernel
-from trirank_backend.features.batch import Lines
+from trirank_backend.features.batch import Items, Lines
 from trirank_backend.features.table import DENSE_AT
 from trirank_backend.words.lexicon import (
     FULL,
@@ -29,6 +30,9 @@ _K1, _B = 1.5, 0.75
 _LETTERS, _MEANING, _TOLD, _EITHER = 0, 1, 2, 3
 KINDS = 4
 """Likenesses of a word of the query and one of the title: by letters, by meaning, as training told; and room."""
+INTENT_SHARE = 0.2
+"""From this probability on, a query counts as asking for a category; more than four it never asks for."""
+_MATCHES_INTENT = Signal.MATCHES_INTENT.value
 _NUMBER, _UNIT, _FULL = NUMBER, UNIT, FULL
 
 
@@ -52,6 +56,31 @@ class Scratch(NamedTuple):
             np.zeros((words + 1, QUERY_WORDS, KINDS), np.uint8), np.zeros(words + 1, np.float32),
             np.zeros(TRIGRAM_HASHES + 1 if words else 1, np.float32),
         )  # fmt: skip
+
+
+@kernel
+def intent(
+    items: Items,
+    lines: Lines,
+    line: int,
+    first: int,
+    end: int,
+    dense: NDArray[np.float32],
+    signals: NDArray[np.int32],
+) -> None:
+    """How likely the query asks for the item's category."""
+    wanted, shares = lines.understood.intents[line], lines.understood.shares[line]
+    if wanted[0] == 0:
+        return
+    for at in range(first, end):
+        row = lines.rows[at]
+        if row < 0 or items.categories[row] == 0:
+            continue
+        for place in range(len(wanted)):
+            if wanted[place] == items.categories[row]:
+                dense[at, DENSE_AT.query_intent] = shares[place]
+                if shares[place] >= INTENT_SHARE:
+                    signals[at] |= _MATCHES_INTENT
 
 
 @kernel

@@ -25,6 +25,8 @@ DIM = 64
 """Width of words' vectors."""
 VECTORS = 3
 """Of a query: its own, and what was better than its list, and good, after queries like it."""
+INTENTS = 16
+"""Categories that a query may ask for, the likeliest ones."""
 FULL = 255.0
 """What a likeness of 1 is stored as; of vectors' numbers 127 is 1."""
 LETTERS, NUMBER, UNIT = 0, 1, 2
@@ -80,6 +82,12 @@ class Lessons(NamedTuple):
         missing, head, extra: [V+1] float32 weights of a query's word that the title lacks, and of a head's word and
             of any word of the title that the query lacks.
         queries: [Q, DIM] float32 of length 1, those of training.
+        intent_classes: [C] int32 ids, in the joint vocabulary, of the categories that queries asked for.
+        intent_prior, intent_sizes: [C] float32 logs of how often each was asked for, and of how many words with.
+        intent_starts: [V+2] int64; categories that word w was used for.
+        intent_places: [I] int32 places in ``intent_classes``.
+        intent_weights: [I] float32 what the word adds to the category's logarithm (naive Bayes).
+        intent_temperature: [1] float32 what the sums are divided by.
         lifts, masses: [Q, DIM] float32 sums of their titles' vectors, weighted by how much better than its list's
             mean each was, and by how good it was.
     """
@@ -96,6 +104,13 @@ class Lessons(NamedTuple):
     queries: NDArray[np.float32]
     lifts: NDArray[np.float32]
     masses: NDArray[np.float32]
+    intent_classes: NDArray[np.int32]
+    intent_prior: NDArray[np.float32]
+    intent_sizes: NDArray[np.float32]
+    intent_starts: NDArray[np.int64]
+    intent_places: NDArray[np.int32]
+    intent_weights: NDArray[np.float32]
+    intent_temperature: NDArray[np.float32]
 
     @classmethod
     def none(cls, words: int) -> Lessons:
@@ -103,7 +118,10 @@ class Lessons(NamedTuple):
         starts, weights = np.zeros(words + 2, np.int64), np.zeros(words + 1, np.float32)
         pairs, told, values = np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.float32)
         profiles = np.zeros((0, DIM), np.float32)
-        return cls(starts, pairs, told, starts, pairs, values, weights, weights, weights, *(profiles,) * 3)
+        return cls(
+            starts, pairs, told, starts, pairs, values, weights, weights, weights, *(profiles,) * 3,
+            pairs, values, values, starts, pairs, values, np.ones(1, np.float32),
+        )  # fmt: skip
 
 
 class QueryWords(NamedTuple):
@@ -114,6 +132,8 @@ class QueryWords(NamedTuple):
         unknown: [B] float32 share of the words that no title has.
         trigrams: [B, TRIGRAMS] int32 hashes from 1, 0-padded.
         vectors: [B, VECTORS, DIM] float32.
+        intents: [B, INTENTS] int32 categories that it most likely asks for, ids of the joint vocabulary, 0-padded.
+        shares: [B, INTENTS] float32 how likely each is.
         encoded: [B, H] float32 by a team's own encoder, of length 1; H = 0 without one.
     """
 
@@ -121,6 +141,8 @@ class QueryWords(NamedTuple):
     unknown: NDArray[np.float32]
     trigrams: NDArray[np.int32]
     vectors: NDArray[np.float32]
+    intents: NDArray[np.int32]
+    shares: NDArray[np.float32]
     encoded: NDArray[np.float32]
 
     @classmethod
@@ -129,6 +151,7 @@ class QueryWords(NamedTuple):
         return cls(
             np.zeros((count, QUERY_WORDS), np.int32), np.zeros(count, np.float32),
             np.zeros((count, TRIGRAMS), np.int32), np.zeros((count, VECTORS, DIM), np.float32),
+            np.zeros((count, INTENTS), np.int32), np.zeros((count, INTENTS), np.float32),
             np.zeros((count, width), np.float32),
         )  # fmt: skip
 
@@ -187,6 +210,11 @@ def load_lessons(directory: Path, words: int) -> Lessons:
         and all(column.shape == (len(found.queries), DIM) for column in (found.queries, found.lifts, found.masses))
         and _is_lists(found.told_starts, words + 1, found.told_words, found.told)
         and _is_lists(found.pair_starts, words + 1, found.pair_words, found.pair_weights)
+        and _is_lists(
+            found.intent_starts, words + 1, found.intent_places, found.intent_weights, names=len(found.intent_prior)
+        )
+        and len(found.intent_prior) == len(found.intent_sizes) == len(found.intent_classes)
+        and found.intent_temperature.shape == (1,)
     )
     if not whole:
         raise InvalidRelease(f"{directory} holds no lessons on {words} words; assemble again")
@@ -218,13 +246,16 @@ def _within(values: NDArray[Any], end: int) -> bool:
     return not values.size or (values.min() >= 0 and values.max() < end)
 
 
-def _is_lists(starts: NDArray[np.int64], words: int, named: NDArray[np.int32], *values: NDArray[Any]) -> bool:
-    """Whether ``starts`` parts ``named`` and its values into a list for each of ``words`` numbers."""
+def _is_lists(
+    starts: NDArray[np.int64], words: int, named: NDArray[np.int32], *values: NDArray[Any], names: int | None = None
+) -> bool:
+    """Whether ``starts`` parts ``named``, numbers below ``names``, and its values into a list for each of ``words``
+    numbers."""
     return bool(
         len(starts) == words + 1
         and starts[0] == 0
         and starts[-1] == len(named)
         and all(len(each) == len(named) for each in values)
         and not (np.diff(starts) < 0).any()
-        and _within(named, words)
+        and _within(named, words if names is None else names)
     )

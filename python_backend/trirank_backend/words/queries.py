@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from trirank_backend.words.analysis import NUMBER, Analyser, normalised
 from trirank_backend.words.encoder import FOLDER, SentenceEncoder
 from trirank_backend.words.lexicon import (
     DIM,
+    INTENTS,
     QUERY_WORDS,
     TRIGRAM_HASHES,
     TRIGRAMS,
@@ -83,7 +85,8 @@ class QueryReader:
         found = QueryWords.none(len(queries), self._width)
         for at, query in enumerate(queries):
             if query:
-                found.ids[at], found.unknown[at], found.trigrams[at], found.vectors[at] = self._read(query)
+                for column, value in zip(found, self._read(query), strict=False):
+                    column[at] = value
                 if self._width:
                     found.encoded[at] = self._encoded(query)
         return found
@@ -98,7 +101,8 @@ class QueryReader:
         assert self._encoder is not None
         return self._encoder.encode([query[:LONGEST]])[0]
 
-    def _read_one(self, query: str) -> tuple[NDArray[np.int32], float, NDArray[np.int32], NDArray[np.float32]]:
+    def _read_one(self, query: str) -> tuple[Any, ...]:
+        """What QueryWords says of one query, but for ``encoded``."""
         words = self.words_of(query)[:QUERY_WORDS]
         numbers = np.zeros(QUERY_WORDS, np.int32)
         numbers[: len(words)] = [self._numbers.get(word, 0) for word in words]
@@ -111,7 +115,29 @@ class QueryReader:
         if len(known):
             vectors[0] = unit(self.lexicon.rarity[known] @ self.lexicon.word_vectors[known])
             self._ask_neighbours(vectors)
-        return numbers, unknown, trigrams(words, TRIGRAMS), vectors
+        return numbers, unknown, trigrams(words, TRIGRAMS), vectors, *self.intents(known)
+
+    def intents(self, words: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Categories [INTENTS] that a query of these words most likely asks for, and how likely each is.
+
+        Naive Bayes: of a category that a word was never used for, all that the word says is how many words the category
+        was asked for with, so that only what a word was used for is added up.
+        """
+        lessons = self.lessons
+        found, shares = np.zeros(INTENTS, np.int32), np.zeros(INTENTS, np.float32)
+        classes = lessons.intent_classes
+        spans = [slice(lessons.intent_starts[word], lessons.intent_starts[word + 1]) for word in words]
+        used = [span for span in spans if span.stop > span.start]
+        if not used:
+            return found, shares
+        sums = lessons.intent_prior - len(used) * lessons.intent_sizes
+        for span in used:
+            sums[lessons.intent_places[span]] += lessons.intent_weights[span]
+        likely = np.exp((sums - sums.max()) / lessons.intent_temperature[0])
+        likely /= likely.sum()
+        best = np.argsort(-likely, kind="stable")[:INTENTS] if len(likely) <= 64 else _top(likely, INTENTS)
+        found[: len(best)], shares[: len(best)] = classes[best], likely[best]
+        return found, shares
 
     def _ask_neighbours(self, vectors: NDArray[np.float32]) -> None:
         queries = self.lessons.queries
@@ -123,6 +149,11 @@ class QueryReader:
         if len(near):
             weights = (like[near] - LEAST_LIKE) ** 2
             vectors[1], vectors[2] = weights @ self.lessons.lifts[near], weights @ self.lessons.masses[near]
+
+
+def _top(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    best = np.argpartition(-values, count)[:count]
+    return best[np.argsort(-values[best], kind="stable")]
 
 
 def trigrams(words: list[str], most: int) -> NDArray[np.int32]:
