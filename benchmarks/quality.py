@@ -12,14 +12,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import torch
+from numpy.typing import NDArray
 from results import ROOT, WORK, Figure, write
 from trirank_build.data.dataset import Dataset
+from trirank_build.evaluation import metrics
 from trirank_build.evaluation.bootstrap import mean_interval, ratio_interval
 from trirank_build.evaluation.catalogue import Found, rank_catalogue, rank_retrieved
 from trirank_build.evaluation.contenders import lambdamart
@@ -151,6 +155,107 @@ def games_sampled() -> list[Figure]:
     return figures_of("games_sampled", found, f", {NEGATIVES} sampled items, seed {SAMPLING_SEED}")
 
 
+def home_depot_split(name: str, parts: Callable[[str], str]) -> Dataset:
+    """Home Depot's requests with another split; ``parts`` gives a query's, or nothing to leave it out."""
+    folder, dataset = WORK / "data" / f"home_depot-{name}", dataset_of("home_depot")
+    if not folder.is_dir():
+        requests = dataset.requests.collect()
+        split = pl.Series("split", [parts(query) for query in requests["query"]])
+        replace(dataset, requests=requests.with_columns(split).filter(split != "").lazy()).save(folder)
+    return Dataset.load(folder)
+
+
+FEATURE_CHOICES: dict[str, dict[str, Any]] = {
+    "matches": {"features.words": ""},
+    "words": {"features.words": "english"},
+    "words_any_language": {"features.words": "any"},
+}
+"""Of the ranker and of LambdaMART in each fold; validation chooses, for each by itself."""
+
+
+class Judged(NamedTuple):
+    """NDCG@10 of each test request [R]."""
+
+    bm25: NDArray[np.float64]
+    ranker: NDArray[np.float64]
+    trees: NDArray[np.float64]
+    chosen: str
+
+
+def judge_home_depot(name: str, dataset: Dataset, more: dict[str, Any] | None = None) -> Judged:
+    """Train on one split with each choice of features, keep the ranker's and LambdaMART's best on validation, and judge
+    both on test."""
+    found = []
+    choices = FEATURE_CHOICES if more is None else {"encoder": FEATURE_CHOICES["words"]}
+    for label, changes in choices.items():
+        out = WORK / "quality" / f"home_depot-{name}-{label}"
+        run = train(load_recipe("judged_search").changed(changes | (more or {})), dataset, out)
+        parts = {split: Examples.read(dataset, split, run.features) for split in ("train", "valid", "test")}
+        model = run.model()
+        scores = {split: score(model, parts[split]) for split in ("valid", "test")}
+        trees = {split: lambdamart(parts["train"], parts["valid"], parts[split]) for split in ("valid", "test")}
+        mean = [float(np.nanmean(of_scores(s["valid"], parts["valid"]))) for s in (scores, trees)]
+        test = parts["test"]
+        rows = [of_scores(s["test"], test) for s in (scores, trees)]
+        found.append((label, *mean, *rows, of_scores(test.scores, test)))
+    ranker, trees_of = max(found, key=lambda row: row[1]), max(found, key=lambda row: row[2])
+    return Judged(ranker[5], ranker[3], trees_of[4], ranker[0])
+
+
+def of_scores(scores: NDArray[np.float32], examples: Examples) -> NDArray[np.float64]:
+    """[R] NDCG@10; equal scores in an order by chance."""
+    valid = examples.rows >= 0
+    broken = metrics.ties_broken(np.where(valid, np.nan_to_num(scores), -np.inf).astype(np.float32))
+    gains = metrics.order_gains(broken, examples.labels, valid)
+    return metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))
+
+
+FOLDS = 5
+ENCODER = WORK / "encoder"
+"""A text encoder in the shape of sentence-transformers, where somebody put one (benchmarks/encoder.py makes it)."""
+
+
+def _fold(query: str, fold: int) -> str:
+    """Part of a query in a fold; those that no choice was made on are in none."""
+    if place_of(query, PrepareOptions().seed) >= UNTOUCHED_FROM:
+        return ""
+    if int(place_of(query, 101) * FOLDS) == fold:
+        return "test"
+    return "valid" if place_of(query, 202) < 0.12 else "train"
+
+
+def _untouched(query: str) -> str:
+    """All that choices were made on trains, the rest is judged, once."""
+    if place_of(query, PrepareOptions().seed) >= UNTOUCHED_FROM:
+        return "test"
+    return "valid" if place_of(query, 202) < 0.12 else "train"
+
+
+def _gains(found: list[Judged], label: str, note: str) -> list[Figure]:
+    bm25, ranker, trees = (np.concatenate([getattr(j, n) for j in found]) for n in ("bm25", "ranker", "trees"))
+    chosen = ", ".join(judged.chosen for judged in found)
+    note = f"paired difference over {len(bm25):,} queries, {note}; features chosen on validation: {chosen}"
+    return [
+        Figure(f"home_depot{label}_gain_over_bm25", *mean_interval(ranker - bm25), "NDCG@10", note),
+        Figure(f"home_depot{label}_gain_over_lambdamart", *mean_interval(ranker - trees), "NDCG@10", note),
+        Figure(f"home_depot{label}_lambdamart_gain_over_bm25", *mean_interval(trees - bm25), "NDCG@10", note),
+    ]
+
+
+def home_depot_folds() -> list[Figure]:
+    """Judged search by cross-validation over queries, features chosen inside the folds; and once on queries that no
+    choice was made on."""
+    found = [judge_home_depot(f"fold{k}", home_depot_split(f"fold{k}", partial(_fold, fold=k))) for k in range(FOLDS)]
+    out = _gains(found, "", "five-fold cross-validation over queries")
+    once = judge_home_depot("untouched", home_depot_split("untouched", _untouched))
+    out += _gains([once], "_untouched", "which no choice was made on")
+    if (ENCODER / "model.onnx").is_file():
+        changes = {"features.encoder": str(ENCODER)}
+        told = judge_home_depot("untouched-encoder", home_depot_split("untouched", _untouched), changes)
+        out += _gains([told], "_encoder_untouched", "the same ones, with a pre-trained encoder's cosine")
+    return out
+
+
 def home_depot() -> list[Figure]:
     """Judged search, split by query."""
     dataset, run = dataset_of("home_depot"), trained("home_depot", "judged_search")
@@ -160,13 +265,7 @@ def home_depot() -> list[Figure]:
         run.model(), parts["test"], dataset, run.features, others={},
         scored={"bm25": parts["test"].scores, "lambdamart": trees},
     )  # fmt: skip
-    out = figures_of("home_depot", found)
-    untouched = np.array([place_of(q, PrepareOptions().seed) >= UNTOUCHED_FROM for q in parts["test"].queries])
-    for other in ("bm25", "lambdamart"):
-        above = mean_interval((found.ndcg10["ranker"] - found.ndcg10[other])[untouched])
-        note = f"paired difference; the {untouched.sum()} test queries that no choice was ever made on"
-        out.append(Figure(f"home_depot_untouched_ndcg10_above_{other}", *above, "NDCG@10", note))
-    return [*out, seconds("home_depot_train_s", run)]
+    return [*figures_of("home_depot", found), seconds("home_depot_train_s", run)]
 
 
 def shop() -> list[Figure]:
@@ -323,6 +422,7 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
     "games": partial(sequences, "games", ("sasrec",)),
     "games_sampled": games_sampled,
     "home_depot": home_depot,
+    "home_depot_folds": home_depot_folds,
     "shop": shop,
     "ablation_beauty_pretraining": partial(ablation_beauty_pretraining, _PRE),
     "ablation_beauty_ranking": ablation_beauty_ranking,

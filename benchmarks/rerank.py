@@ -59,7 +59,7 @@ def release(rng: np.random.Generator) -> Release:
     categories = np.array([NOUNS.index(noun) for noun in chosen[TITLES.index(NOUNS)]], np.int32)
     code = lambda count: (rng.zipf(1.5, ITEMS + 1) % count).astype(np.int32)  # noqa: E731
     catalogue = Catalogue(
-        ids=np.arange(ITEMS), fields=np.zeros((ITEMS + 1, 4), np.int32), dense=np.zeros((ITEMS + 1, 2), np.float32),
+        ids=np.arange(ITEMS), fields=np.zeros((ITEMS + 1, 4), np.int32), dense=np.zeros((ITEMS + 1, 4), np.float32),
         products=np.append(rng.integers(0, ITEMS // 2, ITEMS), -1).astype(np.int32),
         created_at=NOW - rng.integers(0, 90 * 86_400, ITEMS + 1), signals=np.zeros(ITEMS + 1, np.int32),
         titles=np.zeros((ITEMS + 1, 0), np.int32), trigrams=np.zeros((ITEMS + 1, 0), np.uint8),

@@ -19,7 +19,7 @@ from trirank_backend.lookup_kernels import find_rows
 
 NO_ROW = -1
 _COLUMNS: dict[str, tuple[Any, tuple[tuple[int, ...], ...] | None]] = {
-    "ids": (np.int64, ((),)), "fields": (np.int32, None), "dense": (np.float32, ((2,),)), "products": (np.int32, ((),)),
+    "ids": (np.int64, ((),)), "fields": (np.int32, None), "dense": (np.float32, ((4,),)), "products": (np.int32, ((),)),
     "created_at": (np.int64, ((),)), "signals": (np.int32, ((),)), "titles": (np.int32, None),
     "trigrams": (np.uint8, ((0,), (64,))),
 }  # fmt: skip

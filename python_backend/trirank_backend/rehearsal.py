@@ -99,7 +99,7 @@ def _catalogue() -> Catalogue:
     return Catalogue(
         ids=np.array([10, 20, 30]),
         fields=np.array([[1, 5, 7, 9], [2, 5, 7, 9], [3, 6, 8, 9], [0, 0, 0, 0]], np.int32),
-        dense=np.zeros((4, 2), np.float32),
+        dense=np.zeros((4, 4), np.float32),
         products=np.array([0, 0, 1, -1], np.int32),
         created_at=np.array([_NOW - 60, 0, 0, 0]),
         signals=np.zeros(4, np.int32),

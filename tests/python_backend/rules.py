@@ -26,7 +26,7 @@ def bound_to(count=40, seed=0):
     rng = np.random.default_rng(seed)
     catalogue = Catalogue(
         ids=np.arange(100, 100 + count), fields=np.zeros((count + 1, 4), np.int32),
-        dense=np.zeros((count + 1, 2), np.float32),
+        dense=np.zeros((count + 1, 4), np.float32),
         products=np.append(rng.integers(0, count // 2, count), -1).astype(np.int32),
         created_at=np.append(np.where(rng.random(count) < 0.2, 0, NOW - rng.integers(0, 60 * DAY_S, count)), 0),
         signals=np.append((rng.random(count) < 0.1) * Signal.UNAVAILABLE.value, 0).astype(np.int32),

@@ -39,7 +39,7 @@ def reranker(products, unavailable=(), **stores):
     signals[list(unavailable)] = Signal.UNAVAILABLE
     catalogue = Catalogue(
         ids=np.arange(100, 100 + count), fields=np.zeros((count + 1, 4), np.int32),
-        dense=np.zeros((count + 1, 2), np.float32), products=np.array([*products, -1], np.int32),
+        dense=np.zeros((count + 1, 4), np.float32), products=np.array([*products, -1], np.int32),
         created_at=np.zeros(count + 1, np.int64), signals=signals,
         titles=np.zeros((count + 1, 0), np.int32), trigrams=np.zeros((count + 1, 0), np.uint8),
     )  # fmt: skip

@@ -95,6 +95,12 @@ def prepare(
     keep_times: Annotated[
         bool, typer.Option("--keep-times", help="With --anonymise: leave times as they are, not days alone.")
     ] = False,
+    reviews: Annotated[
+        Path | None, typer.Option(help="Reviews: item_id and a text or a judgement (positive: 1 or 0) a row.")
+    ] = None,
+    text_model: Annotated[
+        Path | None, typer.Option(help="With --reviews: a classifier of sentiments (`trirank text compress`).")
+    ] = None,
     max_train: Annotated[int, typer.Option(min=1, help="Training requests to keep.")] = 200_000,
     max_eval: Annotated[int, typer.Option(min=1, help="Validation and test requests to keep.")] = 20_000,
     seed: Seed = 7,
@@ -111,6 +117,8 @@ def prepare(
         anonymiser = Anonymiser(read_key(anonymise), k, keep_times)
     if requests is not None and from_events is None:
         raise BadUsage("--requests goes with --from-events: what was shown is told by feedback")
+    if text_model is not None and reviews is None:
+        raise BadUsage("--text-model goes with --reviews")
     if onto is not None and from_events is not None:
         raise BadUsage("--onto and --from-events both add to a dataset; do one after the other")
     if from_events is not None:
@@ -137,6 +145,13 @@ def prepare(
             from trirank_build.preparation.increment import prepare_onto
 
             dataset = prepare_onto(Dataset.load(onto), source, told)
+    if reviews is not None:
+        from trirank_build.text.model import TextModel
+        from trirank_build.text.reviews import with_reviews
+
+        model = None if text_model is None else TextModel.load(text_model)
+        with working("reading reviews"):
+            dataset = with_reviews(dataset, reviews, model, encoding=encoding, max_loss=max_loss)
     if anonymiser is not None:
         dataset = anonymiser.apply(dataset)
         for what, count in dataset.description.notes[NOTE].items():

@@ -76,7 +76,9 @@ known."""
 REQUEST_ID = "request_id"
 """Extra column of requests: String, what feedback names them by, so that what comes later is added to them; empty: not
 known."""
-_EXTRA = (OPTIMUM, POSITIONS, REQUEST_ID)
+SENTIMENT, REVIEWS = "sentiment", "reviews"
+"""Extra columns of items that came with reviews: Float64, share of them that are positive; Int64, how many."""
+_EXTRA = (OPTIMUM, POSITIONS, REQUEST_ID, SENTIMENT, REVIEWS)
 
 GAINS = {"VIEW": 0.0, "CLICK": 1.0, "FAVOURITE": 2.0, "CART": 2.0, "PURCHASE": 3.0}
 """Behaviour → gain in NDCG and in ``labels``."""

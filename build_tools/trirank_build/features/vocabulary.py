@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from trirank_build.data.dataset import REVIEWS, SENTIMENT
 from trirank_build.errors import BadCheckpoint
 
 PRICE_BUCKETS = 20
@@ -29,6 +30,8 @@ class Vocabulary:
         price_edges: [E] of quantile buckets of log prices.
         price: [2] mean and deviation of log prices; empty: no price was known.
         popularity: [2] mean and deviation of log1p of how often an item was chosen.
+        reviews: [3] mean and deviation of the share of positive reviews, deviation of log1p of their number; empty: no
+            item has any.
         attribute_slots: [1] attributes of an item that are kept.
     """
 
@@ -39,6 +42,7 @@ class Vocabulary:
     price_edges: NDArray[np.float64]
     price: NDArray[np.float64]
     popularity: NDArray[np.float64]
+    reviews: NDArray[np.float64]
     attribute_slots: NDArray[np.int64]
 
     @classmethod
@@ -62,6 +66,7 @@ class Vocabulary:
             if len(known) else np.zeros(0),
             price=np.array([known.mean(), max(known.std(), 1e-6)]) if len(known) else np.zeros(0),
             popularity=np.array([log_counts.mean(), log_counts.std()]),
+            reviews=_of_reviews(items),
             attribute_slots=np.array([slots]),
         )  # fmt: skip
 
@@ -109,13 +114,17 @@ class Vocabulary:
         return np.stack([_places_of_words(self.attribute, slot) for slot in _slots(items, self.slots)], 1)
 
     def numbers(self, items: pl.DataFrame, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """[M, 2] standardised log price (0: not known), standardised log popularity."""
+        """[M, 4] standardised log price (0: not known), standardised log popularity, standardised share of positive
+        reviews (0: it has none), log1p of their number by its deviation."""
         log = _log_prices(items)
         mean, deviation = self.price if len(self.price) else (0.0, 1.0)
         price = np.where(np.isfinite(log) & (len(self.price) > 0), (log - mean) / deviation, 0)
         mean, deviation = self.popularity
         popularity = (np.log1p(counts) - mean) / deviation if deviation > 0 else np.zeros(len(counts))
-        return np.stack([price, popularity], 1)
+        sentiment, number = _reviews(items)
+        mean, deviation, of_number = self.reviews if len(self.reviews) else (0.0, 1.0, 1.0)
+        sentiment = np.where((number > 0) & (len(self.reviews) > 0), (sentiment - mean) / deviation, 0)
+        return np.stack([price, popularity, sentiment, np.log1p(number) / of_number], 1)
 
     def save(self, directory: Path) -> None:
         """Write ``vocabulary.npz``."""
@@ -151,6 +160,24 @@ def _log_prices(items: pl.DataFrame) -> NDArray[np.float64]:
     price = items["price"].to_numpy()
     known = np.isfinite(price) & (price > 0)
     return np.where(known, np.log(np.where(known, price, 1)), np.nan)
+
+
+def _reviews(items: pl.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[M] share of positive reviews, and their number; 0 where nothing says so."""
+    if SENTIMENT not in items.columns:
+        return np.zeros(items.height), np.zeros(items.height)
+    return items[SENTIMENT].fill_null(0).to_numpy(), items[REVIEWS].fill_null(0).to_numpy().astype(np.float64)
+
+
+def _of_reviews(items: pl.DataFrame) -> NDArray[np.float64]:
+    """Vocabulary.reviews"""
+    sentiment, number = _reviews(items)
+    known = number > 0
+    if not known.any():
+        return np.zeros(0)
+    return np.array([
+        sentiment[known].mean(), max(float(sentiment[known].std()), 1e-6), max(float(np.log1p(number).std()), 1e-6)
+    ])  # fmt: skip
 
 
 def _places_of_words(known: NDArray[np.str_], values: pl.Series) -> NDArray[np.int64]:

@@ -18,22 +18,22 @@ _LEAST = 1e-6
 
 
 class TextClassifier(nn.Module):
-    """fields [B, L, F] int32 → logits [B, C].
+    """fields [B, L, F], grams [B, G] int32 → logits [B, C].
 
-    A logit is the sum of what the encoder says (a weighted mean of its states, and their largest numbers) and of what a
-    linear model says of the text's units and n-grams, weighted by their rarity and divided by the length of that vector
-    (TF-IDF). The linear model is fitted by itself (trirank_build.text.linear), since beside one that knows the training
-    texts nothing would be left for the encoder to learn; it is zero until then.
+    A logit is the sum of what the encoder says (a weighted mean of its states, and their largest numbers) and of what
+    a linear model says of all units and n-grams of the text, weighted by rarity and divided by the length of that
+    vector (TF-IDF). The linear model is fitted by itself (trirank_build.text.linear), since beside one that knows the
+    training texts nothing would be left for the encoder to learn; it is zero until then.
 
     Args:
         size: of the joint vocabulary of units and n-grams.
         units: the first of these, which masked training finds.
     """
 
-    def __init__(self, size: int, units: int, length: int, classes: int, recipe: TextModelRecipe) -> None:
+    def __init__(self, size: int, units: int, classes: int, recipe: TextModelRecipe) -> None:
         super().__init__()
         dim = recipe.dim
-        self.units, self.rows = units, recipe.rows
+        self.units, self.rows, self.length = units, recipe.rows, recipe.length
         # Most rows are those of n-grams, of which a batch has few.
         self.embedding = nn.Embedding(units + recipe.rows, dim, padding_idx=0, sparse=True)
         self.linear = nn.Embedding(size, classes + 1, padding_idx=0)
@@ -43,9 +43,10 @@ class TextClassifier(nn.Module):
         nn.init.normal_(self.embedding.weight, std=STD)
         with torch.no_grad():
             self.embedding.weight[0] = 0
-        self.position = nn.Parameter(torch.randn(length, dim) * STD)
+        self.position = nn.Parameter(torch.randn(recipe.length, dim) * STD)
         sizes = ModelRecipe(dim=dim, heads=recipe.heads, ffn=recipe.ffn, dropout=recipe.dropout)
-        self.encoder = nn.ModuleList(Block(sizes, recipe.dropout) for _ in range(recipe.blocks))
+        # No dropout on attention's weights: drawing so many numbers took most of a step.
+        self.encoder = nn.ModuleList(Block(sizes, 0.0) for _ in range(recipe.blocks))
         self.norm = nn.LayerNorm(dim)
         self.attention = nn.Linear(dim, 1)
         self.head = nn.Sequential(
@@ -65,13 +66,13 @@ class TextClassifier(nn.Module):
             x = block(x, None, mask)
         return self.norm(x), there
 
-    def forward(self, fields: Tensor) -> Tensor:
+    def forward(self, fields: Tensor, grams: Tensor) -> Tensor:
         states, there = self.states(fields)
         known = there.to(states.dtype)[..., None]
         weight = (self.attention(states) + (1 - known) * MASKED).softmax(1)
         most = (states + (1 - known) * MASKED).amax(1).clamp_min(-10.0)  # of no unit at all: no number
         pooled = torch.cat([(states * weight).sum(1), most], -1)
-        told: Tensor = self.linear(fields).sum((1, 2))
+        told: Tensor = self.linear(grams).sum(1)
         return self.head(pooled) + told[:, :-1] * torch.rsqrt(told[:, -1:].clamp_min(_LEAST))
 
     def hidden_units(self, fields: Tensor, at: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Linear(NamedTuple):
         return np.concatenate([share * self.weights * self.rarity[:, None], self.rarity[:, None] ** 2], 1)
 
     def logits(self, fields: NDArray[np.int32]) -> NDArray[np.float32]:
-        """[B, C] of fields [B, L, F]."""
+        """[B, C] of numbers [B, …]."""
         return np.asarray(_weighted(fields, self.rarity) @ self.weights)
 
 
@@ -38,7 +38,7 @@ def fit_linear(
     classes: int,
 ) -> Linear:  # fmt: skip
     """Args:
-    train, valid: fields [B, L, F].
+    train, valid: numbers of units and n-grams [B, …], 0: none.
     size: V.
     """
     counts = np.bincount(np.unique(_keys(train, size)) % size, minlength=size)

@@ -1,6 +1,6 @@
 """A compressed classifier as a folder of files, and how it is used: texts in, probabilities out.
 
-``model.onnx``      fields [B, L, F] INT32 → logits [B, C] FP32
+``model.onnx``      fields [B, L, F], grams [B, G] INT32 → logits [B, C] FP32
 ``tokenizer.json``, ``recipe.toml``   how texts become fields
 ``text.json``       classes, task, what the gate found
 """
@@ -34,7 +34,7 @@ from trirank_build.text.corpus import LONGEST, Corpus, text_column
 from trirank_build.text.reading import FILE as TOKENIZER
 from trirank_build.text.reading import Reader
 from trirank_build.text.recipe import SmallerRecipe, load_text_recipe
-from trirank_build.text.training import RECIPE, TextRun, cut, logits_of
+from trirank_build.text.training import RECIPE, TextRun, logits_of, tensors
 
 GRAPH, FACTS = "model.onnx", "text.json"
 MODULE_LIMIT = 1e-3
@@ -50,6 +50,7 @@ class TextModel:
     """A classifier that is ready for use."""
 
     reader: Reader
+    length: int
     facts: dict[str, Any]
     session: onnxruntime.InferenceSession
 
@@ -76,7 +77,7 @@ class TextModel:
                 f"compress RUN FILE --out {directory}`"
             ) from error
         recipe = load_text_recipe(str(directory / RECIPE))
-        return cls(Reader.load(directory, recipe.reading), facts, session)
+        return cls(Reader.load(directory, recipe.reading), recipe.model.length, facts, session)
 
     def probabilities(self, texts: list[str]) -> NDArray[np.float32]:
         """[R, C]; of a text without a letter that can be read, every class alike.
@@ -88,7 +89,7 @@ class TextModel:
             if not text.strip():
                 raise BadData(f"text {at + 1} of {len(texts)} is empty; leave it out: nothing can be said of it")
         units = self.reader.read([text[:LONGEST] for text in texts])
-        logits = run_graph(self.session, self.reader, units, len(self.classes))
+        logits = run_graph(self.session, self.reader, units, len(self.classes), self.length)
         logits[(units == 0).all(1)] = 0
         shifted = np.exp(logits - logits.max(1, keepdims=True))
         return np.asarray(shifted / shifted.sum(1, keepdims=True), np.float32)
@@ -121,14 +122,14 @@ def label_table(
 
 
 def run_graph(
-    session: onnxruntime.InferenceSession, reader: Reader, units: NDArray[np.int32], classes: int
+    session: onnxruntime.InferenceSession, reader: Reader, units: NDArray[np.int32], classes: int, length: int
 ) -> NDArray[np.float32]:
-    """[B, C] of units [B, L]."""
+    """[B, C] of units [B, L]; ``length``: places that the encoder sees."""
     found = np.zeros((len(units), classes), np.float32)
     order = np.argsort((units > 0).sum(1), kind="stable")
     for start in range(0, len(units), _BATCH):
         part = order[start : start + _BATCH]
-        found[part] = session.run(["logits"], {"fields": reader.fields(cut(units[part]))})[0]
+        found[part] = session.run(["logits"], reader.inputs(units[part], length))[0]
     return found
 
 
@@ -150,16 +151,19 @@ def compress_text(run: TextRun, corpus: Corpus, out: Path, allow_failing: bool =
     with atomic_directory(out) as scratch:
         small = quantised(dense, reader, corpus.part("train")[0], settings)
         exact = scratch / "exact.onnx"
-        _write(dense, reader, exact)
-        _write(small, reader, scratch / GRAPH)
+        _write(dense, reader, dense.length, exact)
+        _write(small, reader, dense.length, scratch / GRAPH)
         own = logits_of(dense, reader, units)
         sessions = {name: _session(path) for name, path in (("float32", exact), ("int8", scratch / GRAPH))}
-        found = {name: run_graph(session, reader, units, len(corpus.classes)) for name, session in sessions.items()}
+        found = {
+            name: run_graph(session, reader, units, len(corpus.classes), dense.length)
+            for name, session in sessions.items()
+        }
         difference = float(np.abs(own - found["float32"]).max())
         if not difference <= MODULE_LIMIT:
             raise BadModel(f"the graph differs from the module by {difference:.2g}; the limit is {MODULE_LIMIT:g}")
         places = np.linspace(0, len(units) - 1, min(TIMED, len(units))).astype(int)
-        asked = [{"fields": reader.fields(cut(units[at : at + 1]))} for at in places]
+        asked = [reader.inputs(units[at : at + 1], dense.length) for at in places]
         calls = {
             name: (lambda session=session: [session.run(["logits"], each) for each in asked])
             for name, session in sessions.items()
@@ -213,16 +217,19 @@ def quantised(model: TextClassifier, reader: Reader, texts: list[str], settings:
     units = reader.read(texts[::every][: settings.calibration_texts])
     order = np.argsort((units > 0).sum(1), kind="stable")
     parts = [units[order[at : at + _BATCH]] for at in range(0, len(order), _BATCH)]
-    batches = [{"fields": torch.from_numpy(reader.fields(cut(part)))} for part in parts]
+    batches = [tensors(reader.inputs(part, model.length)) for part in parts]
     calibrate(small, batches, Settings())
     return small.eval()
 
 
-def _write(model: nn.Module, reader: Reader, path: Path) -> None:
-    units = np.ones((2, min(8, reader.recipe.length)), np.int32)
-    inputs = {"fields": torch.from_numpy(reader.fields(units))}
-    axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=reader.recipe.length)}
-    write_module(model, inputs, {"fields": axes}, "logits", path, "this is a defect of trirank")
+def _write(model: nn.Module, reader: Reader, model_length: int, path: Path) -> None:
+    inputs = tensors(reader.inputs(np.ones((2, 9), np.int32), min(model_length, 8)))
+    batch = torch.export.Dim("batch", min=1)
+    axes = {
+        "fields": {0: batch, 1: torch.export.Dim("length", min=1, max=model_length)},
+        "grams": {0: batch, 1: torch.export.Dim("grams", min=1)},
+    }
+    write_module(model, inputs, axes, "logits", path, "this is a defect of trirank")
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:

@@ -91,6 +91,21 @@ class Reader:
                 units[row, : len(ids)] = ids
         return units
 
+    def inputs(self, units: NDArray[np.int32], length: int) -> dict[str, NDArray[np.int32]]:
+        """What a classifier takes of [B, L] units: ``fields`` [B, at most ``length``, orders] of a text's first and
+        last places, and ``grams`` [B, G] all numbers of the whole text, each cut to the longest of the batch."""
+        lengths = (units > 0).sum(1)
+        longest = max(1, int(lengths.max(initial=0)))
+        fields = self.fields(units[:, :longest])
+        grams = fields.reshape(len(units), -1)
+        if longest > length:
+            tail = length // 2
+            place = np.arange(length)
+            beyond = np.maximum(lengths - length, 0)[:, None]
+            place = np.where(place < length - tail, place, place + beyond)
+            fields = np.take_along_axis(fields, place[..., None], 1)
+        return {"fields": np.ascontiguousarray(fields), "grams": np.ascontiguousarray(grams)}
+
     def fields(self, units: NDArray[np.int32]) -> NDArray[np.int32]:
         """[B, L] units → [B, L, orders] numbers of the joint vocabulary; 0 where there is none, or a unit of it is
         hidden, and for n-grams that the text had before: that they are there says more than how often."""

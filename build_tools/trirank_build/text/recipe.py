@@ -24,8 +24,8 @@ class ReadingRecipe(_Section):
     """What a text is cut into."""
     vocabulary: Annotated[int, Field(ge=100, le=100_000)] = 8_000
     """Different units that are known."""
-    length: Annotated[int, Field(ge=4, le=1_024)] = 256
-    """Units of a text that are read; of a longer one its first and its last half of them."""
+    length: Annotated[int, Field(ge=4, le=4_096)] = 512
+    """Units of a text that are read, by the linear model all of them; of a longer one its first and its last half."""
     orders: Annotated[int, Field(ge=1, le=5)] = 3
     """Each place is read with the units after it, up to so many together; 1: alone."""
     rows: Annotated[int, Field(ge=64, le=1 << 22)] = 262_144
@@ -37,6 +37,8 @@ class TextModelRecipe(_Section):
 
     rows: Annotated[int, Field(ge=64, le=1 << 22)] = 65_536
     """Of the encoder's table of all sequences of units; each row has ``dim`` numbers."""
+    length: Annotated[int, Field(ge=4, le=1_024)] = 96
+    """Units that the encoder sees; of a longer text its first and its last half of them."""
     dim: PositiveInt = 96
     """Width of embeddings and states."""
     heads: PositiveInt = 4

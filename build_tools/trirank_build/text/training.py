@@ -98,29 +98,28 @@ class TextRun:
 
 def make_classifier(reader: Reader, classes: int, recipe: TextRecipe) -> TextClassifier:
     """A fresh one; its weights come from torch's random state."""
-    return TextClassifier(reader.size, reader.units, recipe.reading.length, classes, recipe.model)
+    return TextClassifier(reader.size, reader.units, classes, recipe.model)
 
 
-def logits_of(model: nn.Module, reader: Reader, units: NDArray[np.int32]) -> NDArray[np.float32]:
+def tensors(inputs: dict[str, NDArray[np.int32]]) -> dict[str, Tensor]:
+    """A classifier's inputs for torch."""
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def logits_of(model: TextClassifier, reader: Reader, units: NDArray[np.int32]) -> NDArray[np.float32]:
     """[B, C] of units [B, L]."""
     model.eval()
-    device = next(model.parameters()).device
     found = np.zeros((len(units), 0), np.float32)
     # Texts of like lengths go together, without the padding of the longest of all.
     order = np.argsort((units > 0).sum(1), kind="stable")
     for start in range(0, len(units), _BATCH):
         part = order[start : start + _BATCH]
         with torch.inference_mode():
-            logits = model(fields=torch.from_numpy(reader.fields(cut(units[part]))).to(device)).cpu().numpy()
+            logits = model(**tensors(reader.inputs(units[part], model.length))).numpy()
         if not found.shape[1]:
             found = np.zeros((len(units), logits.shape[1]), np.float32)
         found[part] = logits
     return found
-
-
-def cut(units: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Without the places that no text of a batch [B, L] reaches; one at least."""
-    return units[:, : max(1, int((units > 0).sum(1).max(initial=0)))]
 
 
 class _Step(nn.Module):
@@ -137,14 +136,14 @@ class MaskingStep(_Step):
 
 
 class LabelsStep(_Step):
-    """fields [B, L, F], labels [B] → the loss."""
+    """fields [B, L, F], grams [B, G], labels [B] → the loss."""
 
     def __init__(self, model: TextClassifier, smoothing: float) -> None:
         super().__init__(model)
         self.smoothing = smoothing
 
-    def forward(self, fields: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(fields), labels, label_smoothing=self.smoothing)
+    def forward(self, fields: Tensor, grams: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(fields, grams), labels, label_smoothing=self.smoothing)
 
 
 class _OfTexts:
@@ -178,9 +177,11 @@ class Masking(_OfTexts):
 
     def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         """Texts of which some units are hidden."""
-        return self._hidden(cut(self._units[which]), rng)
+        return self._hidden(self._units[which], rng)
 
     def _hidden(self, units: NDArray[np.int32], rng: np.random.Generator) -> dict[str, Tensor]:
+        units = units[:, : self._model.length]
+        units = units[:, : max(1, int((units > 0).sum(1).max(initial=0)))]
         there = units != PADDING
         chance = rng.random(units.shape)
         wanted = there & (chance < self.settings.masked_share)
@@ -203,7 +204,7 @@ class Masking(_OfTexts):
         found = total = 0
         rng = np.random.default_rng(self._seed)
         for start in range(0, len(self._valid), _BATCH):
-            told = self._hidden(cut(self._valid[start : start + _BATCH]), rng)
+            told = self._hidden(self._valid[start : start + _BATCH], rng)
             with torch.inference_mode():
                 logits = self._model.hidden_units(told["fields"], told["at"])
             found += int((logits.argmax(1) == told["chosen"]).sum())
@@ -226,10 +227,10 @@ class Labelling(_OfTexts):
 
     def batch(self, which: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         """Texts with their labels."""
-        units = cut(self._units[which]).copy()
+        units = self._units[which].copy()
         units[(rng.random(units.shape) < self.settings.hidden_units) & (units != PADDING)] = HIDDEN
-        fields = torch.from_numpy(self._reader.fields(units))
-        return {"fields": fields, "labels": torch.from_numpy(self._labels[which])}
+        inputs = tensors(self._reader.inputs(units, self._model.length))
+        return inputs | {"labels": torch.from_numpy(self._labels[which])}
 
     def validate(self) -> float:
         """Share of validation texts in the right class."""

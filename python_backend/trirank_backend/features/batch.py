@@ -20,6 +20,7 @@ class Items(NamedTuple):
     Attributes:
         brands, categories: [M+1] int32 ids of the joint vocabulary, 0: missing.
         prices, popularity: [M+1] float32, standardised logarithms.
+        sentiment, reviews: [M+1] float32 standardised share of positive reviews, log of their number; 0: none.
         words: [M+1, 8] uint64, the titles' trigrams.
         token_idf: [V] float32, rarity of each id of the joint vocabulary as a token of titles, or as an attribute.
         attributes: [M+1, S] int32 numbers below A, 0: missing.
@@ -33,6 +34,8 @@ class Items(NamedTuple):
     products: NDArray[np.int32]
     prices: NDArray[np.float32]
     popularity: NDArray[np.float32]
+    sentiment: NDArray[np.float32]
+    reviews: NDArray[np.float32]
     created_at: NDArray[np.int64]
     signals: NDArray[np.int32]
     titles: NDArray[np.int32]

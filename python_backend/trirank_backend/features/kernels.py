@@ -43,6 +43,8 @@ def static(items: Items, lines: Lines, first: int, end: int, dense: NDArray[np.f
         if row >= 0:
             dense[at, DENSE_AT.price] = items.prices[row]
             dense[at, DENSE_AT.popularity] = items.popularity[row]
+            dense[at, DENSE_AT.sentiment] = items.sentiment[row]
+            dense[at, DENSE_AT.reviews] = items.reviews[row]
 
 
 @kernel

@@ -126,6 +126,8 @@ def _items(spec: FeatureSpec, catalogue: Catalogue, token_idf: NDArray[np.float3
     columns: dict[str, NDArray[Any]] = {
         "prices": catalogue.dense[:, STATIC_DENSE.index("price")],
         "popularity": catalogue.dense[:, STATIC_DENSE.index("popularity")],
+        "sentiment": catalogue.dense[:, STATIC_DENSE.index("sentiment")],
+        "reviews": catalogue.dense[:, STATIC_DENSE.index("reviews")],
         "brands": catalogue.fields[:, spec.item_fields.index("brand")],
         "categories": catalogue.fields[:, spec.item_fields.index("category")],
         "products": catalogue.products,

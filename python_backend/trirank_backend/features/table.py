@@ -30,6 +30,8 @@ class Feature(NamedTuple):
 DENSE_TABLE = (
     Feature("price", ("price", "dense"), "static"),
     Feature("popularity", ("dense",), "static"),
+    Feature("sentiment", ("reviews", "dense"), "static"),  # share of its reviews that are positive, standardised
+    Feature("reviews", ("reviews", "dense"), "static"),  # log of how many there are
     Feature("has_retrieval_score", ("retrieval",), "retrieval"),
     Feature("retrieval_score", ("retrieval",), "retrieval"),  # standardised within the request
     Feature("retrieval_score_log", ("retrieval",), "retrieval"),  # sign(s) log(1 + |s|), comparable between requests
@@ -115,8 +117,8 @@ STATIC_DENSE = tuple(feature.name for feature in DENSE_TABLE if feature.kernel =
 HISTORY_EXTRA = ("behaviour", "time_gap")
 """Fields of an event after those of its item."""
 INPUTS = (
-    "item", "brand", "category", "price", "attributes", "text", "words", "encoder", "behaviour", "time_gap",
-    "retrieval", "transitions", "dense", "context",
+    "item", "brand", "category", "price", "attributes", "reviews", "text", "words", "encoder", "behaviour",
+    "time_gap", "retrieval", "transitions", "dense", "context",
 )  # fmt: skip
 """Groups of inputs that a recipe can leave out."""
 
