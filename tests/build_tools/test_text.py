@@ -15,7 +15,7 @@ from trirank_build.features.fitting import fit_features
 from trirank_build.recipe import load_recipe
 from trirank_build.text.corpus import read_corpus
 from trirank_build.text.evaluation import evaluate_text
-from trirank_build.text.linear import fit_linear
+from trirank_build.text.linear import fit_linear, presence
 from trirank_build.text.model import TextModel, compress_text, label_table
 from trirank_build.text.reading import HIDDEN, PADDING, Reader
 from trirank_build.text.recipe import ReadingRecipe, TextRecipe, load_text_recipe
@@ -49,7 +49,7 @@ def table(tmp_path_factory):
 
 TINY = TextRecipe.model_validate({
     "name": "tiny",
-    "reading": {"units": "subwords", "vocabulary": 200, "length": 24, "rows": 512},
+    "reading": {"units": "subwords", "vocabulary": 200, "length": 24},
     "model": {"length": 16, "dim": 32, "heads": 2, "blocks": 1, "ffn": 64, "rows": 256, "dropout": 0.1},
     "pretraining": {"epochs": 1}, "training": {"epochs": 5, "learning_rate": 3e-3, "batch_size": 32, "warmup_steps": 5},
     "compression": {"calibration_texts": 64, "min_accuracy_ratio": 0.9, "min_agreement": 0.9},
@@ -119,33 +119,41 @@ def test_a_very_long_text_is_read_as_far_as_it_says_something(table, tmp_path):
 
 @pytest.mark.parametrize("units", ["characters", "subwords"])
 def test_readers_give_units_and_what_stands_together(units):
-    reader = Reader.fit(
-        ["abc abd", "abe abf", "xyz"] * 5, ReadingRecipe(units=units, vocabulary=100, length=6, rows=64)
-    )
+    reader = Reader.fit(["abc abd", "abe abf", "xyz"] * 5, ReadingRecipe(units=units, vocabulary=100, length=6))
     read = reader.read(["abc abd", "", "a" * 50, "\u4f60\u597d"])
     assert read.shape == (4, 6)
     assert not read[1].any()
-    fields = reader.fields(read)
+    found = reader.inputs(read, 6, 64)
+    fields, grams = found["fields"], found["grams"]
     assert fields.shape == (4, 6, 3)
     assert (fields[..., 0] == read).all()
     assert ((fields[..., 1:] == 0) | (fields[..., 1:] >= reader.units)).all()
-    assert fields.max() < reader.size
+    assert fields.max() < reader.units + 64
+    assert grams.max() < reader.size
+    assert not grams[1].any()
 
 
 def test_an_n_gram_counts_once_and_none_reaches_into_what_is_hidden():
-    reader = Reader.fit(["ab ab ab"], ReadingRecipe(units="characters", vocabulary=100, length=8, rows=64))
+    reader = Reader.fit(["ab ab ab"], ReadingRecipe(units="characters", vocabulary=100, length=8))
     read = reader.read(["ababab"])
-    pairs = reader.fields(read)[0, :, 1]
+    pairs = reader.hashes(read)[0, :, 1]
     assert (pairs > 0).sum() == 2
     hidden = read.copy()
     hidden[0, 1] = HIDDEN
-    assert not reader.fields(hidden)[0, 0:2, 1].any()
+    assert not reader.hashes(hidden)[0, 0:2, 1].any()
+
+
+def test_the_linear_model_has_a_number_for_what_two_texts_have():
+    reader = Reader.fit(["abcd", "abce", "xyxy"], ReadingRecipe(units="characters", vocabulary=100, length=8))
+    assert len(reader.known) == 3  # ab, bc, abc
+    assert (reader.inputs(reader.read(["abcd"]), 8, 64)["grams"] >= reader.units).sum() == 3
+    assert (reader.inputs(reader.read(["xyxy"]), 8, 64)["grams"] >= reader.units).sum() == 0
 
 
 def test_the_encoder_sees_a_long_texts_ends_and_the_linear_model_all_of_it():
-    reader = Reader.fit(["abcdefghij"] * 5, ReadingRecipe(units="characters", vocabulary=100, length=10, rows=64))
+    reader = Reader.fit(["abcdefghij"] * 5, ReadingRecipe(units="characters", vocabulary=100, length=10))
     units = reader.read(["abcdefghij", "abc"])
-    found = reader.inputs(units, 4)
+    found = reader.inputs(units, 4, 64)
     letters = {unit: letter for letter, unit in reader.tokenizer.get_vocab().items()}
     seen = ["".join(letters[unit] for unit in row if unit) for row in found["fields"][..., 0]]
     assert seen == ["abij", "abc"]
@@ -171,7 +179,7 @@ def test_padding_and_company_change_nothing(trained):
     units = run.reader.read(texts)
     alone = np.concatenate([logits_of(model, run.reader, row[None]) for row in units])
     with torch.inference_mode():
-        whole = {"fields": run.reader.fields(units)[:, :16], "grams": run.reader.fields(units).reshape(5, -1)}
+        whole = run.reader.inputs(units, 16, 256)
         together = model(**{name: torch.from_numpy(array) for name, array in whole.items()}).numpy()
     np.testing.assert_allclose(alone, together, atol=1e-4)
 
@@ -193,15 +201,15 @@ def test_the_classifier_learns_what_a_bag_of_words_cannot(trained):
 def test_the_linear_part_in_the_graph_is_the_linear_model(trained):
     corpus, run = trained
     (texts, labels), (judged, truth) = corpus.part("train"), corpus.part("valid")
-    fields = [run.reader.fields(run.reader.read(part)) for part in (texts, judged)]
-    linear = fit_linear(fields[0], labels, fields[1], truth, run.reader.size, 2)
+    told = [presence(run.reader, run.reader.read(part)) for part in (texts, judged)]
+    linear = fit_linear(told[0], labels, told[1], truth, 2)
     model, bare = run.model(), run.model()
     with torch.no_grad():
         model.linear.weight.copy_(torch.from_numpy(linear.table(0.5)))
         bare.linear.weight.zero_()
     units = run.reader.read(judged)
     added = logits_of(model, run.reader, units) - logits_of(bare, run.reader, units)
-    np.testing.assert_allclose(added, 0.5 * linear.logits(fields[1]), atol=1e-4)
+    np.testing.assert_allclose(added, 0.5 * linear.logits(told[1]), atol=1e-4)
 
 
 def test_a_stopped_training_goes_on_and_another_one_is_not_overwritten(trained, tmp_path):
@@ -393,7 +401,7 @@ def test_reviews_that_say_nothing_are_refused(columns, said, shop, tmp_path):
 
 def test_a_classifier_of_something_else_is_refused(shop, small, tmp_path):
     write_reviews(tmp_path / "r.csv", shop, review=["x"] * 10)
-    other = TextModel(small[1].reader, small[1].length, {**small[1].facts, "classes": ["a", "b"]}, small[1].session)
+    other = TextModel(small[1].reader, small[1].sizes, {**small[1].facts, "classes": ["a", "b"]}, small[1].session)
     with pytest.raises(BadUsage, match="--text-model tells a, b; reviews want one of sentiments"):
         with_reviews(shop, tmp_path / "r.csv", other)
 
@@ -402,7 +410,7 @@ def test_the_command_goes_from_texts_to_labels(table, tmp_path, capsys):
     from trirank_build.cli import app
 
     (tmp_path / "tiny.toml").write_text(
-        'name = "tiny"\n[reading]\nvocabulary = 200\nlength = 24\nrows = 512\n'
+        'name = "tiny"\n[reading]\nvocabulary = 200\nlength = 24\n'
         "[model]\ndim = 32\nheads = 2\nblocks = 1\nffn = 32\nrows = 256\n[pretraining]\nepochs = 0\n"
         "[training]\nepochs = 1\n[compression]\nmin_accuracy_ratio = 0.5\nmin_agreement = 0.5\n"
     )

@@ -26,8 +26,8 @@ class TextClassifier(nn.Module):
     training texts nothing would be left for the encoder to learn; it is zero until then.
 
     Args:
-        size: of the joint vocabulary of units and n-grams.
-        units: the first of these, which masked training finds.
+        size: numbers of the linear model.
+        units: different ones, which masked training finds.
     """
 
     def __init__(self, size: int, units: int, classes: int, recipe: TextModelRecipe) -> None:
@@ -60,8 +60,7 @@ class TextClassifier(nn.Module):
         """States [B, L, D], and where there is a unit [B, L]."""
         there = fields[..., 0] > 0
         mask = (~there)[:, None, None, :].to(self.position.dtype) * MASKED
-        rows = torch.where(fields < self.units, fields, self.units + (fields - self.units) % self.rows)
-        x = self.dropout(self.embedding(rows).sum(2) + self.position[: fields.shape[1]])
+        x = self.dropout(self.embedding(fields).sum(2) + self.position[: fields.shape[1]])
         for block in self.encoder:
             x = block(x, None, mask)
         return self.norm(x), there

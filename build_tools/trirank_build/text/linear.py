@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import minimize
 
+from trirank_build.text.reading import Reader
+
 PENALTIES = (3e-6, 1e-6, 3e-7)
 """Of the squared weights, for each text; validation chooses."""
 STEPS = 100
+_TEXTS = 2_048
 
 
 class Linear(NamedTuple):
@@ -28,23 +31,34 @@ class Linear(NamedTuple):
         """[V, C+1] as TextClassifier.linear holds it."""
         return np.concatenate([share * self.weights * self.rarity[:, None], self.rarity[:, None] ** 2], 1)
 
-    def logits(self, fields: NDArray[np.int32]) -> NDArray[np.float32]:
-        """[B, C] of numbers [B, …]."""
-        return np.asarray(_weighted(fields, self.rarity) @ self.weights)
+    def logits(self, told: sparse.csr_matrix) -> NDArray[np.float32]:
+        """[B, C] of what ``presence`` says of texts."""
+        return np.asarray(_weighted(told, self.rarity) @ self.weights)
+
+
+def presence(reader: Reader, units: NDArray[np.int32]) -> sparse.csr_matrix:
+    """[B, V]: 1 for every unit and n-gram that a text of units [B, L] has."""
+    order = np.argsort((units > 0).sum(1), kind="stable")
+    parts = []
+    for start in range(0, len(order), _TEXTS):
+        own = units[order[start : start + _TEXTS]]
+        grams = reader.grams(reader.hashes(own[:, : max(1, int((own > 0).sum(1).max(initial=0)))]))
+        there = grams > 0
+        ends = np.concatenate([[0], np.cumsum(there.sum(1))])
+        parts.append(sparse.csr_matrix((np.ones(ends[-1], np.float32), grams[there], ends), (len(own), reader.size)))
+    return sparse.vstack(parts, format="csr")[np.argsort(order)]
 
 
 def fit_linear(
-    train: NDArray[np.int32], labels: NDArray[np.int64], valid: NDArray[np.int32], truth: NDArray[np.int64], size: int,
+    train: sparse.csr_matrix, labels: NDArray[np.int64], valid: sparse.csr_matrix, truth: NDArray[np.int64],
     classes: int,
 ) -> Linear:  # fmt: skip
     """Args:
-    train, valid: numbers of units and n-grams [B, …], 0: none.
-    size: V.
+    train, valid: what ``presence`` says of texts.
     """
-    counts = np.bincount(np.unique(_keys(train, size)) % size, minlength=size)
-    rarity = np.log1p(len(train) / (1.0 + counts)).astype(np.float32)
+    counts = np.asarray(train.getnnz(axis=0))
+    rarity = np.log1p(train.shape[0] / (1.0 + counts)).astype(np.float32)
     rarity[counts < 2] = 0  # what one text has says nothing of another
-    rarity[0] = 0
     told, judged = _weighted(train, rarity), _weighted(valid, rarity)
     found = []
     for penalty in PENALTIES:
@@ -53,20 +67,11 @@ def fit_linear(
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def _keys(fields: NDArray[np.int32], size: int) -> NDArray[np.int64]:
-    flat = fields.reshape(len(fields), -1).astype(np.int64)
-    return (flat + np.arange(len(fields))[:, None] * size)[flat > 0]
-
-
-def _weighted(fields: NDArray[np.int32], rarity: NDArray[np.float32]) -> sparse.csr_matrix:
-    """[B, V] counts times rarity, of length one."""
-    flat = fields.reshape(len(fields), -1)
-    there = rarity[flat] > 0
-    columns, rows = flat[there], np.repeat(np.arange(len(fields)), there.sum(1))
-    # As the classifier adds: each place counts by itself, in the sum and in the length.
-    length = np.sqrt(np.maximum((rarity[flat] ** 2 * there).sum(1), 1e-6))
-    values = (rarity[columns] / length[rows]).astype(np.float32)
-    return sparse.csr_matrix((values, (rows, columns)), shape=(len(fields), len(rarity)))
+def _weighted(told: sparse.csr_matrix, rarity: NDArray[np.float32]) -> sparse.csr_matrix:
+    """[B, V] rarities of what is there, of length one."""
+    scaled = told @ sparse.diags(rarity, format="csr")
+    length = np.sqrt(np.maximum(np.asarray(scaled.multiply(scaled).sum(1)).ravel(), 1e-6))
+    return (sparse.diags(1 / length, format="csr") @ scaled).tocsr().astype(np.float32)
 
 
 def _fit(told: sparse.csr_matrix, labels: NDArray[np.int64], classes: int, penalty: float) -> NDArray[np.float32]:

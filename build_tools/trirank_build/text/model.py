@@ -31,8 +31,7 @@ from trirank_build.preparation.cleaning import Report
 from trirank_build.preparation.sources.tables import read_table
 from trirank_build.text.classifier import TextClassifier
 from trirank_build.text.corpus import LONGEST, Corpus, text_column
-from trirank_build.text.reading import FILE as TOKENIZER
-from trirank_build.text.reading import Reader
+from trirank_build.text.reading import FILES, Reader
 from trirank_build.text.recipe import SmallerRecipe, load_text_recipe
 from trirank_build.text.training import RECIPE, TextRun, logits_of, tensors
 
@@ -50,7 +49,7 @@ class TextModel:
     """A classifier that is ready for use."""
 
     reader: Reader
-    length: int
+    sizes: tuple[int, int]
     facts: dict[str, Any]
     session: onnxruntime.InferenceSession
 
@@ -77,7 +76,7 @@ class TextModel:
                 f"compress RUN FILE --out {directory}`"
             ) from error
         recipe = load_text_recipe(str(directory / RECIPE))
-        return cls(Reader.load(directory, recipe.reading), recipe.model.length, facts, session)
+        return cls(Reader.load(directory, recipe.reading), (recipe.model.length, recipe.model.rows), facts, session)
 
     def probabilities(self, texts: list[str]) -> NDArray[np.float32]:
         """[R, C]; of a text without a letter that can be read, every class alike.
@@ -89,7 +88,7 @@ class TextModel:
             if not text.strip():
                 raise BadData(f"text {at + 1} of {len(texts)} is empty; leave it out: nothing can be said of it")
         units = self.reader.read([text[:LONGEST] for text in texts])
-        logits = run_graph(self.session, self.reader, units, len(self.classes), self.length)
+        logits = run_graph(self.session, self.reader, units, len(self.classes), self.sizes)
         logits[(units == 0).all(1)] = 0
         shifted = np.exp(logits - logits.max(1, keepdims=True))
         return np.asarray(shifted / shifted.sum(1, keepdims=True), np.float32)
@@ -122,14 +121,18 @@ def label_table(
 
 
 def run_graph(
-    session: onnxruntime.InferenceSession, reader: Reader, units: NDArray[np.int32], classes: int, length: int
+    session: onnxruntime.InferenceSession,
+    reader: Reader,
+    units: NDArray[np.int32],
+    classes: int,
+    sizes: tuple[int, int],
 ) -> NDArray[np.float32]:
-    """[B, C] of units [B, L]; ``length``: places that the encoder sees."""
+    """[B, C] of units [B, L]; ``sizes``: places that the encoder sees, and rows of its n-grams."""
     found = np.zeros((len(units), classes), np.float32)
     order = np.argsort((units > 0).sum(1), kind="stable")
     for start in range(0, len(units), _BATCH):
         part = order[start : start + _BATCH]
-        found[part] = session.run(["logits"], reader.inputs(units[part], length))[0]
+        found[part] = session.run(["logits"], reader.inputs(units[part], *sizes))[0]
     return found
 
 
@@ -146,24 +149,24 @@ def compress_text(run: TextRun, corpus: Corpus, out: Path, allow_failing: bool =
     run.check_texts(corpus)
     settings, reader = run.recipe.compression, run.reader
     dense = run.model()
+    sizes = dense.length, dense.rows
     texts, labels = corpus.part("valid")
     units = reader.read(texts)
     with atomic_directory(out) as scratch:
         small = quantised(dense, reader, corpus.part("train")[0], settings)
         exact = scratch / "exact.onnx"
-        _write(dense, reader, dense.length, exact)
-        _write(small, reader, dense.length, scratch / GRAPH)
+        _write(dense, reader, sizes, exact)
+        _write(small, reader, sizes, scratch / GRAPH)
         own = logits_of(dense, reader, units)
         sessions = {name: _session(path) for name, path in (("float32", exact), ("int8", scratch / GRAPH))}
         found = {
-            name: run_graph(session, reader, units, len(corpus.classes), dense.length)
-            for name, session in sessions.items()
+            name: run_graph(session, reader, units, len(corpus.classes), sizes) for name, session in sessions.items()
         }
         difference = float(np.abs(own - found["float32"]).max())
         if not difference <= MODULE_LIMIT:
             raise BadModel(f"the graph differs from the module by {difference:.2g}; the limit is {MODULE_LIMIT:g}")
         places = np.linspace(0, len(units) - 1, min(TIMED, len(units))).astype(int)
-        asked = [reader.inputs(units[at : at + 1], dense.length) for at in places]
+        asked = [reader.inputs(units[at : at + 1], *sizes) for at in places]
         calls = {
             name: (lambda session=session: [session.run(["logits"], each) for each in asked])
             for name, session in sessions.items()
@@ -193,7 +196,7 @@ def compress_text(run: TextRun, corpus: Corpus, out: Path, allow_failing: bool =
                 "--allow-failing-gate"
             )
         exact.unlink()
-        for name in (RECIPE, TOKENIZER):
+        for name in (RECIPE, *FILES):
             shutil.copyfile(run.directory / name, scratch / name)
         (scratch / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return facts
@@ -217,16 +220,16 @@ def quantised(model: TextClassifier, reader: Reader, texts: list[str], settings:
     units = reader.read(texts[::every][: settings.calibration_texts])
     order = np.argsort((units > 0).sum(1), kind="stable")
     parts = [units[order[at : at + _BATCH]] for at in range(0, len(order), _BATCH)]
-    batches = [tensors(reader.inputs(part, model.length)) for part in parts]
+    batches = [tensors(reader.inputs(part, model.length, model.rows)) for part in parts]
     calibrate(small, batches, Settings())
     return small.eval()
 
 
-def _write(model: nn.Module, reader: Reader, model_length: int, path: Path) -> None:
-    inputs = tensors(reader.inputs(np.ones((2, 9), np.int32), min(model_length, 8)))
+def _write(model: nn.Module, reader: Reader, sizes: tuple[int, int], path: Path) -> None:
+    inputs = tensors(reader.inputs(np.ones((2, 9), np.int32), min(sizes[0], 8), sizes[1]))
     batch = torch.export.Dim("batch", min=1)
     axes = {
-        "fields": {0: batch, 1: torch.export.Dim("length", min=1, max=model_length)},
+        "fields": {0: batch, 1: torch.export.Dim("length", min=1, max=sizes[0])},
         "grams": {0: batch, 1: torch.export.Dim("grams", min=1)},
     }
     write_module(model, inputs, axes, "logits", path, "this is a defect of trirank")

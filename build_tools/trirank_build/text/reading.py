@@ -1,13 +1,13 @@
-"""Texts → numbers: units, and hashes of units that stand together.
+"""Texts → numbers: units, and units that stand together.
 
-A place of a text has one number of each order: its unit, and rows of hash tables for the two, three, … units that
+A place of a text has one number of each order: its unit, and a row of a hash table for the two, three, … units that
 begin there (as fastText's, Bojanowski et al., TACL 2017). Their vectors are summed, so that the Transformer starts
-from what a linear model on n-grams knows.
+from what a linear model on n-grams knows. The linear model itself has a number for every unit, and for every n-gram
+that two training texts have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +20,31 @@ from trirank_build.text.recipe import ReadingRecipe
 PADDING, UNKNOWN, HIDDEN = 0, 1, 2
 """Units that stand for none, for one that training did not meet, and for one that is hidden."""
 _SPECIAL = ["[PAD]", "[UNK]", "[MASK]"]
-FILE = "tokenizer.json"
+FILE, NGRAMS = "tokenizer.json", "ngrams.npy"
+FILES = (FILE, NGRAMS)
 _TEXTS = 4_096
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5,
                      0x85EBCA77C2B2AE63], np.uint64)  # fmt: skip
 
 
 class Reader:
-    """Reads texts as its recipe says."""
+    """Reads texts as its recipe says.
 
-    def __init__(self, tokenizer: Tokenizer, recipe: ReadingRecipe) -> None:
-        self.tokenizer, self.recipe = tokenizer, recipe
+    Args:
+        known: ascending hashes of the n-grams that the linear model has a number for.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, recipe: ReadingRecipe, known: NDArray[np.uint64]) -> None:
+        self.tokenizer, self.recipe, self.known = tokenizer, recipe, known
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.units = tokenizer.get_vocab_size()
-        self.size = self.units + (recipe.orders - 1) * recipe.rows
-        """Of the joint vocabulary of all orders."""
+        self.size = self.units + len(known)
+        """Numbers of the linear model: units, then n-grams."""
 
     @classmethod
-    def fit(cls, texts: Iterable[str], recipe: ReadingRecipe) -> Reader:
-        """Learn the units from training texts."""
+    def fit(cls, texts: list[str], recipe: ReadingRecipe) -> Reader:
+        """Learn units and n-grams from training texts."""
         tokenizer: Tokenizer
         trainer: trainers.Trainer
         if recipe.units == "characters":
@@ -59,7 +64,14 @@ class Reader:
             )  # fmt: skip
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer, recipe)
+        reader = cls(tokenizer, recipe, np.zeros(0, np.uint64))
+        found, often = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        for start in range(0, len(texts), _TEXTS):
+            grams = reader.hashes(reader.read(texts[start : start + _TEXTS]))[..., 1:].reshape(-1)
+            new, count = np.unique(grams[grams > 0], return_counts=True)
+            found, place = np.unique(np.concatenate([found, new]), return_inverse=True)
+            often = np.bincount(place, np.concatenate([often, count])).astype(np.int64)
+        return cls(tokenizer, recipe, found[often > 1])
 
     @classmethod
     def load(cls, directory: Path, recipe: ReadingRecipe) -> Reader:
@@ -69,13 +81,17 @@ class Reader:
             BadCheckpoint: it is missing or damaged.
         """
         try:
-            return cls(Tokenizer.from_file(str(directory / FILE)), recipe)
+            known = np.load(directory / NGRAMS)
+            if known.dtype != np.uint64 or known.ndim != 1:
+                raise ValueError(f"{NGRAMS} holds {known.dtype}")
+            return cls(Tokenizer.from_file(str(directory / FILE)), recipe, known)
         except Exception as error:  # the library raises bare Exception
-            raise BadCheckpoint(f"{directory / FILE} cannot be read ({error}); train again") from error
+            raise BadCheckpoint(f"{directory}: {' and '.join(FILES)} cannot be read ({error}); train again") from error
 
     def save(self, directory: Path) -> None:
-        """Write the tokeniser into ``directory``."""
+        """Write tokeniser and n-grams into ``directory``."""
         self.tokenizer.save(str(directory / FILE))
+        np.save(directory / NGRAMS, self.known)
 
     def read(self, texts: list[str]) -> NDArray[np.int32]:
         """[B, L] int32 units, 0-padded behind; of a longer text its first and its last half of L."""
@@ -91,47 +107,66 @@ class Reader:
                 units[row, : len(ids)] = ids
         return units
 
-    def inputs(self, units: NDArray[np.int32], length: int) -> dict[str, NDArray[np.int32]]:
+    def inputs(self, units: NDArray[np.int32], length: int, rows: int) -> dict[str, NDArray[np.int32]]:
         """What a classifier takes of [B, L] units: ``fields`` [B, at most ``length``, orders] of a text's first and
-        last places, and ``grams`` [B, G] all numbers of the whole text, each cut to the longest of the batch."""
+        last places, and ``grams`` [B, G] the linear model's numbers of the whole text, each cut to the longest of the
+        batch."""
         lengths = (units > 0).sum(1)
         longest = max(1, int(lengths.max(initial=0)))
-        fields = self.fields(units[:, :longest])
-        grams = fields.reshape(len(units), -1)
+        hashes = self.hashes(units[:, :longest])
+        grams = self.grams(hashes)
         if longest > length:
             tail = length // 2
             place = np.arange(length)
             beyond = np.maximum(lengths - length, 0)[:, None]
             place = np.where(place < length - tail, place, place + beyond)
-            fields = np.take_along_axis(fields, place[..., None], 1)
-        return {"fields": np.ascontiguousarray(fields), "grams": np.ascontiguousarray(grams)}
+            hashes = np.take_along_axis(hashes, place[..., None], 1)
+        return {"fields": self.fields(hashes, rows), "grams": grams}
 
-    def fields(self, units: NDArray[np.int32]) -> NDArray[np.int32]:
-        """[B, L] units → [B, L, orders] numbers of the joint vocabulary; 0 where there is none, or a unit of it is
-        hidden, and for n-grams that the text had before: that they are there says more than how often."""
-        orders, rows = self.recipe.orders, self.recipe.rows
-        fields = np.zeros((*units.shape, orders), np.int32)
-        fields[..., 0] = units
+    def hashes(self, units: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """[B, L] units → [B, L, orders]: the unit itself, and hashes of what begins there; 0 where there is none, or a
+        unit of it is hidden, and for n-grams that the text had before: that they are there says more than how often."""
+        orders = self.recipe.orders
+        found = np.zeros((*units.shape, orders), np.uint64)
+        found[..., 0] = units
         hashed = units.astype(np.uint64) * _FACTORS[0]
-        whole = (units != PADDING) & (units != HIDDEN)
-        for order in range(1, orders):
+        whole = (units != PADDING) & (units != UNKNOWN) & (units != HIDDEN)
+        own = whole
+        for order in range(1, min(orders, units.shape[1])):
             hashed, whole = hashed.copy(), whole.copy()
-            hashed[:, :-order] = (hashed[:, :-order] ^ (units[:, order:].astype(np.uint64) * _FACTORS[order])) * (
-                _FACTORS[0]
-            )
-            whole[:, :-order] &= (units[:, order:] != PADDING) & (units[:, order:] != HIDDEN)
+            hashed[:, :-order] ^= units[:, order:].astype(np.uint64) * _FACTORS[order]
+            hashed *= _FACTORS[0]
+            hashed ^= hashed >> np.uint64(31)
+            whole[:, :-order] &= own[:, order:]
             whole[:, -order:] = False
-            place = (hashed >> np.uint64(32)) % np.uint64(rows)
-            first = self.units + (order - 1) * rows
-            fields[..., order] = _once(np.where(whole, place.astype(np.int64) + first, 0))
-        return fields
+            found[..., order] = _once(np.where(whole, np.maximum(hashed, 1), 0))
+        return found
+
+    def fields(self, hashes: NDArray[np.uint64], rows: int) -> NDArray[np.int32]:
+        """[B, L, orders] numbers of the encoder's table, whose n-grams share ``rows`` of it."""
+        found = hashes[..., 1:] % np.uint64(rows) + np.uint64(self.units)
+        units = hashes[..., :1]
+        return np.concatenate([units, np.where(hashes[..., 1:] > 0, found, 0)], -1).astype(np.int32)
+
+    def grams(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
+        """[B, G] numbers of the linear model, each once; 0 for what it does not know."""
+        units = _once(hashes[..., 0])
+        ngrams = hashes[..., 1:].reshape(len(hashes), -1)
+        place = np.searchsorted(self.known, ngrams)
+        if len(self.known):
+            there = self.known[np.minimum(place, len(self.known) - 1)] == ngrams
+        else:
+            there = np.zeros(ngrams.shape, bool)
+        found = np.where(there, place + self.units, 0)
+        return np.concatenate([units.astype(np.int32), found.astype(np.int32)], 1)
 
 
-def _once(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+def _once(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """[B, L] with zeros for what stands further in front, too."""
     order = np.argsort(numbers, axis=1, kind="stable")
     ordered = np.take_along_axis(numbers, order, 1)
-    ordered[:, 1:][np.diff(ordered, axis=1) == 0] = 0
+    again = ordered[:, 1:] == ordered[:, :-1]
+    ordered[:, 1:][again] = 0
     found = np.zeros_like(numbers)
     np.put_along_axis(found, order, ordered, 1)
     return found

@@ -28,8 +28,6 @@ class ReadingRecipe(_Section):
     """Units of a text that are read, by the linear model all of them; of a longer one its first and its last half."""
     orders: Annotated[int, Field(ge=1, le=5)] = 3
     """Each place is read with the units after it, up to so many together; 1: alone."""
-    rows: Annotated[int, Field(ge=64, le=1 << 22)] = 262_144
-    """Of the linear model's table of each order above 1; sequences of units share them by a hash."""
 
 
 class TextModelRecipe(_Section):

@@ -3,7 +3,7 @@
 A run's directory:
 
 ``recipe.toml``         as it was given
-``tokenizer.json``      units
+``tokenizer.json``, ``ngrams.npy``   units and n-grams
 ``last.safetensors``    where training stands; resumed from
 ``best.safetensors``    the weights
 ``run.json``            classes, what it was trained on, curve
@@ -31,7 +31,7 @@ from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_
 from trirank_build.progress import working
 from trirank_build.text.classifier import TextClassifier
 from trirank_build.text.corpus import Corpus
-from trirank_build.text.linear import fit_linear
+from trirank_build.text.linear import fit_linear, presence
 from trirank_build.text.reading import HIDDEN, PADDING, Reader
 from trirank_build.text.recipe import LabelsRecipe, MaskingRecipe, TextRecipe, load_text_recipe
 from trirank_build.training.distributed import ranks
@@ -39,7 +39,7 @@ from trirank_build.training.loop import Loop, Phase
 
 RECIPE, BEST, RUN = "recipe.toml", "best.safetensors", "run.json"
 MASKING, LABELS = "masked_units", "labels"
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 """How much the linear model counts; validation chooses."""
 _BATCH = 256
 _RANDOM_SHARE, _KEPT_SHARE = 0.1, 0.1
@@ -115,7 +115,7 @@ def logits_of(model: TextClassifier, reader: Reader, units: NDArray[np.int32]) -
     for start in range(0, len(units), _BATCH):
         part = order[start : start + _BATCH]
         with torch.inference_mode():
-            logits = model(**tensors(reader.inputs(units[part], model.length))).numpy()
+            logits = model(**tensors(reader.inputs(units[part], model.length, model.rows))).numpy()
         if not found.shape[1]:
             found = np.zeros((len(units), logits.shape[1]), np.float32)
         found[part] = logits
@@ -193,7 +193,7 @@ class Masking(_OfTexts):
         shown = np.where(wanted & (how < _RANDOM_SHARE), other, shown)
         shown = np.where(wanted & (how > 1 - _KEPT_SHARE), units, shown).astype(np.int32)
         return {
-            "fields": torch.from_numpy(self._reader.fields(shown)),
+            "fields": torch.from_numpy(self._reader.fields(self._reader.hashes(shown), self._model.rows)),
             "at": torch.from_numpy(np.flatnonzero(wanted)),
             "chosen": torch.from_numpy(units[wanted].astype(np.int64)),
         }
@@ -229,7 +229,7 @@ class Labelling(_OfTexts):
         """Texts with their labels."""
         units = self._units[which].copy()
         units[(rng.random(units.shape) < self.settings.hidden_units) & (units != PADDING)] = HIDDEN
-        inputs = tensors(self._reader.inputs(units, self._model.length))
+        inputs = tensors(self._reader.inputs(units, self._model.length, self._model.rows))
         return inputs | {"labels": torch.from_numpy(self._labels[which])}
 
     def validate(self) -> float:
@@ -298,9 +298,9 @@ def _add_linear(
     """Put the linear model into the classifier; gives accuracies on validation: of the encoder alone, of the linear
     model alone, of both, and how much the linear one counts."""
     (texts, labels), (judged, truth) = train, valid
-    fields = [reader.fields(texts), reader.fields(judged)]
-    linear = fit_linear(fields[0], labels, fields[1], truth, reader.size, classes)
-    own, theirs = logits_of(model, reader, judged), linear.logits(fields[1])
+    told = [presence(reader, units) for units in (texts, judged)]
+    linear = fit_linear(told[0], labels, told[1], truth, classes)
+    own, theirs = logits_of(model, reader, judged), linear.logits(told[1])
     found = {share: float(((own + share * theirs).argmax(1) == truth).mean()) for share in SHARES}
     share = max(found, key=lambda each: found[each])
     with torch.no_grad():
