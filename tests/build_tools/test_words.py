@@ -255,3 +255,38 @@ def test_a_damaged_word_list_is_refused(searched, tmp_path):
     (tmp_path / "f" / "words" / "words.json").write_text("{")
     with pytest.raises(InvalidRelease, match="assemble again"):
         Features.load(tmp_path / "f")
+
+
+def test_a_release_understands_what_its_training_understood(searched, tmp_path):
+    """Trained, exported, assembled: the stages of the release pack what training packed, and rank by it."""
+    from trirank import contract
+    from trirank_backend.pipeline import Pipeline
+    from trirank_build.repository.assemble import assemble
+    from trirank_build.repository.release import graph_place
+    from trirank_build.repository.reports import export_run
+    from trirank_build.training.trainer import train
+
+    run = train(RECIPE.changed({"training.epochs": 1}), searched, tmp_path / "run")
+    export_run(run, tmp_path / "ranker.onnx")
+    release = assemble(run, searched, tmp_path / "ranker.onnx", tmp_path / "releases", engine="onnxruntime")
+    words = release / "features" / "words"
+    assert (words / "told.npy").is_file()
+    assert not list(words.glob("fold-*"))  # which training alone reads
+    pipeline = Pipeline.load(release, release / graph_place("ensemble"), "onnxruntime")
+    examples = Examples.read(searched, "valid", run.features)
+    for at in range(3):
+        count = int((examples.rows[at] >= 0).sum())
+        bucket = contract.bucket_for(count)
+        ids, scores = np.full((1, bucket), contract.PAD_ITEM_ID, np.int64), np.zeros((1, bucket), np.float32)
+        ids[0, :count], scores[0, :count] = examples.ids[examples.rows[at, :count]], examples.scores[at, :count]
+        request = {
+            "USER_ID": np.array([[contract.ANONYMOUS_USER]], np.int64), "ITEM_IDS": ids,
+            "TOP_K": np.array([[count]], np.int32), "SCENARIO": np.array([[b"search"]], object),
+            "QUERY": np.array([[examples.queries[at].encode()]], object), "RETRIEVAL_SCORES": scores,
+        }  # fmt: skip
+        prepared = pipeline._preprocess([request])[0]
+        trained = examples.whole(np.array([at])).packed.dense[0, :count]
+        np.testing.assert_allclose(prepared.ranker["dense"][0, :count], trained, atol=1e-5)
+        assert trained[:, len(DENSE) :].any()
+        assert len(pipeline([request])) == 1
+    pipeline.close()

@@ -280,7 +280,7 @@ def _request(
     ids, keys = dataset.description.ids, {}
     if ids["item"] == "strings":
         keys = dict(dataset.items.filter(pl.col("item_id").is_in(items)).select("item_id", "key").iter_rows())
-    named = user if ids["user"] == "numbers" else stable_id(f"recorded request {user}")
+    named = user if ids.get("user", "numbers") == "numbers" else stable_id(f"recorded request {user}")
     return {
         "user_id": ANONYMOUS_USER if user is None else named,
         "timestamp": moment // _DAY_S * _DAY_S if dataset.description.timed else moment,

@@ -76,7 +76,7 @@ def prepare_judged_search(path: Path, options: PrepareOptions) -> Dataset:
                 "judgements": table.height,
             },
             cleaning=report.rows,
-            ids={"item": kind},
+            ids={"item": kind, "user": "numbers"},
             notes={"read": report.notes},
         ),
     )
