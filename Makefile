@@ -67,7 +67,9 @@ bench: install
 	$(BIN)/python benchmarks/scenarios.py
 	$(BIN)/python benchmarks/closed_loop.py
 	$(BIN)/python benchmarks/hops.py
+	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/text.py
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/hot_swap.py
