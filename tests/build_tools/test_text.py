@@ -125,7 +125,7 @@ def test_readers_give_units_and_what_stands_together(units):
     assert not read[1].any()
     found = reader.inputs(read, 6, 64)
     fields, grams = found["fields"], found["grams"]
-    assert fields.shape == (4, 6, 3)
+    assert fields.shape == (4, 6, 4)
     assert (fields[..., 0] == read).all()
     assert ((fields[..., 1:] == 0) | (fields[..., 1:] >= reader.units)).all()
     assert fields.max() < reader.units + 64
@@ -157,8 +157,8 @@ def test_the_encoder_sees_a_long_texts_ends_and_the_linear_model_all_of_it():
     letters = {unit: letter for letter, unit in reader.tokenizer.get_vocab().items()}
     seen = ["".join(letters[unit] for unit in row if unit) for row in found["fields"][..., 0]]
     assert seen == ["abij", "abc"]
-    assert found["grams"].shape == (2, 30)
-    assert (found["grams"][0] > 0).sum() == 10 + 9 + 8
+    assert found["grams"].shape == (2, 40)
+    assert (found["grams"][0] > 0).sum() == 10 + 9 + 8 + 7
 
 
 def test_masks_hide_what_is_to_be_found():

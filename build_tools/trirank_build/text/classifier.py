@@ -21,9 +21,9 @@ class TextClassifier(nn.Module):
     """fields [B, L, F], grams [B, G] int32 → logits [B, C].
 
     A logit is the sum of what the encoder says (a weighted mean of its states, and their largest numbers) and of what
-    a linear model says of all units and n-grams of the text, weighted by rarity and divided by the length of that
-    vector (TF-IDF). The linear model is fitted by itself (trirank_build.text.linear), since beside one that knows the
-    training texts nothing would be left for the encoder to learn; it is zero until then.
+    a linear model says of all units and n-grams of the text, divided by the root of how many there are. The linear
+    model is fitted by itself (trirank_build.text.linear), since beside one that knows the training texts nothing would
+    be left for the encoder to learn; it is zero until then.
 
     Args:
         size: numbers of the linear model.
@@ -37,7 +37,7 @@ class TextClassifier(nn.Module):
         # Most rows are those of n-grams, of which a batch has few.
         self.embedding = nn.Embedding(units + recipe.rows, dim, padding_idx=0, sparse=True)
         self.linear = nn.Embedding(size, classes + 1, padding_idx=0)
-        """Of each unit and n-gram its weights, and the square of its rarity."""
+        """Of each unit and n-gram its weights, and whether it counts."""
         nn.init.zeros_(self.linear.weight)
         self.linear.requires_grad_(False)
         nn.init.normal_(self.embedding.weight, std=STD)

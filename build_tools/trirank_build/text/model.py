@@ -203,8 +203,8 @@ def compress_text(run: TextRun, corpus: Corpus, out: Path, allow_failing: bool =
 
 
 def quantised(model: TextClassifier, reader: Reader, texts: list[str], settings: SmallerRecipe) -> nn.Module:
-    """The classifier on INT8 products and tables; the linear model's weights in FP16, since a row holds a rarity beside
-    them."""
+    """The classifier on INT8 products and tables; the linear model's weights in FP16, of which many are
+    near zero."""
     small: nn.Module = copy.deepcopy(model)
     assert isinstance(small, TextClassifier)
     del small.found  # of masked training alone

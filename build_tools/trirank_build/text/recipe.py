@@ -20,13 +20,13 @@ class _Section(BaseModel):
 class ReadingRecipe(_Section):
     """How a text becomes numbers."""
 
-    units: Literal["characters", "subwords"] = "subwords"
+    units: Literal["characters", "subwords"] = "characters"
     """What a text is cut into."""
     vocabulary: Annotated[int, Field(ge=100, le=100_000)] = 8_000
     """Different units that are known."""
     length: Annotated[int, Field(ge=4, le=4_096)] = 512
     """Units of a text that are read, by the linear model all of them; of a longer one its first and its last half."""
-    orders: Annotated[int, Field(ge=1, le=5)] = 3
+    orders: Annotated[int, Field(ge=1, le=5)] = 4
     """Each place is read with the units after it, up to so many together; 1: alone."""
 
 
@@ -45,7 +45,7 @@ class TextModelRecipe(_Section):
     """Transformer blocks, the ranker's own."""
     ffn: PositiveInt = 192
     """Width of the feed-forward layers."""
-    dropout: Share = 0.2
+    dropout: Share = 0.3
     """Share of activations that are left out in training."""
 
     @model_validator(mode="after")
@@ -58,7 +58,7 @@ class TextModelRecipe(_Section):
 class MaskingRecipe(_Section):
     """What is learned from texts without their labels: which unit is hidden (BERT's way, Devlin et al. 2019)."""
 
-    epochs: Annotated[int, Field(ge=0)] = 4
+    epochs: Annotated[int, Field(ge=0)] = 2
     """0: none."""
     patience: PositiveInt = 2
     batch_size: PositiveInt = 64
@@ -71,7 +71,7 @@ class MaskingRecipe(_Section):
 class LabelsRecipe(_Section):
     """How it learns the labels."""
 
-    epochs: PositiveInt = 6
+    epochs: PositiveInt = 3
     patience: PositiveInt = 2
     """Epochs without a better accuracy on validation before it stops."""
     batch_size: PositiveInt = 64
