@@ -180,6 +180,7 @@ class Judged(NamedTuple):
     ranker: NDArray[np.float64]
     trees: NDArray[np.float64]
     chosen: str
+    chosen_by_trees: str
 
 
 def judge_home_depot(name: str, dataset: Dataset, more: dict[str, Any] | None = None) -> Judged:
@@ -199,7 +200,7 @@ def judge_home_depot(name: str, dataset: Dataset, more: dict[str, Any] | None = 
         rows = [of_scores(s["test"], test) for s in (scores, trees)]
         found.append((label, *mean, *rows, of_scores(test.scores, test)))
     ranker, trees_of = max(found, key=lambda row: row[1]), max(found, key=lambda row: row[2])
-    return Judged(ranker[5], ranker[3], trees_of[4], ranker[0])
+    return Judged(ranker[5], ranker[3], trees_of[4], ranker[0], trees_of[0])
 
 
 def of_scores(scores: NDArray[np.float32], examples: Examples) -> NDArray[np.float64]:
@@ -210,7 +211,8 @@ def of_scores(scores: NDArray[np.float32], examples: Examples) -> NDArray[np.flo
     return metrics.ndcg(gains, metrics.ideal_gains(examples.labels, examples.missed))
 
 
-FOLDS = 5
+FOLDS, VALID_SHARE = 5, 0.25
+"""Of cross-validation, and of each fold's training queries those that choose: few of them choose by chance."""
 ENCODER = WORK / "encoder"
 """A text encoder in the shape of sentence-transformers, where somebody put one (benchmarks/encoder.py makes it)."""
 
@@ -221,20 +223,23 @@ def _fold(query: str, fold: int) -> str:
         return ""
     if int(place_of(query, 101) * FOLDS) == fold:
         return "test"
-    return "valid" if place_of(query, 202) < 0.12 else "train"
+    return "valid" if place_of(query, 202) < VALID_SHARE else "train"
 
 
 def _untouched(query: str) -> str:
     """All that choices were made on trains, the rest is judged, once."""
     if place_of(query, PrepareOptions().seed) >= UNTOUCHED_FROM:
         return "test"
-    return "valid" if place_of(query, 202) < 0.12 else "train"
+    return "valid" if place_of(query, 202) < VALID_SHARE else "train"
 
 
 def _gains(found: list[Judged], label: str, note: str) -> list[Figure]:
     bm25, ranker, trees = (np.concatenate([getattr(j, n) for j in found]) for n in ("bm25", "ranker", "trees"))
-    chosen = ", ".join(judged.chosen for judged in found)
-    note = f"paired difference over {len(bm25):,} queries, {note}; features chosen on validation: {chosen}"
+    chosen, by_trees = (sorted({getattr(judged, n) for judged in found}) for n in ("chosen", "chosen_by_trees"))
+    note = (
+        f"paired difference over {len(bm25):,} queries, {note}; chosen on validation by the ranker: "
+        f"{', '.join(chosen)}, by LambdaMART: {', '.join(by_trees)}"
+    )
     return [
         Figure(f"home_depot{label}_gain_over_bm25", *mean_interval(ranker - bm25), "NDCG@10", note),
         Figure(f"home_depot{label}_gain_over_lambdamart", *mean_interval(ranker - trees), "NDCG@10", note),

@@ -109,7 +109,8 @@ def orders() -> str:
         f"{verdict} On the shop it reaches {of_optimum.value:.3f} ({of_optimum.low:.3f} to {of_optimum.high:.3f}) of "
         "the best possible order. On Home Depot, by cross-validation over queries with features chosen inside the "
         f"folds, it is {folds.value:+.4f} ({folds.low:+.4f} to {folds.high:+.4f}) above BM25 and {trees.value:+.4f} "
-        f"({trees.low:+.4f} to {trees.high:+.4f}) above LambdaMART with the same features.",
+        f"({trees.low:+.4f} to {trees.high:+.4f}) above LambdaMART, each with the features that validation chose "
+        "for it.",
     ])  # fmt: skip
 
 

@@ -125,12 +125,27 @@ def test_an_encoder_of_another_width_is_refused_with_both(judged, tmp_path):
         Features.load(tmp_path / "features")
 
 
+def pooling(folder, mode):
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({mode: True, "word_embedding_dimension": 8}))
+
+
+def test_the_graph_may_lie_where_sentence_transformers_puts_it(tmp_path):
+    folder = make_encoder(tmp_path / "encoder")
+    (folder / "onnx").mkdir()
+    (folder / "model.onnx").rename(folder / "onnx" / "model.onnx")
+    assert SentenceEncoder(folder).width == 8
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda f: (f / "model.onnx").unlink(), "holds no text encoder"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "holds no text encoder"),
         (lambda f: (f / "model.onnx").write_bytes(b"no graph"), "holds no text encoder"),
+        (lambda f: (f / "model.onnx_data").write_bytes(b""), "keeps its weights beside it"),
+        (lambda f: (f / "2_Dense").mkdir(), "which the graph must contain"),
+        (lambda f: pooling(f, "pooling_mode_max_tokens"), "asks for pooling_mode_max_tokens"),
     ],
 )
 def test_a_damaged_encoder_is_refused(tmp_path, spoil, said):
@@ -148,7 +163,6 @@ def test_a_graph_that_takes_something_else_is_refused(tmp_path):
 
 def test_the_first_state_is_taken_where_the_pooling_says_so(tmp_path):
     folder = make_encoder(tmp_path / "encoder")
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    pooling(folder, "pooling_mode_cls_token")
     found = SentenceEncoder(folder).encode(["hose lamp", "hose"])
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import polars as pl
@@ -20,7 +21,7 @@ from trirank_build.text.model import TextModel, compress_text, label_table
 from trirank_build.text.reading import HIDDEN, PADDING, Reader
 from trirank_build.text.recipe import ReadingRecipe, TextRecipe, load_text_recipe
 from trirank_build.text.reviews import with_reviews
-from trirank_build.text.training import Masking, TextRun, logits_of, make_classifier, train_text
+from trirank_build.text.training import Labelling, Masking, TextRun, logits_of, make_classifier, train_text
 
 GOOD, BAD = ("wonderful", "excellent", "sturdy", "很好", "schön"), ("broken", "awful", "flimsy", "很差", "kaputt")
 THINGS = ("lamp", "hose", "backpack", "keyboard", "灯", "Lampe")
@@ -77,6 +78,21 @@ def test_a_text_and_its_repetitions_are_in_one_part_and_parts_have_all_classes(t
     assert one.digest == other.digest
     assert {len(set(one.part(name)[1].tolist())) for name in ("train", "valid", "test")} == {2}
     assert [len(one.part(name)[0]) for name in ("train", "valid", "test")] == pytest.approx([480, 60, 60], abs=25)
+
+
+def test_texts_that_are_read_alike_are_in_one_part(tmp_path):
+    rows = [(f"Text Number {i}", i % 2) for i in range(200)] + [(f"text  number {i}", i % 2) for i in range(200)]
+    pl.DataFrame(rows, schema=["text", "label"], orient="row").write_csv(tmp_path / "t.csv")
+    found = read_corpus(tmp_path / "t.csv", "labels")
+    part = dict(zip(found.texts, found.split.tolist(), strict=True))
+    assert all(part[f"Text Number {i}"] == part[f"text  number {i}"] for i in range(200))
+
+
+def test_labels_of_few_texts_are_in_every_part(tmp_path):
+    rows = [(f"text {label} {i}", f"label {label}") for label in range(30) for i in range(12)]
+    pl.DataFrame(rows, schema=["text", "label"], orient="row").write_csv(tmp_path / "t.csv")
+    found = read_corpus(tmp_path / "t.csv", "labels")
+    assert all(len(set(found.part(name)[1].tolist())) == 30 for name in ("train", "valid", "test"))
 
 
 def test_a_text_with_two_labels_teaches_nothing(table, tmp_path):
@@ -216,6 +232,12 @@ def test_a_stopped_training_goes_on_and_another_one_is_not_overwritten(trained, 
     corpus, run = trained
     again = train_text(corpus, TINY, run.directory, task="sentiment", source="x")
     assert again.facts == run.facts
+    smaller = TINY.model_copy(update={"compression": TINY.compression.model_copy(update={"calibration_texts": 7})})
+    assert (
+        train_text(corpus, smaller, run.directory, task="sentiment", source="x").recipe.compression.calibration_texts
+        == 7
+    )
+    assert train_text(corpus, TINY, run.directory, task="sentiment", source="x").recipe == TINY
     other = TINY.model_copy(update={"seed": 8})
     with pytest.raises(BadCheckpoint, match="say --fresh to replace it"):
         train_text(corpus, other, run.directory, task="sentiment", source="x")
@@ -224,6 +246,33 @@ def test_a_stopped_training_goes_on_and_another_one_is_not_overwritten(trained, 
         train_text(corpus, TINY, tmp_path, task="sentiment", source="x", fresh=True)
     with pytest.raises(BadCheckpoint, match="trirank text train TASK FILE"):
         TextRun.load(tmp_path)
+
+
+def test_a_killed_training_goes_on_where_it_stood(trained, tmp_path, monkeypatch):
+    corpus, run = trained
+    labelled = Labelling.validate
+
+    def killed(phase):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return labelled(phase)
+
+    seen: list[int] = []
+    monkeypatch.setattr(Labelling, "validate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_text(corpus, TINY, tmp_path / "run", task="sentiment", source="x")
+    monkeypatch.undo()
+    again = train_text(corpus, TINY, tmp_path / "run", task="sentiment", source="x")
+    assert [point["valid_accuracy"] for point in again.facts["curve"] if "valid_accuracy" in point] == [
+        point["valid_accuracy"] for point in run.facts["curve"] if "valid_accuracy" in point
+    ]
+
+
+def test_several_processes_are_refused(trained, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadUsage, match="by one process"):
+        train_text(trained[0], TINY, tmp_path / "run", task="sentiment", source="x")
 
 
 def test_metrics_are_those_of_the_books():
@@ -246,7 +295,7 @@ def test_the_page_shows_texts_as_texts(tmp_path):
     page = (tmp_path / "p.html").read_text()
     assert evil not in page
     assert "&lt;script&gt;" in page
-    assert "http" not in page.replace("https://", "http://").split("<style>")[0]
+    assert not re.findall(r"(?:src|href)=|url\(", page)
 
 
 def test_compression_keeps_what_it_promises_and_is_smaller(small):
@@ -312,7 +361,7 @@ def test_a_damaged_model_is_refused(small, tmp_path):
 
 def test_a_table_is_labelled_row_by_row(small, tmp_path):
     _, model, _ = small
-    pl.DataFrame({"id": [1, 2, 3], "text": ["the lamp is wonderful", "", "the hose is awful"]}).write_csv(
+    pl.DataFrame({"id": [1, 2, 3], "text": ["the lamp is wonderful", "\x1f", "the hose is awful"]}).write_csv(
         tmp_path / "t.csv"
     )
     assert label_table(model, tmp_path / "t.csv", tmp_path / "out.csv") == (2, 1)
@@ -358,6 +407,19 @@ def test_reviews_become_columns_of_the_items(shop, tmp_path):
     assert not sentiment[-1]
 
 
+def test_numbers_of_reviews_stay_of_a_size(shop, tmp_path):
+    from trirank_build.features.vocabulary import Vocabulary
+
+    items = shop.items.with_columns(pl.lit(0.8).alias(SENTIMENT), pl.lit(10, pl.Int64).alias(REVIEWS))
+    counts = np.ones(items.height, np.int64)
+    fitted = Vocabulary.fit(items, counts, 0)
+    later = items.with_columns(pl.lit(0.79).alias(SENTIMENT), pl.lit(1_000, pl.Int64).alias(REVIEWS))
+    assert np.abs(fitted.numbers(items, counts)[:, 2:]).max() < 2
+    assert np.abs(fitted.numbers(later, counts)[:, 2:]).max() < 5
+    without = Vocabulary.fit(shop.items, counts, 0)
+    assert not without.numbers(later, counts)[:, 2:].any()  # the ranker has never seen anything but zeros there
+
+
 def test_reviews_are_kept_when_a_dataset_is_written(shop, tmp_path):
     ids = write_reviews(tmp_path / "r.csv", shop)
     with_reviews(shop, tmp_path / "r.csv").save(tmp_path / "data")
@@ -368,7 +430,7 @@ def test_reviews_are_kept_when_a_dataset_is_written(shop, tmp_path):
 def test_reviews_of_the_future_are_left_out(shop, tmp_path):
     late = shop.requests.filter(pl.col("split") != "train").select(pl.col("timestamp").min()).collect().item()
     ids = write_reviews(tmp_path / "r.csv", shop, timestamp=[late - 10] * 5 + [late + 10] * 5)
-    found = with_reviews(shop, tmp_path / "r.csv")
+    found = with_reviews(shop, tmp_path / "r.csv", max_loss=1)
     assert found.items.filter(pl.col("item_id") == ids[0])[REVIEWS].item() == 5
     assert any("5 reviews were written after training's end" in note for note in found.description.notes["read"])
 

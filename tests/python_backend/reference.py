@@ -82,29 +82,29 @@ class ReferencePacker:
         valid = rows >= 0
         dense = np.zeros((*rows.shape, len(DENSE)), np.float32)
         flags = np.zeros((*rows.shape, len(_SIGNALS)), np.int32)
-        dense[..., :2] = catalogue.dense[rows]
+        dense[..., :4] = catalogue.dense[rows]
         if (given := ~np.isnan(batch.retrieval_scores)).any():
-            dense[..., 2:6] = _retrieval(batch.retrieval_scores, given & valid)
+            dense[..., 4:8] = _retrieval(batch.retrieval_scores, given & valid)
         if self.spec.timed:
             created = catalogue.created_at[rows]
             days = np.maximum(batch.timestamps[:, None] - created, 0) / DAY_S
             known = created > 0
-            dense[..., 6] = np.where(known, np.log1p(days) / 5, 0)
+            dense[..., 8] = np.where(known, np.log1p(days) / 5, 0)
             flags[..., 0] = known & (days < NEW_DAYS)
         if (batch.history_rows >= 0).any():
             seen, purchased = self._seen(batch, candidates, history)
-            dense[..., 7:11] = np.log1p(seen)
+            dense[..., 9:13] = np.log1p(seen)
             flags[..., 1:5] = seen > 0
             flags[..., 5] = purchased
         if batch.query.any() and catalogue.titles.shape[1]:
-            dense[..., 11:17] = self._text_match(catalogue.titles[rows], batch.query)
-            dense[..., 17:21] = _fuzzy_match(catalogue.trigrams[rows], batch.words)
-            dense[..., 11:21] *= batch.query.any(1)[:, None, None]  # others of the batch may have no query
-            flags[..., 6] = dense[..., 11] >= MATCH_COVERAGE
-        dense[..., 21] = np.einsum("bl,bln->bn", _ages(batch.history_rows, 0.6),
+            dense[..., 13:19] = self._text_match(catalogue.titles[rows], batch.query)
+            dense[..., 19:23] = _fuzzy_match(catalogue.trigrams[rows], batch.words)
+            dense[..., 13:23] *= batch.query.any(1)[:, None, None]  # others of the batch may have no query
+            flags[..., 6] = dense[..., 13] >= MATCH_COVERAGE
+        dense[..., 23] = np.einsum("bl,bln->bn", _ages(batch.history_rows, 0.6),
                                    self._follows[batch.history_rows[:, :, None], rows[:, None, :]])  # fmt: skip
         taste = np.einsum("bl,blv->bv", _ages(batch.history_rows, 0.8), self._tastes[batch.history_rows])
-        dense[..., 22] = np.einsum("bv,bnv->bn", taste, self._tastes[rows])
+        dense[..., 24] = np.einsum("bv,bnv->bn", taste, self._tastes[rows])
         dense *= valid[..., None]
         return dense, np.where(valid, catalogue.signals[rows] | flags @ _SIGNALS, 0).astype(np.int32, copy=False)
 

@@ -259,14 +259,20 @@ class Examples:
             self._understand(at, queries)
 
     def _understand(self, at: slice, queries: list[str]) -> None:
-        folds = self._features.folds if self._split == "train" else ()
-        read = self._features.text.understood(queries)
-        self._fold[at] = [fold_of(query) if folds and query else -1 for query in queries]
-        for fold, features in enumerate(folds):  # of which the words are the same, and their neighbours others
-            own = np.flatnonzero(self._fold[at] == fold)
-            read.vectors[own] = features.text.understood([queries[each] for each in own]).vectors
-        for column, values in zip(self._understood, read, strict=True):
-            column[at] = values
+        """Read queries; those of training with lessons that they have no part in."""
+        reader, folds = self._features.text.reader, self._features.folds if self._split == "train" else ()
+        assert reader is not None
+        whole = QueryWords._make(column[at] for column in self._understood)
+        of_fold = np.array([fold_of(reader.key(query)) if folds and query else -1 for query in queries], np.int8)
+        self._fold[at] = of_fold
+        for fold in np.unique(of_fold):
+            own = np.flatnonzero(of_fold == fold)
+            texts = [queries[each] for each in own]
+            told = (self._features if fold < 0 else folds[fold]).text.understood(texts)
+            if fold >= 0 and whole.encoded.shape[1]:
+                told = told._replace(encoded=reader.encoded(texts))
+            for column, values in zip(whole, told, strict=True):
+                column[own] = values
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -24,7 +24,7 @@ from trirank_backend.release import load_packer
 from trirank_backend.text import TextEncoder, title_trigrams
 from trirank_backend.words.lexicon import FOLDER as WORDS
 from trirank_backend.words.lexicon import Lessons, load_words
-from trirank_backend.words.queries import QueryReader
+from trirank_backend.words.queries import LONGEST, QueryReader
 from trirank_backend.words.spelling import Speller
 
 from trirank_build.baselines.popularity import popularity
@@ -33,8 +33,10 @@ from trirank_build.errors import BadData
 from trirank_build.features.transitions import count_transitions, training_sequences
 from trirank_build.features.vocabulary import Vocabulary
 from trirank_build.privacy.budget import private_counts
+from trirank_build.privacy.queries import shared
+from trirank_build.progress import warn
 from trirank_build.recipe import FeatureRecipe, PrivacyRecipe
-from trirank_build.words.lessons import REQUESTS, Judged, fit_lessons, load_folds
+from trirank_build.words.lessons import PAIRS, Judged, fit_lessons, load_folds
 from trirank_build.words.lexicon import fit_lexicon, refreshed_lexicon
 
 TITLES = 1_000_000
@@ -42,6 +44,8 @@ TITLES = 1_000_000
 _CHUNK = 65_536
 """Titles and queries that are in memory as Python's strings at a time."""
 _FIELDS = ("item", "brand", "category", "price")
+_ASKED = 5
+"""Users that have asked a query before a release keeps its vector."""
 POPULAR_SHARE = 0.05
 """The most chosen share of items counts as popular."""
 
@@ -160,6 +164,8 @@ def fit_features(
     words = np.concatenate([catalogue.titles, catalogue.fields[:, attributes]], 1)[:-1]
     np.save(directory / "token_idf.npy", _idf(words, spec.vocabulary_size))
     _transitions(dataset, catalogue, spec).save(directory)
+    if recipe.words and not spec.words:
+        warn("features.words: the catalogue has no titles, so there are no words to understand")
     if spec.words:
         encoder = Path(recipe.encoder) if recipe.encoder else None
         _fit_words(dataset, catalogue, spec.words, directory / WORDS, encoder)
@@ -171,24 +177,29 @@ def _fit_words(dataset: Dataset, catalogue: Catalogue, language: str, directory:
     lexicon = fit_lexicon(dataset.items["title"], language, directory, encoder)
     words = len(lexicon.rarity) - 1
     reader = QueryReader(load_words(directory), language, Speller.load(directory), lexicon, Lessons.none(words))
-    parts: list[pl.DataFrame] = []
-    for chunk in dataset.chunks("train", _CHUNK, ("query", "item_ids", "labels")):
-        parts.append(chunk.filter(pl.col("query") != ""))
-        if sum(part.height for part in parts) >= REQUESTS:
-            break
-    requests = pl.concat(parts).head(REQUESTS) if parts else pl.DataFrame()
-    queries = requests["query"].to_list() if parts else []
-    candidates = requests.explode("item_ids", "labels") if queries else None
-    sizes = requests["item_ids"].list.len().to_numpy() if queries else np.zeros(0, np.int64)
-    judged = Judged(
-        queries=queries,
-        request=np.repeat(np.arange(len(queries)), sizes),
-        rows=catalogue.rows(candidates["item_ids"].to_numpy()).astype(np.int64)
-        if candidates is not None else np.zeros(0, np.int64),
+    fit_lessons(_judged(dataset, catalogue), reader, directory)
+
+
+def _judged(dataset: Dataset, catalogue: Catalogue) -> Judged:
+    """Training requests with queries, some by chance where there are many."""
+    asked = dataset.requests.filter((pl.col("split") == "train") & (pl.col("query") != ""))
+    sizes = asked.select(pl.col("item_ids").list.len()).collect().to_series().to_numpy().astype(np.int64)
+    order = np.random.default_rng(0).permutation(len(sizes))
+    kept = np.zeros(len(sizes), bool)
+    kept[order[np.cumsum(sizes[order]) <= PAIRS]] = True
+    columns = asked.select(pl.col("query").str.slice(0, LONGEST), "item_ids", "labels")
+    requests = columns.filter(pl.Series(kept)).collect() if len(kept) else columns.collect()
+    # A query that few have asked is kept by itself where nobody is behind it: where people judged.
+    told = frozenset(shared(asked, _ASKED)) if dataset.events.height else None
+    candidates = requests.explode("item_ids", "labels")
+    return Judged(
+        queries=requests["query"].to_list(),
+        request=np.repeat(np.arange(requests.height), sizes[kept]),
+        rows=catalogue.rows(candidates["item_ids"].to_numpy()).astype(np.int64),
+        labels=candidates["labels"].to_numpy(),
         categories=catalogue.fields[:, _FIELDS.index("category")],
-        labels=candidates["labels"].to_numpy() if candidates is not None else np.zeros(0, np.float32),
-    )  # fmt: skip
-    fit_lessons(judged, reader, directory)
+        told=told,
+    )
 
 
 def refresh_features(trained: Path, dataset: Dataset, directory: Path) -> Features:

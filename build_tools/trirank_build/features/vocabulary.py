@@ -18,6 +18,8 @@ from trirank_build.errors import BadCheckpoint
 
 PRICE_BUCKETS = 20
 FILE = "vocabulary.npz"
+_LEAST_SENTIMENT = 0.05
+"""Deviation of shares that are all but alike: a later one that differs a little would be far outside."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Vocabulary:
         price_edges: [E] of quantile buckets of log prices.
         price: [2] mean and deviation of log prices; empty: no price was known.
         popularity: [2] mean and deviation of log1p of how often an item was chosen.
-        reviews: [3] mean and deviation of the share of positive reviews, deviation of log1p of their number; empty: no
-            item has any.
+        reviews: [3] mean and deviation of the share of positive reviews, mean log1p of their number, of items that have
+            some; empty: none has any.
         attribute_slots: [1] attributes of an item that are kept.
     """
 
@@ -115,16 +117,17 @@ class Vocabulary:
 
     def numbers(self, items: pl.DataFrame, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         """[M, 4] standardised log price (0: not known), standardised log popularity, standardised share of positive
-        reviews (0: it has none), log1p of their number by its deviation."""
+        reviews (0: it has none), log1p of their number by its mean."""
         log = _log_prices(items)
         mean, deviation = self.price if len(self.price) else (0.0, 1.0)
         price = np.where(np.isfinite(log) & (len(self.price) > 0), (log - mean) / deviation, 0)
         mean, deviation = self.popularity
         popularity = (np.log1p(counts) - mean) / deviation if deviation > 0 else np.zeros(len(counts))
         sentiment, number = _reviews(items)
+        known = (number > 0) & (len(self.reviews) > 0)
         mean, deviation, of_number = self.reviews if len(self.reviews) else (0.0, 1.0, 1.0)
-        sentiment = np.where((number > 0) & (len(self.reviews) > 0), (sentiment - mean) / deviation, 0)
-        return np.stack([price, popularity, sentiment, np.log1p(number) / of_number], 1)
+        sentiment = np.where(known, (sentiment - mean) / deviation, 0)
+        return np.stack([price, popularity, sentiment, np.where(known, np.log1p(number) / of_number, 0)], 1)
 
     def save(self, directory: Path) -> None:
         """Write ``vocabulary.npz``."""
@@ -175,9 +178,8 @@ def _of_reviews(items: pl.DataFrame) -> NDArray[np.float64]:
     known = number > 0
     if not known.any():
         return np.zeros(0)
-    return np.array([
-        sentiment[known].mean(), max(float(sentiment[known].std()), 1e-6), max(float(np.log1p(number).std()), 1e-6)
-    ])  # fmt: skip
+    mean, deviation = sentiment[known].mean(), float(sentiment[known].std())
+    return np.array([mean, max(deviation, _LEAST_SENTIMENT), np.log1p(number[known]).mean()])
 
 
 def _places_of_words(known: NDArray[np.str_], values: pl.Series) -> NDArray[np.int64]:

@@ -63,6 +63,8 @@ class Place(NamedTuple):
 PLACES = (
     Place("a request to `rank` (in memory, and in no log unless asked for)",
           tuple(spec.name.lower() for spec in contract.INPUTS), "while it is answered", "nothing is kept"),
+    Place("queries of a release that understands words (in memory)", ("query",),
+          "the last 16,384 different ones", "end of the process"),
     Place("feedback (in memory)", Event._fields, "until it is in the store", "nothing is kept"),
     Place("the user store: a user's past (`RECORD`)", ("user_id", *(RECORD.names or ())),
           f"the newest {contract.MAX_HISTORY:,} of each kind; Redis has up to three times as many",
@@ -81,7 +83,7 @@ PLACES = (
           "prepare it again without the user, or `--anonymise`"),
 )  # fmt: skip
 """All places that rows of persons lie in. A release has none: its recorded requests are of no user, and of queries that
-many have asked; its model is made of what all did."""
+many have asked, and so are the vectors of queries in its lessons on words; its model is made of what all did."""
 
 
 def unclassified() -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,7 @@ def read_corpus(
     classes = list(counts)
     texts = table["text"].to_list()
     labels = table["label"].replace_strict(classes, list(range(len(classes))), return_dtype=pl.Int64).to_numpy()
-    place = np.array([_place_of(each, seed) for each in texts])
-    split = ((place >= _TRAIN).astype(np.int8) + (place >= _VALID)).astype(np.int8)
-    for number, name in enumerate(SPLITS):
-        if lacking := sorted(set(range(len(classes))) - set(labels[split == number].tolist())):
-            raise BadData(
-                f"by chance no text of {', '.join(repr(classes[at]) for at in lacking)} is in the {name} part of "
-                f"{path}; bring more of them, leave them out, or say another --seed"
-            )
+    split = _split(texts, labels, seed)
     digest = hashlib.sha256()
     for each, own, part in zip(texts, labels.tolist(), split.tolist(), strict=True):
         digest.update(f"{part}\0{classes[own]}\0{each}\0".encode())
@@ -145,6 +139,24 @@ def _check_labels(counts: dict[str, Any], path: Path, column: str) -> None:
             f"{path}: {len(rare)} of {len(counts)} labels have fewer than {LEAST} different texts ({shown}); bring "
             "more of them, join them to others, or leave them out"
         )
+
+
+def _split(texts: list[str], labels: NDArray[np.int64], seed: int) -> NDArray[np.int8]:
+    """[R] by a hash of the text alone; texts that differ in case, width or blanks alone are in one part. Of a label
+    that chance leaves out of a part, the texts are divided in the order of their hashes."""
+    kin: dict[str, str] = {}
+    alike = [" ".join(unicodedata.normalize("NFKC", text).lower().split()) for text in texts]
+    for text, form in zip(texts, alike, strict=True):
+        kin[form] = min(kin.get(form, text), text)
+    place = np.array([_place_of(kin[form], seed) for form in alike])
+    split = np.asarray((place >= _TRAIN).astype(int) + (place >= _VALID), np.int8)
+    for label in range(int(labels.max()) + 1):
+        own: NDArray[np.int64] = np.flatnonzero(labels == label)
+        if len(np.unique(split[own])) < len(SPLITS):
+            order = own[np.argsort(place[own], kind="stable")]
+            share = np.arange(len(order)) / len(order)
+            split[order] = np.asarray((share >= _TRAIN).astype(int) + (share >= _VALID), np.int8)
+    return split
 
 
 def _place_of(text: str, seed: int) -> float:

@@ -105,7 +105,7 @@ def label_table(
     """
     table = read_table(path, Report(), encoding)
     column = text_column(table, path, text)
-    texts = table[column].cast(pl.String).fill_null("").str.strip_chars()
+    texts = pl.Series([text.strip() for text in table[column].cast(pl.String).fill_null("")], dtype=pl.String)
     there = np.flatnonzero((texts != "").to_numpy())
     labels: list[str | None] = [None] * table.height
     shares: list[float | None] = [None] * table.height

@@ -43,8 +43,8 @@ class Reader:
         """Numbers of the linear model: units, then n-grams."""
 
     @classmethod
-    def fit(cls, texts: list[str], recipe: ReadingRecipe) -> Reader:
-        """Learn units and n-grams from training texts."""
+    def fit(cls, texts: list[str], recipe: ReadingRecipe, most: int = 5_000_000) -> Reader:
+        """Learn units and n-grams, the ``most`` frequent ones at most, from training texts."""
         tokenizer: Tokenizer
         trainer: trainers.Trainer
         if recipe.units == "characters":
@@ -71,7 +71,10 @@ class Reader:
             new, count = np.unique(grams[grams > 0], return_counts=True)
             found, place = np.unique(np.concatenate([found, new]), return_inverse=True)
             often = np.bincount(place, np.concatenate([often, count])).astype(np.int64)
-        return cls(tokenizer, recipe, found[often > 1])
+        kept = np.flatnonzero(often > 1)
+        if len(kept) > most:
+            kept = np.sort(kept[np.argsort(-often[kept], kind="stable")[:most]])
+        return cls(tokenizer, recipe, found[kept])
 
     @classmethod
     def load(cls, directory: Path, recipe: ReadingRecipe) -> Reader:

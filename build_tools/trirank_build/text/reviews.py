@@ -21,6 +21,7 @@ from trirank_build.text.model import TextModel
 PRIOR = 5.0
 """Reviews of the usual kind that every item is taken to have besides: a single review says little."""
 JUDGED = ("positive", "sentiment")
+TIMES = ("timestamp", "time", "date", "written_at", "created_at")
 _CHUNK = 20_000
 
 
@@ -36,7 +37,7 @@ def with_reviews(
     """The dataset, whose items know the share of their reviews that are positive, and how many there are.
 
     Args:
-        path: a table with ``item_id`` and a review a row; with ``timestamp``, those after training's end are left out,
+        path: a table with ``item_id`` and a review a row; with one of TIMES, those after training's end are left out,
             since they would tell of the future.
         model: a classifier of sentiments; None: the table says itself, in ``positive``.
         text: its column of texts.
@@ -52,7 +53,7 @@ def with_reviews(
         other = next((name for name in NAMES_OF_ID if name in table.columns), None)
         table = table if other is None else table.rename({other: "item_id"})
     require(table, path, ("item_id",))
-    if "timestamp" in table.columns and dataset.description.timed:
+    if dataset.description.timed:
         table = _of_training(table, dataset, report)
     if model is None:
         column = next((name for name in JUDGED if name in table.columns), None)
@@ -68,7 +69,8 @@ def with_reviews(
     else:
         if "positive" not in model.classes:
             raise BadUsage(f"--text-model tells {', '.join(model.classes[:8])}; reviews want one of sentiments")
-        own = table[text_column(table, path, text)].cast(pl.String).fill_null("").str.strip_chars()
+        raw = table[text_column(table, path, text)].cast(pl.String).fill_null("")
+        own = pl.Series([each.strip() for each in raw], dtype=pl.String)
         there = np.flatnonzero((own != "").to_numpy())
         shares: list[float | None] = [None] * table.height
         texts = own.gather(there).to_list()
@@ -108,11 +110,18 @@ def with_reviews(
 
 
 def _of_training(table: pl.DataFrame, dataset: Dataset, report: Report) -> pl.DataFrame:
-    """Without what was written when validation had begun."""
+    """Without what was written when validation had begun, where the table says when."""
+    column = next((name for name in TIMES if name in table.columns), None)
     judged = dataset.requests.filter(pl.col("split") != "train").select(pl.col("timestamp").min()).collect().item()
+    if column is None:
+        report.note(f"no column says when reviews were written ({', '.join(TIMES)}): all of them are taken for known")
+        return table
     if judged is None:
         return table
-    before = table.filter(seconds(table["timestamp"], report) < judged)
-    if before.height < table.height:
-        report.note(f"{table.height - before.height:,} reviews were written after training's end, and are left out")
-    return before
+    written = seconds(table[column], report)
+    unknown, late = int(written.is_null().sum()), int((written >= judged).sum())
+    if unknown:
+        report.note(f"{unknown:,} reviews do not say when they were written, and are left out")
+    if late:
+        report.note(f"{late:,} reviews were written after training's end, and are left out")
+    return table.filter((written < judged).fill_null(False))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trirank_build.artefacts import atomic_directory, atomic_file
-from trirank_build.errors import BadCheckpoint, BadData
+from trirank_build.errors import BadCheckpoint, BadData, BadUsage
 from trirank_build.models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from trirank_build.progress import working
 from trirank_build.text.classifier import TextClassifier
@@ -41,7 +42,13 @@ RECIPE, BEST, RUN = "recipe.toml", "best.safetensors", "run.json"
 MASKING, LABELS = "masked_units", "labels"
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 """How much the linear model counts; validation chooses."""
+ALONE = 1_000.0
+"""The same where the linear model alone is better than with the encoder."""
 _BATCH = 256
+_NUMBERS = 100_000_000
+"""That the linear model's weights of a batch's n-grams may be."""
+WEIGHTS = 20_000_000
+"""Of the linear model at most: n-grams times classes."""
 _RANDOM_SHARE, _KEPT_SHARE = 0.1, 0.1
 """Of the units that are to be found: those replaced by another one, and those left as they are (Devlin et al. 2019)."""
 
@@ -109,13 +116,18 @@ def tensors(inputs: dict[str, NDArray[np.int32]]) -> dict[str, Tensor]:
 def logits_of(model: TextClassifier, reader: Reader, units: NDArray[np.int32]) -> NDArray[np.float32]:
     """[B, C] of units [B, L]."""
     model.eval()
+    device = model.position.device
     found = np.zeros((len(units), 0), np.float32)
     # Texts of like lengths go together, without the padding of the longest of all.
-    order = np.argsort((units > 0).sum(1), kind="stable")
-    for start in range(0, len(units), _BATCH):
-        part = order[start : start + _BATCH]
+    lengths = (units > 0).sum(1)
+    order = np.argsort(lengths, kind="stable")
+    most = max(1, int(lengths.max(initial=1))) * reader.recipe.orders * model.linear.embedding_dim
+    size = max(1, min(_BATCH, _NUMBERS // most))
+    for start in range(0, len(units), size):
+        part = order[start : start + size]
+        inputs = tensors(reader.inputs(units[part], model.length, model.rows))
         with torch.inference_mode():
-            logits = model(**tensors(reader.inputs(units[part], model.length, model.rows))).numpy()
+            logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).cpu().numpy()
         if not found.shape[1]:
             found = np.zeros((len(units), logits.shape[1]), np.float32)
         found[part] = logits
@@ -205,9 +217,10 @@ class Masking(_OfTexts):
         rng = np.random.default_rng(self._seed)
         for start in range(0, len(self._valid), _BATCH):
             told = self._hidden(self._valid[start : start + _BATCH], rng)
+            device = self._model.position.device
             with torch.inference_mode():
-                logits = self._model.hidden_units(told["fields"], told["at"])
-            found += int((logits.argmax(1) == told["chosen"]).sum())
+                logits = self._model.hidden_units(told["fields"].to(device), told["at"].to(device))
+            found += int((logits.argmax(1).cpu() == told["chosen"]).sum())
             total += len(told["chosen"])
         return found / max(total, 1)
 
@@ -252,6 +265,8 @@ def train_text(
         BadCheckpoint: ``out`` holds something else, and ``fresh`` was not said.
         Diverged: the loss is no number.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadUsage("a text classifier is trained by one process; leave torchrun out")
     identity = hashlib.sha256(
         f"{recipe.model_dump_json(exclude={'compression'})}\0{corpus.digest}".encode()
     ).hexdigest()
@@ -274,6 +289,7 @@ def train_text(
     with ranks() as group:
         loop = Loop(model, phases, seed=recipe.seed, directory=out, identity=identity, ranks=group)
         loop.run()
+    model.to("cpu")
     with working("fitting the linear model beside it"):
         accuracy = _add_linear(model, reader, train, valid, len(corpus.classes))
     save_checkpoint(out / BEST, model.state_dict(), {"classes": corpus.classes})
@@ -302,11 +318,15 @@ def _add_linear(
     linear = fit_linear(told[0], labels, told[1], truth, classes)
     own, theirs = logits_of(model, reader, judged), linear.logits(told[1])
     found = {share: float(((own + share * theirs).argmax(1) == truth).mean()) for share in SHARES}
+    alone = float((theirs.argmax(1) == truth).mean())
     share = max(found, key=lambda each: found[each])
+    if alone > found[share]:  # the encoder's say is then too little to change the order
+        share = ALONE
+        found[share] = float(((own + share * theirs).argmax(1) == truth).mean())
     with torch.no_grad():
         model.linear.weight.copy_(torch.from_numpy(linear.table(share)))
     return {
-        "encoder": found[0.0], "linear": float((theirs.argmax(1) == truth).mean()), "both": found[share], "share": share
+        "encoder": found[0.0], "linear": alone, "both": found[share], "share": share
     }  # fmt: skip
 
 
@@ -315,6 +335,8 @@ def _prepare(corpus: Corpus, recipe: TextRecipe, out: Path, identity: str, fresh
     marker = out / "identity"
     if out.exists() and any(out.iterdir()):
         if marker.is_file() and marker.read_text() == identity and not fresh:
+            with atomic_file(out / RECIPE) as scratch_file:  # what compression is to do may be another by now
+                scratch_file.write_text(tomli_w.dumps(recipe.model_dump(exclude_none=True)))
             return
         if not fresh or not marker.is_file():
             raise BadCheckpoint(
@@ -323,6 +345,7 @@ def _prepare(corpus: Corpus, recipe: TextRecipe, out: Path, identity: str, fresh
             )
     with atomic_directory(out) as scratch:
         with working("learning the units"):
-            Reader.fit(corpus.part("train")[0], recipe.reading).save(scratch)
+            most = max(1, WEIGHTS // len(corpus.classes))
+            Reader.fit(corpus.part("train")[0], recipe.reading, most).save(scratch)
         (scratch / RECIPE).write_text(tomli_w.dumps(recipe.model_dump(exclude_none=True)))
         (scratch / "identity").write_text(identity)

@@ -26,8 +26,8 @@ from trirank_backend.words.lexicon import DIM, FULL, LETTERS, Lessons, Lexicon, 
 from trirank_backend.words.queries import QueryReader, unit
 
 FOLDS = 5
-REQUESTS = 200_000
-"""With a query, that are learned from at most."""
+PAIRS = 1_000_000
+"""Of queries and candidates that are learned from at most, of requests by chance; a million take two gigabytes."""
 ROUNDS = 4
 """Of the translation's estimation."""
 LEAST_TOLD = 0.02
@@ -52,6 +52,7 @@ class Judged:
         rows: [P] catalogue rows.
         labels: [P] float32.
         categories: [M+1] int32 the items' ids in the joint vocabulary, 0: unknown.
+        told: queries (as privacy.queries.plain has them) that may be kept one by one, as vectors; None: all.
     """
 
     queries: list[str]
@@ -59,23 +60,31 @@ class Judged:
     rows: NDArray[np.int64]
     labels: NDArray[np.float32]
     categories: NDArray[np.int32]
+    told: frozenset[str] | None = None
 
     def of(self, kept: NDArray[np.bool_]) -> Judged:
         """Some requests [R] alone."""
         places = kept[self.request]
         number = np.cumsum(kept) - 1
         queries = [query for query, keep in zip(self.queries, kept, strict=True) if keep]
-        return Judged(queries, number[self.request[places]], self.rows[places], self.labels[places], self.categories)
+        return Judged(
+            queries, number[self.request[places]], self.rows[places], self.labels[places], self.categories, self.told
+        )
 
 
-def fold_of(query: str) -> int:
-    """Which lessons a query is not in; by a hash of it alone."""
-    return int.from_bytes(hashlib.blake2b(query.encode(), digest_size=8).digest(), "little") % FOLDS
+def fold_of(key: str) -> int:
+    """Which lessons a query is not in, by a hash of ``QueryReader.key`` alone: queries of the same words are in one."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") % FOLDS
+
+
+def plain_of(query: str) -> str:
+    """A query as privacy.queries.plain has it."""
+    return " ".join(query.lower().split())
 
 
 def fit_lessons(judged: Judged, reader: QueryReader, directory: Path) -> None:
     """Learn from all requests, and from all but each fold's, and write to ``directory`` and its folders ``fold-N``."""
-    folds = np.array([fold_of(query) for query in judged.queries], np.int64)
+    folds = np.array([fold_of(reader.key(query)) for query in judged.queries], np.int64)
     without = [learn(judged.of(folds != fold), reader) for fold in range(FOLDS)]
     temperature = tempered(without[0], judged.of(folds == 0), reader)
     save_arrays(learn(judged, reader)._replace(intent_temperature=temperature), directory)
@@ -119,7 +128,7 @@ def _told(
     # Every word of a query beside every word of a title that answers it.
     left = np.repeat(asked, titles.shape[1], 1).reshape(len(good), asked.shape[1], titles.shape[1])
     right = np.broadcast_to(titles[:, None], left.shape)
-    slot = np.arange(len(good) * asked.shape[1]).reshape(len(good), -1, 1)
+    slot = np.arange(len(good) * asked.shape[1]).reshape(len(good), asked.shape[1], 1)
     slot, weight = np.broadcast_to(slot, left.shape), np.broadcast_to(judged.labels[good][:, None, None], left.shape)
     there = (left > 0) & (right > 0)
     left, right, slot, weight = left[there].astype(np.int64), right[there], slot[there], weight[there]
@@ -215,7 +224,7 @@ def _intents(judged: Judged, ids: NDArray[np.int32], lift: NDArray[np.float32], 
 
 def tempered(lessons: Lessons, judged: Judged, reader: QueryReader) -> NDArray[np.float32]:
     """[1] the temperature under which requests that the lessons have not seen say most likely what was chosen."""
-    read = reader.of(lessons).read(judged.queries)
+    read = reader.read(judged.queries)  # for the words alone
     own = judged.categories[judged.rows]
     good = np.flatnonzero((judged.labels > 0) & (own > 0))[:_TEMPERED]
     if not len(good) or not len(lessons.intent_classes):
@@ -236,7 +245,9 @@ def _answers(
     judged: Judged, vectors: NDArray[np.float32], lift: NDArray[np.float32], lexicon: Lexicon
 ) -> dict[str, NDArray[Any]]:
     """One row a different query, the most frequent ones first."""
-    names, number, often = np.unique(judged.queries, return_inverse=True, return_counts=True)
+    names: dict[str, int] = {}  # numpy would give every query the room of the longest
+    number = np.array([names.setdefault(query, len(names)) for query in judged.queries], np.int64)
+    often = np.bincount(number, minlength=len(names))
     first = np.zeros(len(names), np.int64)
     first[number[::-1]] = np.arange(len(number))[::-1]
     of_query = number[judged.request]
@@ -248,7 +259,8 @@ def _answers(
 
     own = unit(vectors[first])
     kept = np.argsort(-often, kind="stable")[:QUERIES]
-    kept = np.sort(kept[own[kept].any(1)])
+    tells = np.array([judged.told is None or plain_of(name) in judged.told for name in names], bool)
+    kept = np.sort(kept[own[kept].any(1) & tells[kept]])
     lifts, masses = summed(lift), summed(judged.labels)
     shape = (len(kept), DIM)
     return {

@@ -67,7 +67,7 @@ def fit_lexicon(titles: Iterable[str], language: str, directory: Path, encoder: 
     """
     analyser = Analyser(language)
     texts = list(titles)
-    counts = Counter(word for title in texts for word in set(analyser.words(title)[:TITLE_WORDS]))
+    counts = Counter(word for title in texts for word in dict.fromkeys(analyser.words(title)[:TITLE_WORDS]))
     vocabulary = [word for word, _ in counts.most_common(VOCABULARY)]
     rows, heads, grams = _read_titles(texts, analyser, vocabulary)
     found = np.array([0, *(counts[word] for word in vocabulary)], np.float64)
@@ -180,7 +180,9 @@ def _word_vectors(titles: NDArray[np.int32], counts: NDArray[np.float64]) -> NDA
     dim = min(DIM, min(matrix.shape) - 1)
     if dim < 1 or matrix.nnz == 0:
         return vectors
-    left, strengths, _ = svds(matrix, k=dim, random_state=np.random.default_rng(0))
+    start = np.random.default_rng(0).normal(size=words)
+    left, strengths, _ = svds(matrix, k=dim, v0=start)
+    left = left * np.where(start @ left < 0, -1, 1)  # either sign is right; the library's own differs between runs
     vectors[:, :dim] = unit((left * np.sqrt(np.maximum(strengths, 0))).astype(np.float32))
     vectors[0] = 0
     return vectors
@@ -239,6 +241,6 @@ def _speller(titles: list[str]) -> Speller:
     for title in titles:
         own = re.findall(r"[^\W\d_]+", normalised(title))
         own = [word for word in own if word[0] < "\u0e00"]
-        words.update(set(own))
-        pairs.update({f"{left} {right}" for left, right in pairwise(own)})
+        words.update(dict.fromkeys(own, 1))
+        pairs.update(dict.fromkeys((f"{left} {right}" for left, right in pairwise(own)), 1))
     return Speller(dict(words.most_common(MOST)), {pair: n for pair, n in pairs.most_common(MOST) if n > 1})

@@ -69,12 +69,14 @@ class Analyser:
             if token in _MARKS:
                 if after_number:
                     found.append(_MARKS[token])
+                    continue
             elif after_number and token in _BETWEEN and at + 1 < len(tokens) and tokens[at + 1][0].isdigit():
                 pass
             elif "\u0e00" <= first <= "\u0e7f" or "\u3040" <= first <= "\u9fff" or "\uf900" <= first <= "\ufaff":
                 found += [token[k : k + 2] for k in range(len(token) - 1)] or [token]
             elif token != "×" and (unit := UNITS.get(token)) and (after_number or len(token) > 2):
                 found.append(unit)
+                continue  # what comes between ``8 in. x 10 ft.`` is between two numbers
             elif token != "×":
                 found.append(self._stem(token))
             after_number = False
@@ -100,6 +102,8 @@ def _number(token: str) -> str:
     """One form: ``1-1/2``, ``1 1/2``, ``1.5`` and ``1,5`` are 1.5; ``5,000`` is 5000."""
     if re.fullmatch(r"\d{1,3}(?:,\d{3})+", token):
         token = token.replace(",", "")
+    if token.isdecimal():
+        return token.lstrip("0") or "0"  # every digit of it: it may be a part's number
     try:
         if "/" in token:
             return f"{float(sum(Fraction(part) for part in re.split('[- ]', token))):.6g}"

@@ -1,7 +1,7 @@
 """A team's own text encoder: an ONNX graph in the shape in which sentence-transformers exports them, and its tokeniser.
 
-``model.onnx``       ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids`` [B, L] INT64 → states [B, L, H] or
-                     vectors [B, H] FP32, as the first output
+``model.onnx``       or ``onnx/model.onnx``: ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids`` [B, L]
+                     INT64 → states [B, L, H] or vectors [B, H] FP32, as the first output
 ``tokenizer.json``   of the tokenizers library
 ``1_Pooling/config.json``   which states make a vector; their mean where it is missing
 
@@ -21,11 +21,15 @@ from tokenizers import Tokenizer
 from trirank_backend.errors import InvalidRelease
 
 GRAPH, TOKENIZER, POOLING = "model.onnx", "tokenizer.json", "1_Pooling/config.json"
-FILES = (GRAPH, TOKENIZER, POOLING)
+GRAPHS = (GRAPH, "onnx/model.onnx")
+"""Where the graph may lie."""
+FILES = (*GRAPHS, TOKENIZER, POOLING)
+_DENSE = "2_Dense"
 FOLDER = "encoder"
 LONGEST = 64
 """Tokens of a text that are read."""
 _BATCH = 128
+_FIRST, _MEAN = "pooling_mode_cls_token", "pooling_mode_mean_tokens"
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -43,24 +47,31 @@ class SentenceEncoder:
     def __init__(self, folder: Path, threads: int = 1) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        graph = next((folder / name for name in GRAPHS if (folder / name).is_file()), folder / GRAPH)
+        if beside := sorted(path.name for path in graph.parent.glob("*.onnx_data*")):
+            raise InvalidRelease(f"{graph} keeps its weights beside it ({beside[0]}); export it as one file")
+        if (folder / _DENSE).exists():
+            raise InvalidRelease(f"{folder} has a layer {_DENSE} behind its pooling, which the graph must contain")
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             self._session = onnxruntime.InferenceSession(
-                str((folder / GRAPH).resolve()), options, providers=["CPUExecutionProvider"]
+                str(graph.resolve()), options, providers=["CPUExecutionProvider"]
             )
-            self._by_first = (folder / POOLING).is_file() and bool(
-                json.loads((folder / POOLING).read_text()).get("pooling_mode_cls_token")
-            )
+            asked = json.loads((folder / POOLING).read_text()) if (folder / POOLING).is_file() else {}
+            modes = [name for name, on in asked.items() if name.startswith("pooling_mode_") and on is True]
         except Exception as error:  # neither library's exceptions share a public base
             raise InvalidRelease(
                 f"{folder} holds no text encoder ({str(error).splitlines()[0]}); it wants {GRAPH} and {TOKENIZER} as "
                 "sentence-transformers exports them"
             ) from error
+        if strange := [mode for mode in modes if mode not in (_FIRST, _MEAN)] or modes[1:]:
+            raise InvalidRelease(f"{folder / POOLING} asks for {', '.join(strange)}; {_MEAN} or {_FIRST} can be had")
+        self._by_first = _FIRST in modes
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(LONGEST)
         self._inputs = [node.name for node in self._session.get_inputs()]
-        if strange := [name for name in self._inputs if name not in _INPUTS]:
-            raise InvalidRelease(f"{folder / GRAPH} takes {', '.join(strange)}; a text encoder takes {_INPUTS}")
+        if others := [name for name in self._inputs if name not in _INPUTS]:
+            raise InvalidRelease(f"{graph} takes {', '.join(others)}; a text encoder takes {_INPUTS}")
         self.width = self.encode(["a"]).shape[1]
         """H."""
 

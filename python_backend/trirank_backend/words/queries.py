@@ -65,6 +65,7 @@ class QueryReader:
         self._numbers = {word: number for number, word in enumerate(words, 1)}
         self._read = lru_cache(KEPT)(self._read_one)
         self._encoded = lru_cache(KEPT)(self._encode_one)
+        self.key = lru_cache(KEPT)(self._key)
 
     @classmethod
     def load(cls, directory: Path, language: str, lexicon: Lexicon, lessons: Lessons) -> QueryReader:
@@ -90,6 +91,15 @@ class QueryReader:
                 if self._width:
                     found.encoded[at] = self._encoded(query)
         return found
+
+    def encoded(self, queries: list[str]) -> NDArray[np.float32]:
+        """[B, H] by the team's own encoder, all at once."""
+        assert self._encoder is not None
+        return self._encoder.encode([query[:LONGEST] for query in queries])
+
+    def _key(self, query: str) -> str:
+        """The same for queries of the same words."""
+        return " ".join(sorted(set(self.words_of(query)))) or normalised(query)
 
     def words_of(self, query: str) -> list[str]:
         """A query's words as titles would write them, without those that say nothing."""

@@ -15,7 +15,7 @@ from symspellpy import SymSpell, Verbosity
 from trirank_backend.errors import InvalidRelease
 
 FILE = "spelling.json"
-MOST = 50_000
+MOST = 100_000
 """Words and pairs that are known, the most frequent ones."""
 _LEAST_COUNT = 3
 """Titles that a word is in before another is taken for it."""
@@ -84,7 +84,7 @@ class Speller:
         return "".join(found)
 
     def _word(self, word: str) -> list[str]:
-        if len(word) < _SHORTEST or self.words.get(word, 0) > 1 or (not word.isascii() and not word.isalpha()):
+        if len(word) < _SHORTEST or word in self.words or (not word.isascii() and not word.isalpha()):
             return [word]
         if parts := self._apart(word, beside=True):
             return parts

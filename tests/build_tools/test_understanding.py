@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
+
 import numpy as np
 import polars as pl
 import pytest
-from trirank_backend.features import DENSE, WORDS, Packer
+from trirank_backend.features import DENSE, WORDS
 from trirank_backend.features.table import DENSE_AT
 from trirank_backend.words.lexicon import Lessons, load_words
 from trirank_backend.words.queries import QueryReader
@@ -148,6 +153,8 @@ def searched(tmp_path_factory) -> Dataset:
     table = pl.DataFrame(rows, schema=["product_uid", "product_title", "search_term", "relevance"], orient="row")
     table.write_csv(folder / "judged.csv")
     dataset = prepare(str(folder / "judged.csv"), PrepareOptions())
+    kind = pl.col("title").str.extract("(?i)(" + "|".join(KINDS) + ")")
+    dataset = dataclasses.replace(dataset, items=dataset.items.with_columns(category=kind))
     dataset.save(folder / "dataset")
     return Dataset.load(folder / "dataset")
 
@@ -171,21 +178,76 @@ def test_columns_come_last_and_only_where_they_are_asked_for(searched, features,
     assert not (tmp_path / "words").exists()
 
 
-def test_training_reads_lessons_that_its_own_query_is_not_in(searched, features):
+LEARNED = ("told_mean", "neighbours_lift", "neighbours_mass", "lesson", "query_intent")
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_training_reads_lessons_that_its_own_query_is_not_in(searched, features, name):
     assert len(features.folds) == FOLDS
     train = Examples.read(searched, "train", features)
     batch = train.whole(np.arange(len(train)))
-    column = batch.packed.dense[..., DENSE_AT.told_mean]
+    column = batch.packed.dense[..., getattr(DENSE_AT, name)]
+    reader = features.text.reader
     for at in (0, 7, 30):
-        fold = fold_of(train.queries[at])
+        fold = fold_of(reader.key(train.queries[at]))
         own = Features(features.folds[fold].packer, features.folds[fold].text)
         alone = Examples.read(searched, "train", own).whole(np.array([at]))
-        np.testing.assert_allclose(column[at], alone.packed.dense[0, :, DENSE_AT.told_mean], atol=1e-6)
-    # Lessons that saw the query would say more: they are what the others are read with.
+        np.testing.assert_allclose(column[at], alone.packed.dense[0, :, getattr(DENSE_AT, name)], atol=1e-6)
+    # Lessons that saw the query say something else: they are what requests that are served are read with.
     seen = Examples.read(searched, "train", Features(features.packer, features.text)).whole(np.arange(len(train)))
-    good = batch.labels > 1
-    lift = batch.packed.dense[..., DENSE_AT.neighbours_lift], seen.packed.dense[..., DENSE_AT.neighbours_lift]
-    assert lift[1][good].mean() > lift[0][good].mean()
+    assert not np.allclose(column, seen.packed.dense[..., getattr(DENSE_AT, name)])
+
+
+def test_the_category_that_a_query_asks_for_is_a_column_and_a_signal(searched, features):
+    from trirank.contract import Signal
+
+    valid = Examples.read(searched, "valid", features).whole(np.arange(10))
+    share = valid.packed.dense[..., DENSE_AT.query_intent]
+    said = (valid.packed.signals & Signal.MATCHES_INTENT.value) > 0
+    assert ((share >= 0.2) == said)[valid.valid].all()
+    assert said.any()
+    good = valid.labels > 1
+    assert share[good].mean() > 2 * share[valid.valid & ~good].mean()
+
+
+def test_queries_of_the_same_words_are_in_one_fold(features):
+    reader = features.text.reader
+    ways = ("garden hose red", "Garden  Hose red ", "red garden hoses")
+    assert len({fold_of(reader.key(way)) for way in ways}) == 1
+    assert len({fold_of(reader.key(f"garden {word}")) for word in "abcdefghijklmnop"}) > 2
+
+
+def test_lessons_where_nothing_was_good_are_none(tmp_path):
+    _, reader = fitted(tmp_path, titles())
+    bad = Judged(
+        ["hose"] * 2, np.array([0, 0, 1]), np.array([0, 1, 2]), np.zeros(3, np.float32), np.zeros(61, np.int32)
+    )
+    lessons = learn(bad, reader)
+    assert len(lessons.told) == len(lessons.intent_classes) == 0
+    assert not reader.of(lessons).read(["hose"]).shares.any()
+
+
+def test_a_query_that_few_have_asked_leaves_no_vector(tmp_path):
+    _, reader = fitted(tmp_path, titles())
+    asked = judged(reader, ("garden hose", "oak door"))
+    everything = learn(asked, reader)
+    told = learn(dataclasses.replace(asked, told=frozenset({"garden hose 0"})), reader)
+    assert len(everything.queries) == 6
+    assert len(told.queries) == 1
+    np.testing.assert_array_equal(told.told, everything.told)
+
+
+def test_fitting_is_the_same_in_every_process(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from trirank_build.words.lexicon import fit_lexicon; "
+        "parts = [text.split() for text in ('qw er ty', 'as df gh', 'zx cv bn')]; "
+        "fit_lexicon([f'{a} {b} {c}' for a in parts[0] for b in parts[1] for c in parts[2]], 'any', Path(sys.argv[1]))"
+    )
+    for seed in ("1", "2"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], check=True,
+                       env=os.environ | {"PYTHONHASHSEED": seed})  # fmt: skip
+    one, other = ({p.name: p.read_bytes() for p in (tmp_path / seed).iterdir()} for seed in ("1", "2"))
+    assert one == other
 
 
 def test_a_batch_of_several_folds_is_what_its_requests_are_alone(searched, features):
@@ -240,12 +302,6 @@ def test_privacy_goes_without_words():
 def test_an_encoder_goes_with_words():
     with pytest.raises(BadRecipe, match="encoder goes with words"):
         load_recipe("shop").changed({"features.encoder": "somewhere"})
-
-
-def test_a_packer_of_other_words_has_its_own_scratch(features):
-    other = Packer(features.spec, features.catalogue, features.packer.token_idf, None, features.packer.lexicon,
-                   features.packer.lessons)  # fmt: skip
-    assert other._scratch is not features.packer._scratch
 
 
 def test_a_damaged_word_list_is_refused(searched, tmp_path):
