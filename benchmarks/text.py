@@ -199,7 +199,7 @@ def intent() -> list[Figure]:
 def reviews() -> list[Figure]:
     """What reviews are worth in a shop that was made for it: every product gets texts of real reviews, positive ones
     the more likely the better it is; none of them was among the classifier's training texts."""
-    corpus, run = classifier("sentiment", SEEDS[0])
+    corpus, run = classifier("sentiment", SEEDS[0], {"pretraining.epochs": 0, "training.epochs": 1}, "short")
     compress_text(run, corpus, WORK / "text" / "reviews-int8", allow_failing=True)
     model = TextModel.load(WORK / "text" / "reviews-int8")
     texts, labels = corpus.part("test")
