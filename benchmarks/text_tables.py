@@ -20,7 +20,7 @@ def text_price() -> str:
     for name, words in (("plain", "without words"), ("words", "with words")):
         lines.append(f"| {words} | {interval(found[f'pack_us_200_{name}'], 0)} |")
     ratio = found["pack_us_200_words_ratio"]
-    lines += ["", f"{interval(ratio, 2)} times, median and spread of 15 rounds in turns: {ratio.note or 'one core'}; "
+    lines += ["", f"{interval(ratio, 2)} times, median and spread of 15 rounds in turns; "
               "the query is one that is remembered."]  # fmt: skip
     return "\n".join(lines)
 
