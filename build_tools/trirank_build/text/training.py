@@ -42,7 +42,7 @@ RECIPE, BEST, RUN = "recipe.toml", "best.safetensors", "run.json"
 MASKING, LABELS = "masked_units", "labels"
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 """How much the linear model counts; validation chooses."""
-ALONE = 1_000.0
+ALONE = 100.0
 """The same where the linear model alone is better than with the encoder."""
 _BATCH = 256
 _NUMBERS = 100_000_000
