@@ -52,7 +52,7 @@ def page_of(release, number=0, count=20, top_k=10, live=NOTHING, asked=ANY, ever
     rng = np.random.default_rng(number)
     rows = np.where(rng.random(count) < 0.1, -1, rng.permutation(len(release.items.ids))[:count]).astype(np.int32)
     tasks = rng.normal(size=(count, 2)).astype(np.float32)
-    signals = rng.integers(0, 1024, count).astype(np.int32) & ~Signal.UNAVAILABLE.value
+    signals = rng.integers(0, 2048, count).astype(np.int32) & ~Signal.UNAVAILABLE.value
     retrieval = np.where(rng.random(count) < 0.2, np.nan, rng.normal(size=count)).astype(np.float32)
     said = {"moment": NOW, "seed": 7} | said
     page = Page(rows, signals, np.round(tasks, 1) if rounded else tasks, retrieval, top_k, **said)

@@ -164,7 +164,7 @@ def put(at, value):
 HOSTILE = {
     "a row beyond the catalogue": (put(WIDTH, 3), "holds row 3; it goes from -1 to 2"),
     "a row below": (put(WIDTH, -2), "holds row -2"),
-    "signals that there are not": (put(WIDTH + 3, 1024), "holds signals 1024; it goes from 0 to 1023"),
+    "signals that there are not": (put(WIDTH + 3, 2048), "holds signals 2048; it goes from 0 to 2047"),
     "negative signals": (put(WIDTH + 3, -1), "holds signals -1"),
     "top_k 0": (put("top_k", 0), "holds a top_k of 0; it goes from 1 to 1024"),
     "top_k huge": (put("top_k", 2**31 - 1), "holds a top_k of 2147483647"),
