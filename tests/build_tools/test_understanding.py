@@ -231,7 +231,8 @@ def test_a_query_that_few_have_asked_leaves_no_vector(tmp_path):
     _, reader = fitted(tmp_path, titles())
     asked = judged(reader, ("garden hose", "oak door"))
     everything = learn(asked, reader)
-    told = learn(dataclasses.replace(asked, told=frozenset({"garden hose 0"})), reader)
+    of_many = np.array([query == "garden hose 0" for query in asked.queries])
+    told = learn(dataclasses.replace(asked, told=of_many), reader)
     assert len(everything.queries) == 6
     assert len(told.queries) == 1
     np.testing.assert_array_equal(told.told, everything.told)
@@ -353,3 +354,12 @@ def test_a_release_understands_what_its_training_understood(searched, tmp_path):
         assert trained[:, len(DENSE) :].any()
         assert len(pipeline([request])) == 1
     pipeline.close()
+
+
+def test_a_shop_keeps_vectors_of_queries_that_many_users_asked(shop, tmp_path):
+    from trirank_build.privacy.queries import shared
+
+    found = fit_features(shop, load_recipe("shop").changed({"features.words": "english"}).features, tmp_path)
+    asked = shop.requests.filter((pl.col("split") == "train") & (pl.col("query") != ""))
+    kept, different = len(found.packer.lessons.queries), asked.select(pl.col("query").n_unique()).collect().item()
+    assert 0 < kept <= len(shared(asked, 5)) < different

@@ -33,7 +33,7 @@ from trirank_build.errors import BadData
 from trirank_build.features.transitions import count_transitions, training_sequences
 from trirank_build.features.vocabulary import Vocabulary
 from trirank_build.privacy.budget import private_counts
-from trirank_build.privacy.queries import shared
+from trirank_build.privacy.queries import plain, shared
 from trirank_build.progress import warn
 from trirank_build.recipe import FeatureRecipe, PrivacyRecipe
 from trirank_build.words.lessons import PAIRS, Judged, fit_lessons, load_folds
@@ -187,10 +187,11 @@ def _judged(dataset: Dataset, catalogue: Catalogue) -> Judged:
     order = np.random.default_rng(0).permutation(len(sizes))
     kept = np.zeros(len(sizes), bool)
     kept[order[np.cumsum(sizes[order]) <= PAIRS]] = True
-    columns = asked.select(pl.col("query").str.slice(0, LONGEST), "item_ids", "labels")
-    requests = columns.filter(pl.Series(kept)).collect() if len(kept) else columns.collect()
     # A query that few have asked is kept by itself where nobody is behind it: where people judged.
-    told = frozenset(shared(asked, _ASKED)) if dataset.events.height else None
+    by_users = dataset.events.height > 0
+    told = plain().is_in(list(shared(asked, _ASKED))) if by_users else pl.lit(True)
+    columns = asked.select(pl.col("query").str.slice(0, LONGEST), "item_ids", "labels", told.alias("told"))
+    requests = columns.filter(pl.Series(kept)).collect() if len(kept) else columns.collect()
     candidates = requests.explode("item_ids", "labels")
     return Judged(
         queries=requests["query"].to_list(),
@@ -198,7 +199,7 @@ def _judged(dataset: Dataset, catalogue: Catalogue) -> Judged:
         rows=catalogue.rows(candidates["item_ids"].to_numpy()).astype(np.int64),
         labels=candidates["labels"].to_numpy(),
         categories=catalogue.fields[:, _FIELDS.index("category")],
-        told=told,
+        told=requests["told"].to_numpy() if by_users else None,
     )
 
 

@@ -1,7 +1,7 @@
 """A compressed classifier as a folder of files, and how it is used: texts in, probabilities out.
 
 ``model.onnx``      fields [B, L, F], grams [B, G] INT32 → logits [B, C] FP32
-``tokenizer.json``, ``recipe.toml``   how texts become fields
+``tokenizer.json``, ``ngrams.npy``, ``recipe.toml``   how texts become numbers
 ``text.json``       classes, task, what the gate found
 """
 
@@ -93,6 +93,16 @@ class TextModel:
         shifted = np.exp(logits - logits.max(1, keepdims=True))
         return np.asarray(shifted / shifted.sum(1, keepdims=True), np.float32)
 
+    def of_column(self, column: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Places [X] of a column's texts that are not empty, and their probabilities [X, C]."""
+        texts = [text.strip() for text in column.cast(pl.String).fill_null("")]
+        there = np.array([at for at, text in enumerate(texts) if text], np.int64)
+        parts = [
+            self.probabilities([texts[at] for at in there[start : start + _CHUNK]])
+            for start in range(0, len(there), _CHUNK)
+        ]
+        return there, np.concatenate(parts) if parts else np.zeros((0, len(self.classes)), np.float32)
+
 
 def label_table(
     model: TextModel, path: Path, out: Path, *, text: str | None = None, encoding: str | None = None
@@ -104,16 +114,11 @@ def label_table(
         BadData: there is no column of texts.
     """
     table = read_table(path, Report(), encoding)
-    column = text_column(table, path, text)
-    texts = pl.Series([text.strip() for text in table[column].cast(pl.String).fill_null("")], dtype=pl.String)
-    there = np.flatnonzero((texts != "").to_numpy())
+    there, found = model.of_column(table[text_column(table, path, text)])
     labels: list[str | None] = [None] * table.height
     shares: list[float | None] = [None] * table.height
-    own = texts.gather(there).to_list()
-    for start in range(0, len(own), _CHUNK):
-        found = model.probabilities(own[start : start + _CHUNK])
-        for at, row in zip(there[start : start + _CHUNK].tolist(), found, strict=True):
-            labels[at], shares[at] = model.classes[int(row.argmax())], round(float(row.max()), 6)
+    for at, row in zip(there.tolist(), found, strict=True):
+        labels[at], shares[at] = model.classes[int(row.argmax())], round(float(row.max()), 6)
     named = {"predicted": pl.Series(labels, dtype=pl.String), "probability": pl.Series(shares, dtype=pl.Float64)}
     with atomic_file(out) as scratch:
         table.with_columns(**named).write_csv(scratch)

@@ -22,7 +22,6 @@ PRIOR = 5.0
 """Reviews of the usual kind that every item is taken to have besides: a single review says little."""
 JUDGED = ("positive", "sentiment")
 TIMES = ("timestamp", "time", "date", "written_at", "created_at")
-_CHUNK = 20_000
 
 
 def with_reviews(
@@ -69,16 +68,10 @@ def with_reviews(
     else:
         if "positive" not in model.classes:
             raise BadUsage(f"--text-model tells {', '.join(model.classes[:8])}; reviews want one of sentiments")
-        raw = table[text_column(table, path, text)].cast(pl.String).fill_null("")
-        own = pl.Series([each.strip() for each in raw], dtype=pl.String)
-        there = np.flatnonzero((own != "").to_numpy())
+        there, found = model.of_column(table[text_column(table, path, text)])
         shares: list[float | None] = [None] * table.height
-        texts = own.gather(there).to_list()
-        place = model.classes.index("positive")
-        for start in range(0, len(texts), _CHUNK):
-            found = model.probabilities(texts[start : start + _CHUNK])[:, place].tolist()
-            for at, share in zip(there[start : start + _CHUNK].tolist(), found, strict=True):
-                shares[at] = share
+        for at, share in zip(there.tolist(), found[:, model.classes.index("positive")].tolist(), strict=True):
+            shares[at] = share
         positive = pl.Series(shares, dtype=pl.Float64)
     ids = to_ids(table["item_id"], dataset.description.ids["item"])  # type: ignore[arg-type]
     judged = pl.DataFrame({"item_id": ids, "positive": positive})

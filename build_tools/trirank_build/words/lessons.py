@@ -52,7 +52,7 @@ class Judged:
         rows: [P] catalogue rows.
         labels: [P] float32.
         categories: [M+1] int32 the items' ids in the joint vocabulary, 0: unknown.
-        told: queries (as privacy.queries.plain has them) that may be kept one by one, as vectors; None: all.
+        told: [R] bool which queries may be kept one by one, as vectors; None: all.
     """
 
     queries: list[str]
@@ -60,26 +60,21 @@ class Judged:
     rows: NDArray[np.int64]
     labels: NDArray[np.float32]
     categories: NDArray[np.int32]
-    told: frozenset[str] | None = None
+    told: NDArray[np.bool_] | None = None
 
     def of(self, kept: NDArray[np.bool_]) -> Judged:
         """Some requests [R] alone."""
         places = kept[self.request]
         number = np.cumsum(kept) - 1
         queries = [query for query, keep in zip(self.queries, kept, strict=True) if keep]
-        return Judged(
-            queries, number[self.request[places]], self.rows[places], self.labels[places], self.categories, self.told
-        )
+        told = None if self.told is None else self.told[kept]
+        request = number[self.request[places]]
+        return Judged(queries, request, self.rows[places], self.labels[places], self.categories, told)
 
 
 def fold_of(key: str) -> int:
     """Which lessons a query is not in, by a hash of ``QueryReader.key`` alone: queries of the same words are in one."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") % FOLDS
-
-
-def plain_of(query: str) -> str:
-    """A query as privacy.queries.plain has it."""
-    return " ".join(query.lower().split())
 
 
 def fit_lessons(judged: Judged, reader: QueryReader, directory: Path) -> None:
@@ -259,7 +254,7 @@ def _answers(
 
     own = unit(vectors[first])
     kept = np.argsort(-often, kind="stable")[:QUERIES]
-    tells = np.array([judged.told is None or plain_of(name) in judged.told for name in names], bool)
+    tells = np.ones(len(names), bool) if judged.told is None else judged.told[first]
     kept = np.sort(kept[own[kept].any(1) & tells[kept]])
     lifts, masses = summed(lift), summed(judged.labels)
     shape = (len(kept), DIM)
