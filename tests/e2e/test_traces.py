@@ -46,14 +46,20 @@ def test_spans_of_client_and_server_join(world, tmp_path):
         with bare_server(release / "models", tmp_path, *(f"--trace-config={each}" for each in settings)) as address:
             hooks = opentelemetry_hooks(provider.get_tracer("test"))
             with RankClient(address, deadline_s=20, event_hooks=hooks) as client:
-                client.rank(RankRequest(item_ids=[1, 2, 3]))
-            (span,) = exporter.get_finished_spans()
-            # Triton posts JSON, ids in hexadecimal.
-            ids = [f"{span.context.trace_id:032x}".encode(), f"{span.context.span_id:016x}".encode()]
-            deadline = time.monotonic() + 30
-            while not any(all(each in body for each in ids) for body in collector.bodies):
-                assert time.monotonic() < deadline, f"{len(collector.bodies)} exports, none of this trace"
-                time.sleep(0.2)
+                joined = False
+                for _ in range(3):  # Triton's exporter drops a batch that a busy machine takes too long to receive
+                    exporter.clear()
+                    client.rank(RankRequest(item_ids=[1, 2, 3]))
+                    (span,) = exporter.get_finished_spans()
+                    # Triton posts JSON, ids in hexadecimal.
+                    ids = [f"{span.context.trace_id:032x}".encode(), f"{span.context.span_id:016x}".encode()]
+                    deadline = time.monotonic() + 20
+                    while not joined and time.monotonic() < deadline:
+                        time.sleep(0.2)
+                        joined = any(all(each in body for each in ids) for body in collector.bodies)
+                    if joined:
+                        break
+            assert joined, f"{len(collector.bodies)} exports, none of any of these traces"
     finally:
         collector.shutdown()
         collector.server_close()
